@@ -14,14 +14,12 @@ from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 from prefixtune.prefix.routing import nearest
 
-__all__ = ["chunk_length", "sliding_window", "split_document", "start_excerpt", "text_bytes", "with_chunks"]
+__all__ = ["chunk_length", "split_document", "text_bytes", "with_chunks"]
 
 _MOST_BYTES = 4 * 2**30
 """Of the keys and values of a text in view, which are all in memory while questions are answered."""
 _UNBOUNDED = 4096
 """Tokens of a text in view, for a model of any number of positions."""
-_OBSERVED = 64
-"""Positions behind a text from which the start observes attention to it."""
 
 
 def split_document(backbone: Backbone, text: str, length: int) -> list[str]:
@@ -126,25 +124,3 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
 def text_bytes(backbone: Backbone, positions: int, bytes_per_number: int) -> int:
     """The size of the keys and values that a text of so many positions has at the sites of a memory."""
     return positions * bytes_per_number * sum(shape.size for shapes in backbone.geometry.values() for shape in shapes)
-
-
-def start_excerpt(config: DistillConfig, job: Job, student: Backbone) -> str:
-    """What a memory starts from where its text is too long for that: its beginning; empty: the text itself."""
-    positions = student.max_positions
-    if config.initialization != "text" or positions is None or not job.text:
-        return ""
-    # The default start reads parts of the text again behind it.
-    most = positions - min(_OBSERVED, positions // 8) if config.compaction == "match" else positions
-    return "" if len(student.encode(job.text)) <= most else split_document(student, job.text, most)[0]
-
-
-def sliding_window(backbone: Backbone) -> int | None:
-    """The shortest distance up to which a layer sees; None: all layers see the whole text."""
-    found: list[object] = []
-    configs = {id(module.config): module.config for module in backbone.model.modules() if hasattr(module, "config")}
-    for config in configs.values():
-        layer_types = getattr(config, "layer_types", None) or ("sliding_attention",)
-        for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
-            value = getattr(config, name, None) if kind in layer_types else None
-            found += value if isinstance(value, list) else [value]
-    return min((value for value in found if type(value) is int and value > 0), default=None)

@@ -32,7 +32,7 @@ class DistillConfig(TrainConfig):
     hint: ClassVar[str] = "`prefixtune distill --help` explains every option."
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
-        | {"init_examples", "hold_out", "chat_template", "system"}
+        | {"init_examples", "hold_out", "chat_template", "system", "epochs"}
     )
     """Fields of `TrainConfig` that mean nothing here."""
 
@@ -82,7 +82,7 @@ class DistillConfig(TrainConfig):
         description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
         "words: the words of init_text, as for a teacher alone; random; another prefix",
     )
-    max_steps: int = _training(150, ge=0, description="optimizer steps; 0: those of the epochs")
+    max_steps: int = _training(150, ge=0, description="optimizer steps; 0: the start alone, in seconds")
     output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")
     eval_every: int = _output(100, ge=0, description="store the prefix every N steps; 0: only at the end")
 
@@ -131,4 +131,4 @@ class DistillConfig(TrainConfig):
         """The training run of each memory, but for its folder, the text that it starts from, and its formats."""
         values = {name: getattr(self, name) for name in TrainConfig.model_fields if name not in self.unused}
         # The examples are made: each is a question with an answer, whatever the rows were.
-        return TrainConfig(**{**values, "limit": 0, "form": ""})
+        return TrainConfig(**{**values, "limit": 0, "form": "", "epochs": 1.0 if self.max_steps else 0.0})

@@ -9,18 +9,17 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.distillation.chunks import chunk_length, sliding_window, split_document, start_excerpt, with_chunks
+from prefixtune.distillation.chunks import chunk_length, split_document, with_chunks
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import Job, Question
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.config import TrainConfig
-from prefixtune.utils.console import Console
 
 __all__ = ["START_FILE", "Memory", "check_student", "plan_memory"]
 
 START_FILE = "start.txt"
-"""In a run's folder: what the start of a document that is too long is made from."""
+"""In a run's folder: the text as it stands in view, which a memory starts from."""
 
 
 @dataclass(eq=False)
@@ -33,7 +32,6 @@ class Memory:
         wording: The text around questions and answers.
         soft: The teacher's likeliest tokens are the labels; else the answers are.
         chunks: The text in pieces that the teacher has in view; empty: there is no text.
-        excerpt: What it starts from, where the text itself is too long for that; empty: the text.
         test: Held out, each with its piece; answers are the given ones.
         questions: To train on, each with an answer.
         taught: Held out, with the teacher's answers; empty where the answers are the labels.
@@ -48,7 +46,6 @@ class Memory:
     wording: Wording
     soft: bool
     chunks: Sequence[str]
-    excerpt: str
     test: Sequence[Question]
     questions: Sequence[Question] = ()
     taught: Sequence[Question] = ()
@@ -68,9 +65,7 @@ class Memory:
         return f" of {self.job.name}" if self.job.name else ""
 
 
-def plan_memory(
-    config: DistillConfig, job: Job, readers: Sequence[Backbone], wording: Wording, console: Console
-) -> Memory:
+def plan_memory(config: DistillConfig, job: Job, readers: Sequence[Backbone], wording: Wording) -> Memory:
     """Check that a job's text fits, and cut it into pieces.
 
     Args:
@@ -78,32 +73,19 @@ def plan_memory(
         job: What the memory is made of.
         readers: Who has the text in view: the student, and a teacher of its own with the same tokenizer.
         wording: The text around questions and answers.
-        console: Shows warnings.
 
     Raises:
         DataError: The text does not fit.
     """
     student, output = readers[0], str(job.output)
     chunks = split_document(student, job.text, chunk_length(config, job, readers, wording)) if job.text else []
-    excerpt = start_excerpt(config, job, student)
-    for reader in readers:
-        window = sliding_window(reader)
-        longest = max((len(reader.encode(chunk)) for chunk in chunks), default=0)
-        if window is not None and longest > window:
-            console.info(
-                f"some layers of {reader.name} see {window:,} tokens back, but {longest:,} of {job.text_file} are in "
-                "view: as a prefix all of them stay visible, which is not what the model makes of the text itself"
-            )
     changes: dict[str, Any] = {"output": output, "prompt_format": wording.prompt, "target_format": wording.target}
     if config.run_name and job.name:
         changes["run_name"] = f"{config.run_name}/{job.name}"
     if config.initialization == "text":
-        start = job.output / START_FILE if excerpt else job.text_file
-        changes |= {"init_text": f"@{start}"} if job.text else {"initialization": "words"}
+        changes |= {"init_text": f"@{job.output / START_FILE}"} if job.text else {"initialization": "words"}
     soft = config.subject != "document" or not job.answered
-    return Memory(
-        job, config.training.replace(**changes), wording, soft, chunks, excerpt, with_chunks(job.test, chunks)
-    )
+    return Memory(job, config.training.replace(**changes), wording, soft, chunks, with_chunks(job.test, chunks))
 
 
 def check_student(config: DistillConfig, student: Backbone, jobs: Sequence[Job]) -> None:

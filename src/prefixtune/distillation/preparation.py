@@ -71,7 +71,7 @@ class Preparation:
         for reader in readers if config.subject != "teacher" else ():
             check_view(reader)
         wording = choose_wording(config, student, teacher.text_format)
-        self.memories = [plan_memory(config, job, readers, wording, console) for job in jobs]
+        self.memories = [plan_memory(config, job, readers, wording) for job in jobs]
         self._unlabelled = {memory.run.output: memory for memory in self.memories}
 
     # --- questions with answers ---
@@ -84,8 +84,8 @@ class Preparation:
             DataError: No question could be made, or the teacher answers none.
         """
         folder = memory.job.output
-        if memory.excerpt:
-            write_text(folder / START_FILE, memory.excerpt)
+        if memory.job.text:
+            write_text(folder / START_FILE, memory.wording.view(self._student, memory.job.text))
         if not memory.soft:
             memory.questions = with_chunks(memory.job.questions, memory.chunks)
             return

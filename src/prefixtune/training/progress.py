@@ -57,7 +57,7 @@ def _describe(event: Event) -> str:
         return ""
     total, epoch = event["total_steps"], event["steps_per_epoch"]
     targets = f"{event['num_targets']:,} targets of {event['num_sources']:,} sources"
-    if total < epoch:
+    if 0 < total < epoch:
         targets += f", of which {total:,} {'step reads' if total == 1 else 'steps read'} {total / epoch:.0%}"
     notes = {
         "num_cut": "{} sources truncated to fit",

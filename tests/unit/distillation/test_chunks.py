@@ -10,7 +10,7 @@ import pytest
 
 import prefixtune.distillation.chunks as module
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.distillation.chunks import chunk_length, sliding_window, split_document, with_chunks
+from prefixtune.distillation.chunks import chunk_length, split_document, with_chunks
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import Job, Question
 from prefixtune.distillation.wording import Wording
@@ -67,8 +67,3 @@ def test_keys_and_values_count_where_they_are_held(
     assert chunk_length(CONFIG, job(given), [student], WORDING)
     with pytest.raises(DataError):
         chunk_length(CONFIG, job(given, test=(given,)), [student], WORDING)
-
-
-def test_the_shortest_window_counts(tiny_backbone: Callable[..., Any]) -> None:
-    assert sliding_window(tiny_backbone("llama")) is None
-    assert sliding_window(tiny_backbone("mistral", sliding_window=32)) == 32

@@ -115,6 +115,7 @@ def build_encoder(
     *,
     head_labels: Sequence[str] = (),
     examples: Sequence[TokenizedExample] = (),
+    questions: Sequence[TokenizedExample] = (),
     plan: ExamplePlan | None = None,
     stored_start: Mapping[str, Any] | None = None,
 ) -> tuple[PrefixEncoder, Start]:
@@ -126,6 +127,7 @@ def build_encoder(
         head_labels: The labels of a head to train with it, in order; empty: no head. A start from a prefix with a head
             for the same labels goes on from that head, too.
         examples: With a head: what it is standardized by.
+        questions: About the text that the run starts from, with their answers.
         plan: The examples to start from, where the run starts from some.
         stored_start: How the run that is resumed describes its start, which is in its state and is not computed again;
             None: it begins.
@@ -142,7 +144,7 @@ def build_encoder(
     elif stored_start is not None:
         start = Start(None, dict(stored_start))
     else:
-        start = _start(config, backbone, lengths)
+        start = _start(config, backbone, lengths, questions)
     encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
@@ -169,7 +171,9 @@ def build_encoder(
     return encoder, start
 
 
-def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
+def _start(
+    config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int], questions: Sequence[TokenizedExample]
+) -> Start:
     """The start of a prefix by the run's `initialization`."""
     kind = config.initialization
     if kind == "examples":
@@ -181,7 +185,7 @@ def _start(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int])
         text, description = read_init_text(config.init_text)
         return Start(from_words(backbone, text, lengths), {"kind": kind, **description})
     if kind == "text":
-        return from_text(config, backbone, lengths)
+        return from_text(config, backbone, lengths, questions)
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
         facts = {"file": Path(config.init_prefix).name, "hash": content_hash(given), "lengths": given.lengths}

@@ -30,7 +30,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import evenly_spaced, moved, take
+from prefixtune.training.starts.compaction import evenly_spaced, moved, side_by_side, take
 from prefixtune.training.starts.words import Start, from_words, read_init_text
 
 MAX_CANDIDATES = 256
@@ -322,13 +322,7 @@ def from_examples(backbone: Backbone, rows: Rows, *, lengths: Sequence[int] | No
         kept = take(whole, dict.fromkeys(sites, evenly_spaced(len(row), length)))
         parts.append(moved(backbone, kept, min(begin, 0))[0])
         first += length
-    joined = {}
-    for site in sites:
-        layers = zip(*(part.layers[site] for part in parts), strict=True)
-        joined[site] = tuple(
-            (torch.cat([k for k, _ in some], 1), torch.cat([v for _, v in some], 1)) for some in layers
-        )
-    return Prefix(joined)
+    return side_by_side(parts)
 
 
 def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) -> Start:

@@ -5,7 +5,7 @@ Real words matter most with little data (Li & Liang 2021, section 7.4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,26 @@ from torch import Tensor
 
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.streams import read_text
 from prefixtune.errors import BackboneError, ConfigError, DataError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.routing import nearest
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import evenly_spaced, match, moved, take
+from prefixtune.training.starts.compaction import (
+    can_move,
+    evenly_spaced,
+    match,
+    moved,
+    piece_length,
+    side_by_side,
+    take,
+)
 
 _MAX_STORED = 10_000
 """Characters of a text that a header keeps."""
-MAX_TEXT_BYTES = 2**20
+MAX_TEXT_BYTES = 2**24
 """Most bytes of a file that a run starts from."""
 
 
@@ -149,42 +159,63 @@ def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
     return ids
 
 
-def from_text(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Start:
+def from_text(
+    config: TrainConfig,
+    backbone: Backbone,
+    lengths: Mapping[Site, int],
+    questions: Sequence[TokenizedExample] = (),
+) -> Start:
     """The keys and values that the frozen model computes for a text: whole, cut, or compacted to P positions.
 
     The text is run through the model as one row. Its first P tokens are what `cut` keeps. `stride` keeps the keys and
-    values of P positions of the whole, evenly spaced; `match` chooses positions head by head, and values for them (see
-    `compaction.match`). Where a model's keys turn with the position, the kept ones are turned back by T - P, so that a
-    text behind the prefix, which starts at P, is as far from them as it would be from the whole text.
+    values of P positions of the whole, evenly spaced; `match` chooses positions head by head, and keys and values for
+    them (see `compaction.match`). Where a model's keys turn with the position, the kept ones are turned back by T - P,
+    so that a text behind the prefix, which starts at P, is as far from them as it would be from the whole text. A text
+    that is too long for one row is compacted in pieces of equal length, each with the questions that share its words.
 
     Args:
         config: The run: `init_text`, `compaction`.
         backbone: The frozen model.
         lengths: P by site, each at most the text's length T.
+        questions: About the text, with their answers, for `match`.
 
     Raises:
         ConfigError: The text has no token, or more tokens than the model has positions; or its keys turn with the
             position, but cannot be turned back.
-        DataError: Its file cannot be read; or it has fewer tokens than P.
+        DataError: Its file cannot be read; or it has fewer tokens than P, or more pieces.
     """
     ids = text_ids(config, backbone)
     description = {"kind": "text", **read_init_text(config.init_text)[1], "tokens": len(ids)}
     longest = max(lengths.values())
     if set(lengths.values()) != {len(ids)}:
         description["compaction"] = config.compaction
-    cuts = config.compaction == "cut" or len(ids) == longest
-    if not cuts:
-        _check_turns(config, backbone)
-    whole = _compute(backbone, ids[:longest] if cuts else ids)
-    if config.compaction == "match" and "compaction" in description:
-        kept = match(backbone, whole, ids, lengths)
-    elif config.compaction == "stride":
-        kept = take(whole, {site: evenly_spaced(len(ids), length) for site, length in lengths.items()})
-    else:
+    if config.compaction == "cut" or len(ids) == longest:
+        whole = _compute(backbone, ids[:longest])
         return Start(take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description)
-    # The text behind stands as far from the kept keys as it would behind the whole text.
-    kept, turned = moved(backbone, kept, longest - len(ids))
-    return Start(kept, {**description, "turned_back": -turned} if "compaction" in description else description)
+    _check_turns(config, backbone)
+    count = -(-len(ids) // piece_length(backbone))
+    if count > min(lengths.values()):
+        raise DataError(
+            f"the text is compacted in {count:,} pieces, but the prefix has {min(lengths.values())} positions.",
+            hint="choose a longer --prefix-length, or --compaction cut.",
+        )
+    pieces = [ids[len(ids) * index // count : len(ids) * (index + 1) // count] for index in range(count)]
+    find = nearest([backbone.decode(piece) for piece in pieces])
+    about = [find(backbone.decode(list(question.prompt))) or 0 for question in questions]
+    parts: list[Prefix] = []
+    for number, piece in enumerate(pieces):
+        shares = {site: P * (number + 1) // count - P * number // count for site, P in lengths.items()}
+        whole = _compute(backbone, piece)
+        if config.compaction == "match":
+            own = [question for question, index in zip(questions, about, strict=True) if index == number]
+            kept, facts = match(backbone, whole, piece, shares, own)
+            description |= facts
+        else:
+            kept = take(whole, {site: evenly_spaced(len(piece), length) for site, length in shares.items()})
+        # What follows stands as far from the kept keys as it would from the whole piece.
+        parts.append(moved(backbone, kept, longest * (number + 1) // count - len(piece))[0])
+    description["turned_back"] = len(ids) - longest if can_move(backbone) else 0
+    return Start(side_by_side(parts), description)
 
 
 def _check_turns(config: TrainConfig, backbone: Backbone) -> None:

@@ -57,15 +57,22 @@ def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone: Callable[
     assert "--prefix-length" in error.value.hint
 
 
-def test_a_text_longer_than_the_model_is_refused_but_can_be_cut(tiny_backbone: Callable[..., Any]):
+@pytest.mark.parametrize("how", ["cut", "stride", "match"])
+def test_a_text_longer_than_the_model_is_brought_to_length_in_pieces(how: str, tiny_backbone: Callable[..., Any]):
+    backbone = tiny_backbone("llama")
+    encoder, start = build_encoder(config(TEXT * 20, 11, compaction=how), backbone)
+    assert encoder.bake().prefix_length == 11
+    assert start.description["tokens"] == 20 * len(TEXT) > 2 * MAX_POSITIONS
+    assert start.description.get("turned_back", 20 * len(TEXT) - 11) == 20 * len(TEXT) - 11
+
+
+def test_a_text_that_does_not_fit_is_refused(tiny_backbone: Callable[..., Any]):
     backbone = tiny_backbone("gpt2")
     with pytest.raises(ConfigError, match=f"has 170 tokens, but 'tiny-gpt2' reads at most {MAX_POSITIONS}") as error:
-        build_encoder(config("x" * 170, 5), backbone)
+        build_encoder(config("x" * 170), backbone)
     assert "--compaction cut" in error.value.hint
-    assert build_encoder(config("x" * 170, 5, compaction="cut"), backbone)[0].bake().prefix_length == 5
-    with pytest.raises(ConfigError, match="reads some of them again behind it") as error:
-        build_encoder(config("x" * MAX_POSITIONS, 5), backbone)
-    assert "--compaction stride" in error.value.hint
+    with pytest.raises(DataError, match="pieces, but the prefix has 2 positions"):
+        build_encoder(config("x" * 1000, 2), backbone)
 
 
 @pytest.mark.parametrize("how", ["stride", "match"])
