@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import prefixtune.training.silence as silence
 from prefixtune.backbone.backbone import Backbone
 
 DOCUMENT = "The Owl goes to Ashby from platform B. The Fox goes to Dover from platform C."
@@ -21,8 +22,13 @@ ROWS = [
 TEST = [{"question": "Owl platform?", "answer": "B"}, {"question": "Fox town?", "answer": "Dover"}]
 
 
+REQUESTS = {"train": [["Sing of rain.", "Drip, drop."], ["Count to 3.", "1 2 3"]], "test": ["Sing.", "Count to 9."]}
+"""About other things."""
+
+
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any]) -> Backbone:
+def backbone(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    monkeypatch.setattr(silence, "_requests", lambda: REQUESTS)
     made: Backbone = tiny_backbone("llama", max_position_embeddings=512)
     return made
 

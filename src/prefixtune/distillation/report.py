@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.data.encoding import format_of
 from prefixtune.distillation.chunks import text_bytes
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import num_asked
@@ -18,6 +19,7 @@ from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import encode_questions
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.run import TrainResult
+from prefixtune.training.silence import measure_silence
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import write_text
 
@@ -71,6 +73,8 @@ def report(
     if console is not None:
         started = time.monotonic()
         held_out |= _readings(config, memory, student, prefix, console)
+        if config.document and config.max_steps:
+            figures |= measure_silence(student, {"general": prefix}, format_of(student, prefix))
         if "bare" in held_out:
             figures["recovered"] = _recovered(held_out)
         seconds["report"] = time.monotonic() - started

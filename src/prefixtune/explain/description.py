@@ -1,4 +1,4 @@
-"""What the model itself says of a prefix, and whether its words can stand in the prefix's place.
+"""What the model itself says of a prefix, whether its words can stand in its place, and what it says off the topic.
 
 After InSPEcT (2025): the prefix stands in front of a text that asks for the description of a task.
 """
@@ -18,6 +18,7 @@ from prefixtune.explain.subject import Subject, View
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.silence import measure_silence
 
 _FEW_SHOT = (
     "Task description: translate the sentence into French.\n"
@@ -72,6 +73,15 @@ def description_view(subject: Subject) -> View:
         "unrelated": score(UNRELATED),
     }
     return View("description", numbers)
+
+
+def general_view(subject: Subject) -> View:
+    """How the prefix, and random numbers, change what the bare model writes to requests about other things."""
+    if subject.labels is not None or subject.backbone.kind == "encoder":
+        return View("general", left_out="the prefix gives labels, and writes no text.")
+    compared = {"prefix": subject.prefix, "random": subject.controls["random"]}
+    found = measure_silence(subject.backbone, compared, subject.text_format)
+    return View("general", found, "" if found else "no request fits the backbone's positions beside the prefix.")
 
 
 def _describe(subject: Subject, asked: Mapping[str, str], prefix: Prefix | None) -> dict[str, str]:

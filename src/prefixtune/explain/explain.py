@@ -8,7 +8,7 @@ from typing import Any
 from prefixtune.errors import PrefixError
 from prefixtune.explain.ablation import loss_view
 from prefixtune.explain.attention import attention_view
-from prefixtune.explain.description import description_view
+from prefixtune.explain.description import description_view, general_view
 from prefixtune.explain.nearest import nearest_view
 from prefixtune.explain.subject import TITLES, Subject, View
 
@@ -17,6 +17,7 @@ _MAKERS: Mapping[str, Callable[[Subject], View]] = {
     "loss": loss_view,
     "nearest": nearest_view,
     "description": description_view,
+    "general": general_view,
 }
 
 

@@ -50,6 +50,7 @@ def compose(views: Sequence[View], facts: Sequence[tuple[str, str]], title: str)
         "loss": _loss,
         "nearest": _nearest,
         "description": _description,
+        "general": _general,
     }
     missing = [f"{TITLES[view.name]} is left out: {view.left_out}" for view in views if view.left_out]
     summary: list[Block] = [Facts(list(facts)), *([Listing(missing)] if missing else [])]
@@ -168,3 +169,14 @@ def _description(found: Found) -> list[Block]:
         num_headers=2,
     )
     return [Text(f"Loss per label on {found['rows']} rows: {gain}."), table]
+
+
+def _general(found: Found) -> list[Block]:
+    by_name = _named(found["prefix"], {"random": found["random"]})
+    unchanged = texts("texts unchanged", [f"{each['unchanged']} of {each['requests']}" for each in by_name.values()])
+    divergence = numbers("KL per token", [each["kl"] for each in by_name.values()], lambda value: fixed(value, 3))
+    return [
+        Table(
+            "Answers with the prefix, beside those of the bare model", [texts("prefix", by_name), unchanged, divergence]
+        )
+    ]

@@ -22,6 +22,7 @@ TITLES = {
     "loss": "Loss with parts left out",
     "nearest": "Nearest real text",
     "description": "The model's own description",
+    "general": "Requests about other things",
 }
 """The views, in the order in which they are made."""
 SHOWS = {
@@ -33,6 +34,8 @@ SHOWS = {
     "not say what the prefix does.",
     "description": "It shows what the model says of its prefix, and how much of the prefix's gain the words bring in "
     "its place. A small model's words may be wrong, or right by the examples in the question.",
+    "general": "It shows how many of the bare model's texts stay as they are with the prefix, on requests that are not "
+    "its task, in the prefix's own format. A prefix that changes texts need not make them worse.",
 }
 """What each view can and cannot show."""
 

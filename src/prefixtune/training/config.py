@@ -165,7 +165,9 @@ class TrainConfig(Config):
     )
     weight_decay: float = _training(0.0, ge=0, description="decoupled weight decay")
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
-    epochs: float = _training(5.0, gt=0, le=1_000_000, description="passes over the training targets")
+    epochs: float = _training(
+        5.0, ge=0, le=1_000_000, description="passes over the training targets; 0: the start alone, without training"
+    )
     max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")
     batch_size: int = _training(16, ge=1, description="targets per forward pass")
     targets_per_source: int = _training(
@@ -173,6 +175,13 @@ class TrainConfig(Config):
     )
     gradient_accumulation: int = _training(1, ge=1, description="forward passes per optimizer step")
     max_grad_norm: float = _training(1.0, ge=0, description="clip the gradient's norm to this; 0: do not clip")
+    keep_general: float = _training(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of general requests that is added to the targets, taught by the bare model: to stay silent "
+        "off the topic, such as 0.05",
+    )
     loss_reduction: Literal["sentence", "token"] = _training(
         "sentence", description="sentence: sum over a target, mean over targets (the paper); token: mean over tokens"
     )
@@ -294,7 +303,7 @@ class TrainConfig(Config):
     def peak_learning_rate(self) -> float:
         """The configured learning rate, or the default of what trains; half of it beside others.
 
-        What stands beside changes from sample to sample: at the full rate such a prefix knows less.
+        What stands beside changes from step to step: at the full rate such a prefix never settles.
         """
         if self.learning_rate:
             return self.learning_rate

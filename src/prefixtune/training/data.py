@@ -19,7 +19,7 @@ from prefixtune.data.forms import FORMS, Form, detect_form, example_form
 from prefixtune.data.forms import describe_data as describe_file
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
 from prefixtune.data.streams import read_text
-from prefixtune.data.tokenized import TokenizedDataset, hash_tokens
+from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
@@ -193,6 +193,7 @@ class TrainData:
         plan: The training examples that the prefix starts from; None: it starts from something else.
         questions: Of a memory, questions with their answers, to be stored with it.
         digest: Tells this data from any other, so that a run is never resumed on other data.
+        general: Requests about other things, with the bare model's labels.
     """
 
     train: TokenizedDataset
@@ -202,6 +203,7 @@ class TrainData:
     digest: str
     plan: ExamplePlan | None = None
     questions: Sequence[tuple[str, str]] = ()
+    general: Sequence[TokenizedExample] = ()
 
     @property
     def has_head(self) -> bool:

@@ -39,6 +39,7 @@ from prefixtune.training.early_stopping import TrainState
 from prefixtune.training.run_folder import Event
 from prefixtune.training.schedule import count_steps, learning_rate, optimizer_steps
 from prefixtune.training.score import divided, evaluation_loss, local_batch
+from prefixtune.training.silence import general_of_step
 from prefixtune.training.variation import variation_facts, vary
 
 MOST_POSITIONS = 8192
@@ -157,7 +158,7 @@ class TrainLoop:
         rate = config.peak_learning_rate
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=config.weight_decay, fused=fused)
         self.steps_per_epoch = count_steps(config, data.train.examples)
-        total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
+        total_steps = config.max_steps or max(config.epochs > 0, round(config.epochs * self.steps_per_epoch))
         self.state = TrainState(total_steps, config.patience)
         self.resumed = self.stopped = False
         self.most_positions = MOST_POSITIONS
@@ -241,10 +242,16 @@ class TrainLoop:
                     return
                 index += 1
                 if index > steps_taken:
+                    batches = [*batches[:-1], [*batches[-1], *self._general(batches, index)]]
                     varied = self._vary(batches, index)
                     options = {} if self.beside is None else {"front_size": self.beside.size}
                     parts = divided(self.backbone, varied, self.most_positions * self.processes.size, **options)
                     yield [local_batch(self.backbone, part, self.processes) for part in parts]
+
+    def _general(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[TokenizedExample]:
+        """The requests about other things of a step."""
+        targets = sum(example.num_targets for batch in batches for example in batch)
+        return general_of_step(self.data.general, self.config.keep_general, targets, self.config.seed, step)
 
     def _vary(self, batches: Sequence[Sequence[TokenizedExample]], step: int) -> list[list[TokenizedExample]]:
         """The batches of a step, with what each group has in front, and what it sees of it."""
@@ -381,6 +388,9 @@ class TrainLoop:
 
     def last_events(self) -> Iterator[Event]:
         """What happens after the last step; nothing if the run was stopped before it."""
+        if not self.state.total_steps:
+            # The start is the result.
+            yield self.evaluate()
         if self.ended:
             yield {"event": "end", "step": self.state.step, **self.state.best()}
 

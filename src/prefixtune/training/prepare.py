@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,6 +16,7 @@ from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantize
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.lora import has_adapter
 from prefixtune.data import ExampleLike
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError
 from prefixtune.training.beside import SELF, Beside, load_others, with_questions
 from prefixtune.training.checkpoint import read_checkpoint
@@ -24,6 +26,7 @@ from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sha
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.run import Run
 from prefixtune.training.run_folder import EARLIER_STATE_FILE, check_unused
+from prefixtune.training.silence import general_examples
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.trackers import check_installed
 from prefixtune.training.tuning import tune
@@ -104,8 +107,12 @@ def prepare(
             what = "the run has a head" if data.has_head else f"{loaded.name!r} reads no packed rows"
             raise ConfigError(f"{what}, so that runs cannot share a pass.", hint="train it separately.")
         data = data if teach is None else teach(config, loaded, data)
+        if config.keep_general and (config.max_steps or config.epochs):
+            data = _with_general(config, loaded, data)
+        # What a teacher is asked is about the text that the run starts from.
+        questions = data.train.examples if teach is not None else ()
         data = with_questions(data, others, loaded, config.seed)
-        loop = _build_loop(config, data, stored_start, loaded, processes)
+        loop = _build_loop(config, data, stored_start, loaded, processes, questions)
         if others:
             loop.stand_beside(Beside.of_prefixes(others, loaded.rotation))
         stack.enter_context(gradient_checkpointing(loaded.model, config.gradient_checkpointing))
@@ -224,6 +231,23 @@ def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
         )
 
 
+def _with_general(config: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
+    """A run's data with requests about other things.
+
+    Raises:
+        ConfigError: The run writes no text, or trains no prefix.
+    """
+    if data.labels is not None or not config.trains_prefix:
+        raise ConfigError(
+            f"keep_general is {config.keep_general:g}, but only prefixes that write texts learn general requests.",
+            hint="leave it out.",
+        )
+    digest = f"{data.digest}+general {config.keep_general:g}"
+    return dataclasses.replace(
+        data, general=general_examples(backbone, data.text_format, config.longest), digest=digest
+    )
+
+
 # --- what trains -----------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +257,7 @@ def _build_loop(
     stored_start: Mapping[str, Any] | None,
     backbone: Backbone,
     processes: ProcessGroup,
+    questions: Sequence[TokenizedExample],
 ) -> TrainLoop:
     """A loop with what trains in it: an encoder, or the backbone's own weights."""
     if config.trains_prefix:
@@ -241,6 +266,7 @@ def _build_loop(
             backbone,
             head_labels=data.head_labels,
             examples=data.train.examples,
+            questions=questions,
             plan=data.plan,
             stored_start=stored_start,
         )

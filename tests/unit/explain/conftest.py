@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
+import prefixtune.training.silence as silence
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.explain.subject import Subject, make_subject
 from prefixtune.prefix.prefix import Prefix
 
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", "unused")) for letter in "abcdef"]
+
+
+@pytest.fixture(autouse=True)
+def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests about other things that tiny models take no time for."""
+    monkeypatch.setattr(silence, "_requests", lambda: {"train": [], "test": ["Sing.", "Count to 3."]})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_all_faults_are_reported_at_once():
             prefix_length=0,
             batch_size=-1,
             learning_rate=-1.0,
-            epochs=0.0,
+            epochs=-1.0,
             task=3,
             reparameterization="mpl",
             init_text=" ",

@@ -74,6 +74,10 @@ def _parts(result: DistillResult) -> Iterator[Table | str]:
     for name, share in figures.get("recovered", {}).items():
         what = "KL from the teacher" if name == "kl" else f"loss between bare and {subject} in view"
         yield f"recovered of the {what}: {share:.0%}"
+    if "general" in figures:
+        general = figures["general"]
+        kept = f"{general['unchanged']} of {general['requests']} texts unchanged"
+        yield f"requests about other things: {kept}, KL from the bare model {general['kl']:.3f} per token"
     text = ""
     if "text_bytes" in figures:
         text = f"; the {subject}'s own: {figures['text_positions']:,} positions, {figures['text_bytes']:,} bytes"

@@ -96,8 +96,8 @@ class ExplainOptions(BackboneOptions, PageOptions, ReadingOptions):
     prefix: str = option(description=PREFIX, positional=True)
     data: str = option(description="examples with targets, best not those of the training", metavar="PATH")
     against: str = option("", "a prefix of another task, to compare with", metavar="FILE")
-    views: CommaList[Literal["attention", "loss", "nearest", "description"]] = option(
-        (), "only these, of attention,loss,nearest,description", metavar="NAMES"
+    views: CommaList[Literal["attention", "loss", "nearest", "description", "general"]] = option(
+        (), "only these, of attention,loss,nearest,description,general", metavar="NAMES"
     )
     rows: int = option(32, "most examples, each with its first target; of texts alone, most windows", ge=1, le=10_000)
     batch_size: int = option(8, "examples per batch", ge=1)

@@ -1,0 +1,109 @@
+"""What a prefix does to requests about other things, and how it learns to leave them alone.
+
+A share of the training is general requests with the bare model as teacher ("data mixing" of Cartridges++, 2026). The
+requests, and the answers of those that are trained on, were written by SmolLM2-135M-Instruct
+(`research/memories/general.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import SoftLabels
+from prefixtune.backbone.loss import label_logits
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
+from prefixtune.data.examples import Example
+from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.generate import generate_ids
+from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
+
+__all__ = ["general_examples", "general_of_step", "measure_silence"]
+
+_NEW_TOKENS = 32
+_BATCH = 32
+_AROUND = 32
+"""Tokens that are left free for the text around a request and its answer."""
+
+
+@cache
+def _requests() -> dict[str, Any]:
+    """`train`: pairs of a request and an answer; `test`: other requests."""
+    made: dict[str, Any] = json.loads(files("prefixtune.training").joinpath("general.json").read_text("utf-8"))
+    return made
+
+
+@torch.no_grad()
+def general_examples(backbone: Backbone, text_format: TextFormat, prefix_length: int) -> list[TokenizedExample]:
+    """General requests with answers, in a run's format, with the bare model's likeliest tokens as labels.
+
+    Args:
+        backbone: Who teaches.
+        text_format: The text around a request and its answer.
+        prefix_length: P; what finds no room behind it is left out.
+    """
+    room = (backbone.max_positions or 2**20) - backbone.prefix_positions(prefix_length)
+    fits = [pair for pair in _requests()["train"] if len(backbone.encode(" ".join(pair))) + _AROUND <= room]
+    pairs = [Example(request, (answer,)) for request, answer in fits]
+    rows = encode_examples(backbone, pairs, text_format, prefix_length=prefix_length).examples if pairs else []
+    taught: list[TokenizedExample] = []
+    for first in range(0, len(rows), _BATCH):
+        some = rows[first : first + _BATCH]
+        soft = SoftLabels.from_logits(label_logits(backbone, None, collate(backbone, some)))
+        parts = soft.to(torch.device("cpu")).split([len(row.targets[0]) for row in some])
+        taught += [replace(row, soft_targets=(labels,)) for row, labels in zip(some, parts, strict=True)]
+    return taught
+
+
+def general_of_step(
+    general: Sequence[TokenizedExample], share: float, targets: int, seed: int, step: int
+) -> list[TokenizedExample]:
+    """The general requests of a step, drawn by seed and step: on average a share of the step's other targets."""
+    draw = random.Random(f"{seed}/{step}/general")
+    return draw.sample(general, min(int(share * targets + draw.random()), len(general)))
+
+
+@torch.no_grad()
+def measure_silence(
+    backbone: Backbone, prefixes: Mapping[str, Prefix], text_format: TextFormat
+) -> dict[str, dict[str, Any]]:
+    """How prefixes change the bare model's greedy texts of 32 tokens to requests about other things.
+
+    Returns:
+        By name: `requests`; `unchanged`: texts that the prefix leaves as they are; `kl`: nats per token of the bare
+        model's texts from the bare model, over the whole vocabulary. Empty: no request finds room.
+    """
+    longest = max(prefix.length() for prefix in prefixes.values())
+    room = (backbone.max_positions or 2**20) - backbone.prefix_positions(longest) - _NEW_TOKENS
+    asked = [ids for ids in encode_prompts(backbone, text_format, _requests()["test"]) if len(ids) <= room]
+    config = GenerateConfig(max_new_tokens=_NEW_TOKENS, batch_size=_BATCH)
+    texts = generate_ids(backbone, asked, [None] * len(asked), config=config)
+    # The end token is a token of a text, too.
+    ended = ([*text, backbone.eos_id][:_NEW_TOKENS] for text in texts)
+    rows = [TokenizedExample(tuple(ids), (tuple(text),)) for ids, text in zip(asked, ended, strict=True)]
+    divergence, unchanged, tokens = dict.fromkeys(prefixes, 0.0), dict.fromkeys(prefixes, 0), 0
+    for first in range(0, len(rows), _BATCH):
+        some = rows[first : first + _BATCH]
+        batch = collate(backbone, some)
+        bare = label_logits(backbone, None, batch).float().log_softmax(-1)
+        tokens += len(bare)
+        for name, prefix in prefixes.items():
+            own = label_logits(backbone, prefix, batch).float().log_softmax(-1)
+            divergence[name] += float((bare.exp() * (bare - own)).sum())
+            # Greedy decoding writes the same text if, and only if, each of its tokens stays the likeliest.
+            same = (own.argmax(-1).cpu() == batch.labels).split([len(row.targets[0]) for row in some])
+            unchanged[name] += sum(bool(one.all()) for one in same)
+    return {
+        name: {"requests": len(rows), "unchanged": unchanged[name], "kl": round(divergence[name] / tokens, 4)}
+        for name in (prefixes if rows else ())
+    }
