@@ -19,9 +19,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
+from asgi_client import bearer, send
 from live_server import make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -184,9 +184,9 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     app, body = make_app(state), other.read_bytes()
 
     def act() -> str | None:
-        status, reported = asyncio.run(put(app, "/v1/models/p", body))
-        good = status in (200, 201) or (status == 507 and isinstance(json.loads(reported)["error"]["message"], str))
-        return None if good else f"{status}, {reported!r}"
+        answer = asyncio.run(send(app, "PUT", "/v1/models/p", body, headers=bearer("boss")))
+        good = answer.status in (200, 201) or (answer.status == 507 and answer.json["error"]["message"])
+        return None if good else f"{answer.status}, {answer.body!r}"
 
     def after(found: Files) -> str | None:
         if found not in ({"p.safetensors": one.read_bytes()}, {"p.safetensors": body}):
@@ -195,31 +195,6 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
         return None if store.get("p").equal(file) else "another prefix is served than the file's"
 
     return Operation(folder, act, after)
-
-
-async def put(app: Any, path: str, body: bytes) -> tuple[int, bytes]:
-    """An upload, as the server hands it to the application."""
-    headers = {"host": "127.0.0.1:8000", "authorization": "Bearer pt-boss", "content-type": "application/octet-stream"}
-    scope = {
-        "type": "http", "method": "PUT", "path": path, "raw_path": path.encode(), "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()], "root_path": "",
-    }  # fmt: skip
-    status, reported, sent = 0, b"", False
-
-    async def receive() -> dict[str, Any]:
-        nonlocal sent
-        if sent:
-            await asyncio.Event().wait()
-        sent = True
-        return {"type": "http.request", "body": body}
-
-    async def send(message: dict[str, Any]) -> None:
-        nonlocal status, reported
-        status = message.get("status", status)
-        reported += message.get("body", b"")
-
-    await asyncio.wait_for(app(scope, receive, send), 30)
-    return status, reported
 
 
 def run(work: Path) -> None:

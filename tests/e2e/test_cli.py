@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from command_line import run, run_apart, start
-from prefixtune.backbone.prefixes import load_prefix
 from restaurant_tables import TABLES
 
 
@@ -150,43 +149,21 @@ def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, fold
     assert json.loads(out)["overlap"]["count"] == 0
 
 
-def test_train_as_json_prints_events(folder: Path, train_flags: Callable[..., list[str]]) -> None:
-    out, err = run(*train_flags(folder / "json", "--max-steps", "3", "--json"))
-    events = [json.loads(line) for line in out.splitlines()]
-    assert [e["event"] for e in events] == ["start", "step", "step", "step", "evaluation", "save", "end", "result"]
-    assert err == ""
+def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list[str]]) -> None:
+    before = trained.read_bytes()
+    _, err = run(*train_flags(trained.parent, "--max-steps", "3"), code=2)
+    assert "--resume" in err
+    assert trained.read_bytes() == before
 
 
-@pytest.fixture(scope="module")
-def whole(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
-    """A run that nobody kills."""
-    run(*train_flags(folder / "whole", *KILLED, "--save-every", "7"))
-    return folder / "whole"
-
-
-KILLED = ("--max-steps", "60", "--reparameterization", "mlp", "--bottleneck-size", "16")
-
-
-def test_kill_minus_nine_then_resume_gives_the_same_losses(
-    folder: Path, whole: Path, train_flags: Callable[..., list[str]]
-) -> None:
-    killed = folder / "killed"
-    process = start(*train_flags(killed, *KILLED, "--save-every", "7"))
-    log = killed / "events.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= 20):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 20 <= len(losses_of_whole_lines(log)) < 60, "the run was to be killed on its way"
-    _, err = run("train", "--resume", "--output", str(killed))
-    assert "resuming after step" in err
-    assert losses(killed) == losses(whole)
-    assert load_prefix(killed / "prefix.safetensors").equal(load_prefix(whole / "prefix.safetensors"))
-
-
-def losses_of_whole_lines(log: Path) -> list[str]:
-    return [line for line in log.read_text().split("\n")[:-1] if '"event": "step"' in line]
+def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[..., list[str]], data: str) -> None:
+    changing = folder / "changing.jsonl"
+    changing.write_text(Path(data).read_text())
+    flags = [str(changing) if word == data else word for word in train_flags(folder / "other", "--max-steps", "3")]
+    run(*flags)
+    changing.write_text(changing.read_text().replace("soup", "stew"))
+    _, err = run(*flags, "--resume", code=2)
+    assert "data" in err
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable[..., list[str]]) -> None:
@@ -208,31 +185,8 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable
     assert len(losses(output)) == 60
 
 
-def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list[str]]) -> None:
-    before = trained.read_bytes()
-    _, err = run(*train_flags(trained.parent, "--max-steps", "3"), code=2)
-    assert "--resume" in err
-    assert trained.read_bytes() == before
-
-
 def test_doctor_passes_on_a_good_backbone(model: str) -> None:
     out, _ = run("doctor", model, "--json")
     report = json.loads(out)
     assert report["passed"] is True
     assert len(report["checks"]) == 5
-
-
-def test_an_unprepared_backbone_is_not_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
-    _, err = run("generate", "x", code=2)
-    assert "prefixtune prepare" in err
-
-
-def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[..., list[str]], data: str) -> None:
-    changing = folder / "changing.jsonl"
-    changing.write_text(Path(data).read_text())
-    flags = [str(changing) if word == data else word for word in train_flags(folder / "other", "--max-steps", "3")]
-    run(*flags)
-    changing.write_text(changing.read_text().replace("soup", "stew"))
-    _, err = run(*flags, "--resume", code=2)
-    assert "data" in err

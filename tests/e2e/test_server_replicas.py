@@ -67,7 +67,8 @@ def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
     places = "".join(f"    {kind}_temp_path {folder / kind};\n" for kind in kinds)
     text = text.replace("http {\n", f"http {{\n    access_log off;\n{places}", 1)
     path = folder / "nginx.conf"
-    path.write_text(f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'log'};\nuser {_user()};\n{text}")
+    own = f"daemon off;\npid {folder / 'pid'};\nerror_log {folder / 'log'};\nuser {getpass.getuser()};\n"
+    path.write_text(own + text)
     process = subprocess.Popen([str(NGINX), "-e", str(folder / "log"), "-p", str(folder), "-c", str(path)])
     proxy = HttpClient(f"http://{address}")
 
@@ -83,10 +84,6 @@ def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
     finally:
         process.send_signal(signal.SIGQUIT)
         process.wait(10)
-
-
-def _user() -> str:
-    return getpass.getuser()
 
 
 def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Path) -> None:

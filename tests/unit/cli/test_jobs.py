@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -117,43 +116,6 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_lists_jobs_with_their_names(jobs: Jobs) -> None:
-    out, _ = jobs()
-    head, first, second = out.splitlines()
-    assert head.split() == ["job", "status", "name", "model", "created"]
-    assert first.split()[:4] == [JOB["id"], "succeeded", "cats", "tiny"]
-    assert second.split()[:6] == [JOB["id"], "running,", "25", "%", "cats", "tiny"]
-    assert json.loads(jobs("list", "--json")[0])["jobs"][0]["fine_tuned_model"] == "cats"
-
-
-def test_create_uploads_and_asks(jobs: Jobs, server: FakeServer, rows: Path) -> None:
-    out, _ = jobs(
-        "create",
-        str(rows),
-        "--name",
-        "cats",
-        "--option",
-        "n_epochs=3",
-        "--option",
-        "seed=1",
-        "--option",
-        "prefix_length=4",
-    )
-    (form,) = server.sent("POST /files")
-    assert rows.read_bytes() in form
-    assert b'name="purpose"\r\n\r\nfine-tune\r\n' in form
-    assert b'filename="rows.jsonl"' in form
-    (body,) = server.sent("POST /fine_tuning/jobs")
-    assert json.loads(body) == {
-        "model": "tiny",
-        "training_file": FILE["id"],
-        "seed": 1,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
-        "prefixtune": {"name": "cats", "prefix_length": 4},
-    }
-    assert JOB["id"] in out
-
-
 def test_a_file_that_cannot_be_trained_on_makes_no_job(jobs: Jobs, server: FakeServer, rows: Path) -> None:
     server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "line 7 is\x1b[2J wrong."}))
     _, err = jobs("create", str(rows), code=2)
@@ -161,13 +123,18 @@ def test_a_file_that_cannot_be_trained_on_makes_no_job(jobs: Jobs, server: FakeS
     assert not server.sent("POST /fine_tuning/jobs")
 
 
-def test_a_document_and_its_questions(jobs: Jobs, server: FakeServer, rows: Path) -> None:
-    jobs("create", str(rows), "--document", "--questions", "self", "--model", "tiny", "--validation", FILE["id"])
+def test_a_document_its_questions_and_options(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+    files = ("--document", "--questions", "self", "--model", "tiny", "--validation", FILE["id"])
+    jobs("create", str(rows), *files, "--option", "n_epochs=3", "--option", "seed=1")
     assert b"\r\n\r\ndocument\r\n" in server.sent("POST /files")[0]
-    body = json.loads(server.sent("POST /fine_tuning/jobs")[0])
-    assert body["prefixtune"] == {"questions": "self"}
-    assert body["validation_file"] == FILE["id"]
-    assert not server.sent("GET /models")
+    assert json.loads(server.sent("POST /fine_tuning/jobs")[0]) == {
+        "model": "tiny",
+        "training_file": FILE["id"],
+        "validation_file": FILE["id"],
+        "seed": 1,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}},
+        "prefixtune": {"questions": "self"},
+    }
 
 
 def test_mistakes_are_seen_before_anything_is_sent(jobs: Jobs, server: FakeServer, rows: Path) -> None:
@@ -181,15 +148,6 @@ def test_mistakes_are_seen_before_anything_is_sent(jobs: Jobs, server: FakeServe
     _, err = run("jobs", "--url", "http://me:secret@here/v1", code=2)
     assert "--url" in err
     assert "secret" not in err
-
-
-def test_follow_shows_events_and_ends_with_the_name(jobs: Jobs) -> None:
-    out, err = jobs("follow", JOB["id"])
-    assert out == "cats\n"
-    assert "it begins" in err
-    assert re.search(r"training: 3/4 \(75 %\), loss 0\.3333", err)
-    lines = [json.loads(line) for line in jobs("follow", JOB["id"], "--json")[0].splitlines()]
-    assert [line["id"] for line in lines] == ["ftevent-1", "ftevent-2", "ftevent-3", JOB["id"]]
 
 
 def test_follow_waits_for_a_server_that_is_away(jobs: Jobs, server: FakeServer) -> None:
@@ -215,10 +173,8 @@ def test_follow_says_what_became_of_it(jobs: Jobs, server: FakeServer) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        as_error(404, "there is no job"),
         (500, {}, b"<html>"),
         as_json([]),
-        as_json({**JOB, "status": None}),
         (200, {}, b"[" * 200_000),
         (302, {"Location": "http://elsewhere/"}, b""),
     ],

@@ -67,16 +67,13 @@ def test_openais_client_uploads_lists_reads_and_deletes(app: Any) -> None:
     ask(app, work)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"no form at all", PURPOSE + FILE + FILE + END, part("purpos", b"fine-tune") + FILE + END,
+def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path) -> None:
+    for body in (
+        b"no form at all", PURPOSE + FILE + FILE + END, part("purpos", b"fine-tune") + FILE + END,
         part("expires_after[seconds]", b"3600") + PURPOSE + FILE + END, part("expires_after", b"") * 1000 + END,
         f"--{BOUNDARY}\r\n\r\nno headers\r\n".encode() + END,
-    ],
-)  # fmt: skip
-def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path, body: bytes) -> None:
-    assert post(app, body).status == 400
+    ):  # fmt: skip
+        assert post(app, body).status == 400
     assert stored(tmp_path) == []
 
 
@@ -94,17 +91,13 @@ def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) ->
     assert len(stored(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("where", ["write", "publish"])
+@pytest.mark.parametrize("where", ["shutil.copyfileobj", "os.rename"])
 def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
-    target = {
-        "write": "prefixtune.jobs.files.shutil.copyfileobj",
-        "publish": "prefixtune.jobs.files.os.rename",
-    }[where]
     with monkeypatch.context() as patch:
-        patch.setattr(target, fail)
+        patch.setattr(f"prefixtune.jobs.files.{where}", fail)
         response = post(app, PURPOSE + FILE + END)
     assert (response.status, response.code) == (507, "storage_failed")
     assert str(tmp_path) not in response.body.decode()

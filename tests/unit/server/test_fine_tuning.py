@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,7 @@ def keys(**rules: dict[str, Any]) -> dict[str, KeyConfig]:
 # --- what works -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_from_its_creation_to_its_result(
-    make_server: Callable[..., Any],
-) -> None:
+def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) -> None:
     app, state = make_server(trackers=("wandb",))
     file, check = upload(state), upload(state)
     woken = threading.Event()
@@ -200,21 +198,14 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server: Callable[..., Any
     assert ask(app, lambda client: listed(client, limit=1)) == made[::-1]
     assert ask(app, lambda client: listed(client, limit=2, after=made[2])) == made[1::-1]
     assert ask(app, lambda client: listed(client, metadata={"n": "1", "all": "yes"})) == [made[1]]
-    assert ask(app, lambda client: listed(client, metadata={"n": "9"})) == []
     last = ask(app, lambda client: client.fine_tuning.jobs.retrieve(made[2]))
     assert last.prefixtune["position"] == 2
-    wrong: list[dict[str, Any]] = [{"limit": 0}, {"limit": 1000}, {"after": "ftjob-x"}]
-    for query in wrong:
-        with pytest.raises(openai.BadRequestError):
-            ask(app, partial(listed, **query))
 
 
 def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) -> None:
     app, state = make_server()
     job = create(app, upload(state), own={"name": "mine"})
     assert ask(app, lambda client: client.fine_tuning.jobs.pause(job.id)).status == "paused"
-    with pytest.raises(openai.BadRequestError):
-        ask(app, lambda client: client.fine_tuning.jobs.pause(job.id))
     # A paused job keeps its name.
     assert refusal(app, upload(state), own={"name": "mine"}).code == "name_taken"
     assert ask(app, lambda client: client.fine_tuning.jobs.resume(job.id)).status == "queued"
@@ -235,8 +226,6 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
     assert start.read_bytes() == (state.store.folder / "a.safetensors").read_bytes()
     asked = asyncio.run(state.training.ask(lambda queue: queue.get(job.id))).job
     assert (asked.config["initialization"], asked.config["prefix_length"]) == ("prefix", 4)
-    assert refusal(app, upload(state), model="nothing").status_code == 404
-    assert refusal(app, upload(state), model="a+b").param == "model"
 
 
 def test_only_who_may_have_a_prefix_goes_on_from_it(
@@ -283,28 +272,16 @@ def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..
     assert len(left(state)[1]) == 2
 
 
-@pytest.fixture
-def database_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
-    """A function: while its block runs, no job can be queued."""
-
+def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
+    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(*_: Any) -> None:
         raise QueueUnavailableError("the database of jobs cannot be reached.")
 
-    @contextmanager
-    def block() -> Iterator[None]:
-        with monkeypatch.context() as patched:
-            patched.setattr("prefixtune.jobs.queue.JobQueue.add", away)
-            yield
-
-    return block
-
-
-def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
-    make_server: Callable[..., Any], database_away: Callable[[], AbstractContextManager[None]]
-) -> None:
     app, state = make_server()
     file, header = upload(state), {"Idempotency-Key": "once"}
-    with database_away():
+    with monkeypatch.context() as patched:
+        patched.setattr(JobQueue, "add", away)
         assert refusal(app, file, extra_headers=header).status_code == 503
     (job_id,), _ = left(state)
     folder = state.training.folder.job(job_id)
@@ -339,23 +316,6 @@ def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callabl
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("more", "status", "param", "code"),
-    [
-        ({"own": {"name": "../x"}}, 400, "prefixtune.name", "invalid_name"),
-        # Only questions are made by the model.
-        ({"validation_file": "self"}, 404, "validation_file", "file_not_found"),
-    ],
-)
-def test_a_wrong_request_leaves_nothing(
-    more: dict[str, Any], status: int, param: str | None, code: str | None, make_server: Callable[..., Any]
-) -> None:
-    app, state = make_server()
-    error = refusal(app, upload(state), **more)
-    assert (error.status_code, error.param, error.code) == (status, param, code)
-    assert left(state) == ([], [])
-
-
 def test_trackers_are_allowed_by_the_servers_owner(make_server: Callable[..., Any]) -> None:
     app, state = make_server(trackers="trackio,wandb")
     other = refusal(app, upload(state), integrations=[{"type": "mlflow"}])
@@ -381,12 +341,7 @@ def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> N
 
 
 def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
-    rules = keys(
-        few={"max_jobs": 1},
-        none={"max_prefixes": 0},
-        short={"max_steps": 4},
-        rare={"requests_per_minute": 1},
-    )
+    rules = keys(few={"max_jobs": 1}, none={"max_prefixes": 0}, short={"max_steps": 4})
     app, state = make_server(keys=rules)
     files = {name: upload(state, owner=name) for name in rules}
     create(app, files["few"], key="pt-few")
@@ -397,9 +352,6 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     # `auto` stays within the limit.
     assert create(app, files["short"], key="pt-short").hyperparameters.n_epochs == 2
     assert refusal(app, files["short"], key="pt-short", own={"max_steps": 5}).code == "too_many_steps"
-    ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
-    with pytest.raises(openai.RateLimitError):
-        ask(app, lambda client: client.fine_tuning.jobs.list(), "pt-rare")
 
 
 def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

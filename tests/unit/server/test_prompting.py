@@ -57,17 +57,12 @@ def test_long_sources_are_treated_as_in_training(
     assert response.headers["x-prefixtune-cut-tokens"] == "53"
     assert caplog.records[-1].__dict__["fields"]["cut_tokens"] == 53
     assert response.json["usage"]["prompt_tokens"] == 40
-    chat_body = {"model": "cuts", "messages": [{"role": "user", "content": source}], **shared}
-    chat = asyncio.run(send(app, "POST", "/v1/chat/completions", chat_body))
     task = asyncio.run(send(app, "POST", "/v1/tasks/cuts", {"source": source, **shared}))
-    assert chat.json["choices"][0]["message"]["content"] == task.json["output"] == expected
-    assert chat.headers["x-prefixtune-cut-tokens"] == task.headers["x-prefixtune-cut-tokens"] == "53"
+    assert (task.json["output"], task.headers["x-prefixtune-cut-tokens"]) == (expected, "53")
     # on_too_long of the server decides for all prefixes.
     strict, _ = make_server(on_too_long="error")
     refused = asyncio.run(send(strict, "POST", "/v1/completions", body))
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
-    longer = asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 600)))
-    assert (longer.status, longer.code) == (400, "context_length_exceeded")
 
 
 def test_a_default_that_the_engine_lacks_is_left_out(

@@ -41,25 +41,16 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
 
 
-def test_vllms_top_k_for_all_tokens_and_openais_top_p_of_zero() -> None:
-    assert completion(top_k=-1).sampling(9).top_k == 0
-    assert 0 < completion(top_p=0).sampling(9).top_p < 1e-6
-
-
-def test_fields_that_change_nothing_are_ignored() -> None:
-    neutral = {
-        "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "logit_bias": {},
-        "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1, "suffix": "", "modalities": ["text"],
-        "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True,
-    }  # fmt: skip
-    assert completion(**neutral).sampling(9) == completion().sampling(9)
-
-
-def test_penalties_and_biases_reach_the_engine() -> None:
+def test_fields_reach_the_engine() -> None:
     fields = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5}
     params = completion(**fields, logit_bias={"5": -100, "007": 1.5}).sampling(9)
     assert fields == {name: getattr(params, name) for name in fields}
     assert params.logit_bias == {5: -100.0, 7: 1.5}
+    params = completion(echo=True, logprobs=3, max_tokens=0).sampling(9)
+    assert (params.prompt_logprobs, params.logprobs) == (3, 3)
+    # vLLM's -1 is all tokens; OpenAI's 0 the likeliest alone.
+    assert completion(top_k=-1).sampling(9).top_k == 0
+    assert 0 < completion(top_p=0).sampling(9).top_p < 1e-6
 
 
 def test_response_formats() -> None:
@@ -70,31 +61,18 @@ def test_response_formats() -> None:
     assert completion(response_format={"type": "text"}).json_schema is None
 
 
-def test_echo_asks_for_the_prompts_logprobs_too() -> None:
-    params = completion(echo=True, logprobs=3, max_tokens=0).sampling(9)
-    assert (params.prompt_logprobs, params.logprobs) == (3, 3)
-    assert completion(echo=True).sampling(9).prompt_logprobs is None
-    assert completion(logprobs=3).sampling(9).prompt_logprobs is None
-
-
 def test_messages() -> None:
-    request = chat(
-        messages=[
-            {"role": "developer", "content": "be brief", "name": "d"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
-        ],
-        max_completion_tokens=9,
-        logprobs=True,
-        top_logprobs=2,
-    )
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [
+        {"role": "developer", "content": "be brief", "name": "d"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+    ]
+    request = chat(messages=messages, max_completion_tokens=9, logprobs=True, top_logprobs=2)
     assert request.prompts[0] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c"},
     ]
-    assert request.length == 9
-    assert request.sampling(9).logprobs == 2
-    assert chat(logprobs=True).sampling(9).logprobs == 0
-    assert chat(logprobs=False).sampling(9).logprobs is None
-    assert chat(max_tokens=5, max_completion_tokens=9).length == 9
+    assert (request.length, request.sampling(9).logprobs) == (9, 2)
+    assert [chat(logprobs=on).sampling(9).logprobs for on in (True, False)] == [0, None]

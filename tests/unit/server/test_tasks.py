@@ -16,11 +16,9 @@ TRIPLES = [["Aarhus Airport", "cityServed", "Aarhus, Denmark"], ["Aarhus", "LEAD
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("e2e", "", {"mr": "name[The Vaults], eatType[pub], priceRange[more than £30]"}, {"references": ["x"]}),
     ("webnlg", "", {"triples": TRIPLES}, {"references": ["x"]}),
-    ("dart", "", {"triples": TRIPLES}, {"references": ["x"]}),
     ("summarization", "", {"document": "Two\nlines, {braces} and all."}, {"summary": "x"}),
     ("summarization", "{title}: {body}", {"title": "A", "body": "b\nc"}, {"summary": "x"}),
     ("records", "{name} is {food}, {{sic}}", {"name": " Aromi", "food": 3}, {}),
-    ("records", "question", {"question": "Who?\nYou?"}, {}),
     ("records", "{temperature.max} at {the place}", {"temperature.max": 3.5, "the place": True}, {}),
 ]
 
@@ -38,13 +36,6 @@ def test_the_source_is_that_of_the_file(
     assert schema.source(fields) == example.source
 
 
-def test_the_toy_tasks_source_is_that_of_its_data() -> None:
-    schema = task_schema_of({"task": "toy"})
-    assert schema is not None
-    for example in read_task("toy", "held_out")[:10]:
-        assert schema.source(example.fields) == example.source
-
-
 def test_examples_of_fields_are_valid() -> None:
     for task in ("e2e", "webnlg", "dart", "toy"):
         schema = task_schema_of({"task": task})
@@ -56,14 +47,11 @@ def test_examples_of_fields_are_valid() -> None:
     ("header", "record"),
     [
         ({"task": "e2e"}, {"mr": "name[a], nmae[b]"}),
-        ({"task": "e2e"}, {"mr": 3}),
         ({"task": "e2e"}, {}),
         ({"task": "webnlg"}, {"triples": [["a", "b"]]}),
-        ({"task": "webnlg"}, {"triples": "a | b | c"}),
         ({"task": "records", "text_format": {"source": "{a} {b}"}}, {"a": "1"}),
         ({"task": "records", "text_format": {"source": "a"}}, {"a": ["1"]}),
         ({"task": "summarization"}, {"document": " "}),
-        ({"task": "toy"}, {"train": "Heron"}),
     ],
 )
 def test_wrong_fields_are_data_errors(header: dict[str, Any], record: dict[str, Any]) -> None:
@@ -73,20 +61,11 @@ def test_wrong_fields_are_data_errors(header: dict[str, Any], record: dict[str, 
         schema.source(record)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        {},
-        {"task": "records"},
-        {"task": "records", "text_format": {"source": ""}},
-        {"task": "records", "text_format": {"source": "{unclosed"}},
-        {"task": "records", "text_format": {"source": ["a"]}},
-        {"task": ["e2e"]},
-        {"task": "mystery", "text_format": "no table"},
-    ],
-)
-def test_headers_without_fields(header: dict[str, Any]) -> None:
-    assert task_schema_of(header) is None
+def test_headers_without_fields() -> None:
+    templates: tuple[Any, ...] = ("", "{unclosed", ["a"])
+    odd = [{"task": "records", "text_format": {"source": source}} for source in templates]
+    for header in ({}, {"task": "records"}, *odd, {"task": ["e2e"]}, {"task": "mystery", "text_format": "no table"}):
+        assert task_schema_of(header) is None
 
 
 def test_a_template_of_a_header_is_filled_in_and_never_executed() -> None:

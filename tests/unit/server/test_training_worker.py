@@ -47,9 +47,6 @@ class Supervised:
     def pids(self) -> list[int]:
         return [int(line) for line in self.starts.read_text().splitlines()] if self.starts.exists() else []
 
-    def events(self) -> list[str]:
-        return [event for event, _ in self.logged]
-
     def of(self, event: str) -> list[dict[str, Any]]:
         return [fields for name, fields in self.logged if name == event]
 
@@ -92,7 +89,7 @@ def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervis
     (pid,) = supervised.pids()
     worker.stop(10.0)
     assert not exists(pid)
-    assert supervised.events() == ["worker_started", "worker_ended"]
+    assert [event for event, _ in supervised.logged] == ["worker_started", "worker_ended"]
 
 
 def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> None:
@@ -103,20 +100,6 @@ def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> Non
         os.kill(supervised.pids()[-1], 9)
     until(lambda: len(supervised.pids()) == 4)
     assert [fields["code"] for fields in supervised.of("worker_died")] == [-9, -9, -9]
-
-
-def test_an_idle_worker_ends_without_an_error_until_the_next_job(supervised: Supervised) -> None:
-    supervised.jobs.set()
-    worker = supervised.start(LIVING.replace("sys.stdin.read()", ""))
-    until(supervised.pids)
-    supervised.jobs.clear()
-    until(lambda: "worker_ended" in supervised.events())
-    time.sleep(0.2)
-    count = len(supervised.pids())
-    supervised.jobs.set()
-    worker.wake()
-    until(lambda: len(supervised.pids()) > count)
-    assert "worker_died" not in supervised.events()
 
 
 def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> None:
@@ -142,7 +125,7 @@ def test_one_that_does_not_end_is_killed_after_the_limit(supervised: Supervised)
     worker.stop(0.2)
     assert time.monotonic() - began < 5
     assert not exists(pid)
-    assert "worker_killed" in supervised.events()
+    assert supervised.of("worker_killed")
 
 
 def test_a_password_is_in_the_environment_and_not_in_the_command(
