@@ -46,10 +46,8 @@ def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any
     assert choose_template(config, default_backbone) == ""
     assert choose_template(config, default_backbone, has_messages=True, for_labels=True) == ""
     assert choose_template(TrainConfig(chat_template="none"), default_backbone, has_messages=True) == ""
-    assert choose_template(TrainConfig(prompt_format="{source} ="), default_backbone, has_messages=True) == ""
     assert choose_template(TrainConfig(chat_template="model"), default_backbone) == "model"
     assert choose_template(config, tiny_backbone("llama"), has_messages=True) == ""
-    assert choose_template(config, tiny_backbone("t5"), has_messages=True) == ""
     form = training_format(TrainConfig(system="Be short.", max_length=99), default_backbone, has_messages=True)
     assert (form.chat_template, form.end, form.system, form.max_length) == ("model", "<|im_end|>", "Be short.", 99)
     assert len(form.template_hash) == 16
@@ -80,10 +78,6 @@ def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None
             choose_template(TrainConfig(chat_template=str(path)), backbone)
     with pytest.raises(ConfigError, match="is no file"):
         choose_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")), backbone)
-    with pytest.raises(ConfigError, match="chat_template writes all of the text"):
-        TrainConfig(chat_template="model", prompt_format="{source}")
-    with pytest.raises(ConfigError, match="chat_template is 'none'"):
-        TrainConfig(chat_template="none", system="Be short.")
 
 
 @pytest.mark.parametrize("start", [{}, {"init_examples": 2}])

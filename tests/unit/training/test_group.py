@@ -13,7 +13,6 @@ import torch
 
 import prefixtune as pt
 from patching import replace_everywhere
-from prefixtune.errors import PrefixError, TrainingError
 from prefixtune.training import loop as loop_module
 from prefixtune.training import together as group_module
 from prefixtune.training.prepare import prepare
@@ -33,77 +32,6 @@ def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Itera
             return stack.enter_context(prepare(config, backbone, **{"examples": examples, **data}, resume=True))
 
         yield open_named
-
-
-def _train(group: RunGroup, *, steps: int = 100) -> list[tuple[str, Any]]:
-    """Step a group to its end; returns the events of each run, by the name of its folder."""
-    events: list[tuple[str, Any]] = []
-    while group.runs and steps:
-        for run, event in group.step(threading.Event()):
-            run.record(event)
-            events.append((Path(run.loop.config.output).name, event))
-        steps -= 1
-    return events
-
-
-def _kinds(events: list[tuple[str, Any]], name: str) -> list[str]:
-    return [event["event"] for of, event in events if of == name]
-
-
-def test_each_run_ends_by_itself(backbone: Any, open_one: Callable[..., Run]) -> None:
-    group = RunGroup(backbone)
-    group.add(open_one("short", max_steps=1))
-    group.add(open_one("long", max_steps=3))
-    events = _train(group)
-    assert _kinds(events, "short") == ["start", "step", "evaluation", "save", "end"]
-    assert _kinds(events, "long") == ["start", "step", "step", "step", "evaluation", "save", "end"]
-    assert group.failed == []
-
-
-def test_a_run_that_leaves_goes_on_later(backbone: Any, open_one: Callable[..., Run], tmp_path: Path) -> None:
-    group, left = RunGroup(backbone), open_one("left")
-    group.add(left)
-    first = _train(group, steps=1)
-    left.loop.save()
-    group.remove(left)
-    assert group.runs == []
-
-    with pytest.raises(PrefixError, match="in use"):
-        open_one("left")
-    del left
-    assert _kinds(first, "left") == ["start", "step"]
-
-
-def test_a_closed_run_is_resumed(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> None:
-    config = pt.TrainConfig(output=str(tmp_path / "run"), max_steps=3, prefix_length=2, init_text="ab", batch_size=4)
-    group = RunGroup(backbone)
-    with prepare(config, backbone, examples, resume=True) as run:
-        group.add(run)
-        _train(group, steps=2)
-        run.loop.save()
-        group.remove(run)
-    with prepare(config, backbone, examples, resume=True) as run:
-        group.add(run)
-        events = _train(group)
-    assert _kinds(events, "run") == ["resume", "step", "evaluation", "save", "end"]
-
-
-def test_an_error_ends_only_the_run_that_it_comes_from(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad, good = open_one("bad"), open_one("good")
-
-    def fail(*_: Any) -> Any:
-        raise TrainingError("broken")
-
-    monkeypatch.setattr(bad.loop, "apply", fail)
-    group = RunGroup(backbone)
-    group.add(bad)
-    group.add(good)
-    events = _train(group)
-    assert [(run, type(error)) for run, error in group.failed] == [(bad, TrainingError)]
-    assert _kinds(events, "good")[-1] == "end"
-    assert "end" not in _kinds(events, "bad")
 
 
 def test_more_runs_take_more_passes_but_no_more_memory(

@@ -43,19 +43,6 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rows]:
     return told
 
 
-def test_losses_of_steps_and_evaluations_are_reported(rows: dict[str, Rows], train: Callable[..., Any]):
-    dev = [pt.Example("n : e", ("ee it is.",))]
-    result = train(3, report_to=("mlflow",), eval_every=2, dev_examples=dev)
-    steps = {event["step"]: event for event in result.events if event["event"] == "step"}
-    seen = [(step, values) for step, values in rows["mlflow"] if "train/loss" in values]
-    assert [(step, values["train/loss"]) for step, values in seen] == [
-        (step, event["loss_per_token"]) for step, event in steps.items()
-    ]
-    evaluated = {event["step"]: event["loss"] for event in result.events if event["event"] == "evaluation"}
-    assert {step: values["eval/loss"] for step, values in rows["mlflow"] if "eval/loss" in values} == evaluated
-    assert rows["mlflow"][-1] == (-1, {"failed": 0.0})
-
-
 def test_one_that_fails_is_left_out_with_a_warning(rows: dict[str, Rows], train: Callable[..., Any]):
     with pytest.warns(RuntimeWarning, match="wandb.*the disk is full"):
         result = train(4, report_to=("wandb", "trackio"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,25 +69,6 @@ def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
     assert varied(6, **options) != once != varied(5, seed=1, **options)
     lengths = [group.front.length for group in once[0]]
     assert [group.front.length for group in varied(5, nested=True)[0]] == lengths
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(
-    train: Callable[..., Any], train_until: Callable[..., None], tmp_path: Path
-) -> None:
-    options = {"nested": True, "prefix_dropout": 0.4, "prefix_length": 6}
-
-    def losses(result: Any) -> list[float]:
-        return [event["loss"] for event in result.events if event["event"] == "step"]
-
-    whole = train(6, **options)
-    plain = train(6, prefix_length=6, output=str(tmp_path / "plain"))
-    assert losses(whole) != losses(plain)
-
-    again = {**options, "output": str(tmp_path / "again")}
-    train_until(3, 6, **again)
-    resumed = train(6, resume=True, **again)
-    assert losses(resumed) == losses(whole)
-    assert resumed.prefix.equal(whole.prefix)
 
 
 def test_processes_share_the_same_groups(

@@ -45,12 +45,6 @@ def test_files_that_hold_no_text_are_refused(tmp_path: Path, content: bytes | No
         read_init_text(f"@{path}")
 
 
-@pytest.mark.parametrize("name", ["@", "@."])
-def test_a_folder_is_no_text(name: str):
-    with pytest.raises(DataError, match="a file is needed after @"):
-        read_init_text(name)
-
-
 def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone: Callable[..., Any]):
     with pytest.raises(DataError, match=f"has {len(TEXT)} tokens, but prefix_length is 26") as error:
         resolve_site_lengths(config(length=26), tiny_backbone("llama"))
