@@ -43,8 +43,8 @@ def test_a_folder_has_its_text_files_in_order(documents: Callable[..., list[Job]
 
 @pytest.mark.parametrize(
     "files",
-    [{}, {"a.txt": b"x", "a.md": b"y"}, {"a.txt": b"  \n"}, {"a.txt": b"a\0b"}, {"a.txt": b"\xff\xfe\xfa"}],
-    ids=["empty folder", "one name twice", "empty", "a zero byte", "no UTF-8"],
+    [{}, {"a.txt": b"x", "a.md": b"y"}, {"a.txt": b"  \n"}, {"a.txt": b"\xff\xfe\xfa"}],
+    ids=["empty folder", "one name twice", "empty", "no UTF-8"],
 )
 def test_wrong_documents(documents: Callable[..., list[Job]], files: dict[str, bytes]) -> None:
     with pytest.raises(DataError):
@@ -73,11 +73,10 @@ def test_questions_that_are_not_of_each_document(
     "rows",
     [
         [{"question": "Who?", "answer": "Mira"}, {"question": "When?"}],
-        [{"text": "Who?"}],
         [{"question": ["Who?"]}],
         [{"question": "Who?", "answers": [["Mira"]]}],
     ],
-    ids=["an answer is missing", "no question", "no text", "an answer is no text"],
+    ids=["an answer is missing", "no text", "an answer is no text"],
 )
 def test_wrong_questions(
     documents: Callable[..., list[Job]], write_rows: Callable[..., str], rows: list[dict[str, Any]]
@@ -101,7 +100,7 @@ def test_each_of_several_answers_is_learned(
     assert found == wanted
 
 
-@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion"), ("source", "target")])
+@pytest.mark.parametrize("names", [("question", "answer"), ("source", "target")])
 def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
     of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path, names: tuple[str, str]
 ) -> None:
@@ -120,9 +119,6 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
     [
         ({"test": "self"}, "test"),
         ({"kinds": ("paraphrase", "list")}, "kinds"),
-        ({"chat_template": "model"}, "chat_template"),
-        ({"prefix_length": 0}, "prefix_length"),
-        ({"prompt": "p.txt"}, "prompt"),
         ({"data": "d.jsonl"}, "data"),
     ],
 )
@@ -136,4 +132,3 @@ def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[
         DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")
     started = DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p")
     assert (started.initialization, started.prefix_length) == ("prefix", 0)
-    assert DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p", prefix_length=5).prefix_length == 5

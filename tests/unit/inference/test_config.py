@@ -26,9 +26,8 @@ def test_the_models_own_generation_settings_do_not_leak(
     assert generate(poisoned, texts, max_new_tokens=12) == generate(plain, texts, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gptj"])
-def test_a_tiny_temperature_takes_the_likeliest_tokens(tiny_backbone: Callable[..., Any], kind: str) -> None:
-    backbone = tiny_backbone(kind)
+def test_a_tiny_temperature_takes_the_likeliest_tokens(tiny_backbone: Callable[..., Any]) -> None:
+    backbone = tiny_backbone("llama")
     greedy = generate(backbone, ["some text"], max_new_tokens=8)
     assert generate(backbone, ["some text"], max_new_tokens=8, temperature=1e-39, seed=1) == greedy
 

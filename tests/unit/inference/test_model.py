@@ -20,7 +20,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.model import load
 from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
-from prefixtune.prefix.prefix import Head, Prefix
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
 TEMPLATE = (
@@ -130,11 +130,10 @@ def test_room_for_an_answer_is_counted_as_the_caller_decodes(
     assert model.chat(short, text_format=around) == model.chat(short, text_format=around, max_new_tokens=room)
 
 
-@pytest.mark.parametrize("family", ["bart", "marian"])
 def test_an_encoder_decoder_answers_with_as_many_tokens_as_it_has_positions(
-    family: str, tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]
+    tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]
 ) -> None:
-    backbone = tiny_backbone(family, max_position_embeddings=40)
+    backbone = tiny_backbone("marian", max_position_embeddings=40)
     most = backbone.max_positions
     form = TextFormat("{source}", "{target}", longest_prompt=20)
     prefix = Prefix(random_prefix(backbone, 3).detach().layers, make_header(backbone, text_format=form.to_dict()))
@@ -170,14 +169,6 @@ def test_logits_that_are_not_finite_are_said_to_be(
     for beams in (1, 2):
         with pytest.raises(PrefixError, match="text 2: "):
             generate(backbone, ["hello"] * 3, [None, prefix, None], num_beams=beams, **FEW)
-
-
-def test_a_prefix_with_a_head_writes_no_text(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
-    head = Head(torch.zeros(2, backbone.head_size), torch.zeros(2))
-    model = load(backbone, Prefix(make_prefix().layers, head=head))
-    for ask in (lambda: model.generate("a"), lambda: model.chat("a"), lambda: list(model.stream("a"))):
-        with pytest.raises(RequestError, match="head for labels, and writes no text"):
-            ask()
 
 
 def test_conversations_go_through_the_chat_template(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
@@ -238,19 +229,9 @@ def test_what_is_wrong_gets_one_line(
     backbone: Backbone, make_prefix: Callable[..., Prefix], tiny_backbone: Callable[..., Any]
 ) -> None:
     model = load(backbone, make_prefix())
-    wrong: list[list[dict[str, str]]] = [
-        [],
-        [{"role": "user"}],
-        [{"content": "hello"}],
-        [{"role": "user", "content": ""}],
-    ]
-    for messages in wrong:
+    for messages in ([], [{"role": "user"}], [{"role": "user", "content": ""}], TALK[:2]):
         with pytest.raises(RequestError):
             model.chat(messages)
-    with pytest.raises(RequestError):
-        model.chat(TALK[:2])
-    with pytest.raises(ConfigError, match="max_new_tokens"):
-        model.chat(TALK, max_new_tokens="four")
     with pytest.raises(ConfigError):
         load(backbone, dtype="bfloat16")
     with pytest.raises(BackboneError):

@@ -14,12 +14,12 @@ def divisible(by: Any) -> dict[str, Any]:
     return {"type": "number", "multipleOf": by}
 
 
-@pytest.mark.parametrize("by", [1, 7, 9_999, 10_000, -7, 0.01, 0.001, 1e-9, 2.25, 12.34])
+@pytest.mark.parametrize("by", [1, 10_000, -7, 1e-9, 12.34])
 def test_divisors_that_may_be_used(by: Any) -> None:
     assert "multipleOf" in check_json_schema(divisible(by))
 
 
-@pytest.mark.parametrize("by", [10_001, -1_234_567, 10**30, 12.345, 1e-10, 5e-324, 1e308])
+@pytest.mark.parametrize("by", [10_001, -1_234_567, 12.345, 5e-324, 1e308])
 def test_a_large_divisor(by: Any) -> None:
     with pytest.raises(RequestError, match="multipleOf"):
         check_json_schema({"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, divisible(by)]}}})
