@@ -80,9 +80,6 @@ def test_the_image_starts_a_server() -> None:
     assert {options.prefixes, options.data_folder} <= set(
         re.findall(r"/\w+", re.findall(r"^VOLUME (.*)$", text, re.M)[0])
     )
-    copied = " ".join(re.findall(r"^COPY (?!--from)(.*)$", text, flags=re.MULTILINE)).split()
-    # What a build needs besides src.
-    assert {"pyproject.toml", "README.md", "hatch_build.py", "src"} <= set(copied)
 
 
 def test_server_and_workers_share_folders_and_a_database() -> None:
@@ -94,11 +91,6 @@ def test_server_and_workers_share_folders_and_a_database() -> None:
     assert server.database_url.startswith("postgresql://prefixtune@postgres/")
     volumes = {volume.split(":")[1]: volume.split(":")[0] for volume in services["worker"]["volumes"]}
     assert {volumes[server.prefixes], volumes[server.data_folder]} <= COMPOSE["volumes"].keys()
-    for service in services.values():
-        assert set(service["secrets"]) <= COMPOSE["secrets"].keys()
-        assert set(service.get("depends_on", ())) <= services.keys()
-    # A healthy database: `depends_on` waits for it.
-    assert "pg_isready" in services["postgres"]["healthcheck"]["test"]
 
 
 def test_the_password_is_in_no_command() -> None:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from bench import gpu, serve, train
 from bench.models import save_model
-from bench.turns import isolated
 from tools.gpu_page import page
 
 PARTS = {"load", "train", "decode", "prompt"}
-
-
-def test_a_process_of_its_own() -> None:
-    assert isolated(os.getpid) != os.getpid()
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +76,3 @@ def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_without_results_the_page_says_so() -> None:
-    assert "Not measured" in page(None)
