@@ -309,12 +309,6 @@ def test_neither_another_backbone_nor_another_document_is_gone_on_with(
         distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
 
 
-def test_a_document_shorter_than_the_memory_is_refused(backbone: Backbone, options: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="prefix_length"):
-        quiet(backbone, **{**options, "prefix_length": 100})
-    assert not Path(options["output"]).exists()
-
-
 def test_a_prompt_with_answered_inputs_and_nothing_held_out(
     backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
 ) -> None:

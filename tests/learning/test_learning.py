@@ -19,7 +19,7 @@ import prefixtune.training.checkpoint
 import prefixtune.training.loop
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
-from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixError, TrainingError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError, TrainingError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, content_hash, flatten, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
@@ -94,24 +94,6 @@ def test_one_step_moves_every_trained_tensor_and_no_other(
         assert torch.equal(tensor, before[key]), f"{key} of the backbone has moved"
 
 
-def test_every_slot_of_every_layer_gets_a_gradient(
-    family: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-):
-    gradients: list[Tensor] = []
-    original = prefixtune.training.loop.batch_loss
-
-    def with_hooks(backbone: Any, prefix: Any, batch: Any) -> Tensor:
-        for tensor in prefix.tensors():
-            tensor.register_hook(lambda gradient: gradients.append(gradient.clone()))
-        return original(backbone, prefix, batch)
-
-    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", with_hooks)
-    train(config_for(max_steps=1), backbone=tiny_backbone(family), examples=SHARED)
-    assert len(gradients) == 6
-    for gradient in gradients:
-        assert torch.all(gradient.abs().amax(-1) > 0)
-
-
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
@@ -157,17 +139,11 @@ def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_f
     assert result.steps == evaluations[-1]["step"] < 40
 
     until_best = config_for("until", **{**wandering, "patience": 0})
+    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
     with pytest.raises(Killed):
-        train(
-            until_best,
-            backbone=backbone,
-            examples=EIGHT[:2],
-            dev_examples=HELD_OUT,
-            on_event=at("evaluation", evaluations[best]["step"], kill),
-        )
+        train(until_best, **data, on_event=at("evaluation", evaluations[best]["step"], kill))
     assert result.prefix.equal(load_prefix(Path(until_best.output) / "prefix.safetensors"))
     assert result.prefix.header["training"]["steps"] == evaluations[best]["step"]
-    data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
     again = train(config_for(**wandering), **data, resume=True)
     assert again.steps == result.steps
     assert again.prefix.equal(result.prefix)
@@ -189,12 +165,9 @@ def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for
     assert resumed.prefix.equal(whole.prefix)
 
 
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_without_a_development_set_the_last_prefix_is_kept(
-    name: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
-    config = config_for(sites="cross=2,encoder=3" if name == "bart" else "")
-    result = train(config, backbone=tiny_backbone(name), examples=EIGHT)
+def test_without_a_development_set_the_last_prefix_is_kept(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    config = config_for(sites="cross=2,encoder=3")
+    result = train(config, backbone=tiny_backbone("bart"), examples=EIGHT)
     state, _ = load_state(Path(config.output) / "state.safetensors")
     for site in result.prefix.sites:
         assert torch.equal(flatten(result.prefix.layers[site]), state[f"module.sites.{site}.table"])
@@ -204,9 +177,7 @@ def test_without_a_development_set_the_last_prefix_is_kept(
 # --- the same whatever the batching, the same each time --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "reduction"), [("llama", "sentence"), ("llama", "token"), ("bart", "sentence"), ("m2m_100", "sentence")]
-)
+@pytest.mark.parametrize(("name", "reduction"), [("llama", "sentence"), ("bart", "token"), ("m2m_100", "sentence")])
 def test_accumulation_is_one_large_batch(
     name: str, reduction: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
 ):
@@ -251,17 +222,14 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for
     assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["scaled", "mlp"])
-def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
-    options = {"reparameterization": kind, "initialization": "random"}
+def test_a_seed_fixes_every_bit(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    options = {"reparameterization": "mlp", "initialization": "random"}
     runs = []
     for seed in range(2):
         torch.manual_seed(seed)
         runs.append(train(config_for(str(seed), **options), backbone=tiny_backbone("llama"), examples=SHARED))
     assert losses(runs[0]) == losses(runs[1])
     assert runs[0].prefix.equal(runs[1].prefix)
-    other = train(config_for("other", **options, seed=1), backbone=tiny_backbone("llama"), examples=SHARED)
-    assert losses(other) != losses(runs[0])
 
 
 # --- stopping and resuming -------------------------------------------------------------------------------------------
@@ -271,8 +239,6 @@ def test_a_seed_fixes_every_bit(kind: str, tiny_backbone: Any, config_for: Calla
     ("name", "kind", "moments"),
     [
         ("llama", "scaled", (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9))),
-        ("llama", "none", (("evaluation", 4),)),
-        ("llama", "mlp", (("step", 3),)),
         ("bart", "mlp", (("step", 3),)),
         ("t5", "scaled", (("evaluation", 4),)),
     ],
@@ -330,14 +296,6 @@ def test_a_signal_saves_before_it_stops(backbone: Any, config_for: Callable[...,
     assert train(last, backbone=backbone, examples=SHARED, on_event=kill).prefix.equal(whole.prefix)
 
 
-def test_a_finished_run_can_be_resumed_without_effect(backbone: Any, config_for: Callable[..., TrainConfig]):
-    first = train(config_for(), backbone=backbone, examples=SHARED)
-    again = train(config_for(), backbone=backbone, examples=SHARED, resume=True)
-    assert again.steps == first.steps == 6
-    assert losses(again) == losses(first)
-    assert again.prefix.equal(first.prefix)
-
-
 def test_a_state_that_lacks_something_is_refused(backbone: Any, config_for: Callable[..., TrainConfig]):
     train(config_for(), backbone=backbone, examples=SHARED)
     path = Path(config_for().output) / "state.safetensors"
@@ -362,11 +320,6 @@ def test_changed_options_are_refused_by_name(backbone: Any, tiny_backbone: Any, 
     with pytest.raises(ConfigError, match="already holds a run"):
         train(config_for(), backbone=backbone, examples=SHARED)
     assert {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()} == before
-
-
-def test_there_must_be_a_run_to_resume(backbone: Any, config_for: Callable[..., TrainConfig]):
-    with pytest.raises(CheckpointError, match="no run to resume"):
-        train(config_for(), backbone=backbone, examples=SHARED, resume=True)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -395,16 +348,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
 
 
-def test_a_learning_rate_far_too_high_is_reported(backbone: Any, config_for: Callable[..., TrainConfig]):
-    with pytest.raises(TrainingError, match="step") as error:
-        train(
-            config_for(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0, max_steps=20),
-            backbone=backbone,
-            examples=SHARED,
-        )
-    assert "a lower learning rate (now 1e+30)" in error.value.hint
-
-
 def test_a_full_disk_is_reported_and_leaves_the_last_state(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
@@ -429,16 +372,6 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(
     assert {path.name for path in folder.iterdir()} == {"config.toml", "events.jsonl", "state.safetensors"}
     whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
-
-
-def test_missing_data_is_reported(backbone: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
-    with pytest.raises(ConfigError, match="train"):
-        train(config_for(), backbone=backbone)
-    with pytest.raises(DataError):
-        train(config_for(), backbone=backbone, examples=[])
-    # The byte tokenizer adds nothing to it, and no encoder can read nothing.
-    with pytest.raises(DataError):
-        train(config_for(), backbone=tiny_backbone("bart"), examples=[*EIGHT, Example("", ("x",))])
 
 
 # --- where a run starts ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.artifact import load_tuned, load_weights
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import TrainResult, train
-from prefixtune.training.tuning import decoder_layers, freeze_tuned, tune
+from prefixtune.training.tuning import freeze_tuned, tune
 
 Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -66,8 +66,9 @@ def losses(result: TrainResult) -> list[float]:
     return [event["loss"] for event in result.events if event["event"] == "step"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bart", "t5"])
-@pytest.mark.parametrize("method", ["adapter", "lora"])
+@pytest.mark.parametrize(
+    ("method", "name"), [("adapter", "gpt2"), ("lora", "llama"), ("adapter", "bart"), ("lora", "t5")]
+)
 def test_inserted_layers_have_no_effect_at_first(
     method: str, name: str, tiny_backbone: Make, random_ids: Make, assert_same: Make
 ) -> None:
@@ -80,8 +81,10 @@ def test_inserted_layers_have_no_effect_at_first(
     assert_same(tuned.forward(ids, **more).logits, before, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("full", torch.float32), ("full", torch.bfloat16), ("adapter", torch.bfloat16), ("lora", torch.bfloat16)],
+)
 def test_a_step_moves_what_is_trained_and_nothing_else(
     method: str, dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, run: Make
 ) -> None:
@@ -107,7 +110,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make) -> None:
     size, rate = (0, 1e-2) if method == "full" else (16, 2e-2)
-    result = run(method, method_size=size, learning_rate=rate, max_steps=150, save_every=150)
+    result = run(method, method_size=size, learning_rate=rate, max_steps=100, save_every=100)
     assert losses(result)[-1] < 0.3 * losses(result)[0]
     texts = [example.source for example in EIGHT]
     assert result.prefix is None
@@ -149,11 +152,6 @@ def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokeniz
     # A prefix that is trained on it is not for the model as it was loaded.
     assert not fingerprints_match(frozen.fingerprint, backbone.fingerprint)
     assert frozen.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
-
-
-def test_decoder_layers_are_in_order_from_the_bottom(tiny_backbone: Make) -> None:
-    backbone = tiny_backbone("bart")
-    assert decoder_layers(backbone) == list(backbone.model.model.decoder.layers)
 
 
 def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny_models: Make) -> None:

@@ -13,7 +13,6 @@ import torch
 import prefixtune.training.loop
 import prefixtune.training.together
 from patching import replace_everywhere
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.cli.main import main
 from prefixtune.data import Example
@@ -24,7 +23,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import forward_backward
 from prefixtune.training.train import train, train_together
-from zoo import ZOO, make_model
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo")
 EATS = [Example(f"name : {name}", (f"{name} eats.", f"Eat, {name}!")) for name in NAMES]
@@ -50,14 +48,11 @@ def runs_of(make: Callable[..., TrainConfig], where: str) -> list[TrainConfig]:
 DATA = [EATS, GOES, EATS[::-1], GOES]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gpt_oss"])
 def test_gradients_equal_those_of_separate_runs(
     family: str, tiny_backbone: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
 ) -> None:
-    if family in ("gemma2", "gpt_oss"):
-        backbone = Backbone.from_model(make_model(ZOO[family].name, tiny_tokenizer), tiny_tokenizer, family)
-    else:
-        backbone = tiny_backbone(family)
+    backbone = tiny_backbone(family)
     lengths: list[Any] = [3, 6, 1]
     if backbone.kind == "encoder-decoder":
         lengths = [{"encoder": 3, "decoder": 2, "cross": 4}, {"decoder": 5}, {"encoder": 1, "cross": 2}]
