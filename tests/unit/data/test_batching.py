@@ -118,18 +118,6 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
     ]
 
 
-def test_weights_reduce_over_the_whole_step():
-    batch = pack([TokenizedExample((1, 2), ((4, 5), (6,)))])
-    # A step of 8 targets and 40 tokens, of which this row is a part.
-    assert batch.weights("sentence", 8, 40).tolist() == pytest.approx([1 / 8] * 3)
-    assert batch.weights("token", 8, 40).tolist() == pytest.approx([1 / 40] * 3)
-
-
-def test_an_empty_prompt_predicts_nothing():
-    with pytest.raises(DataError):
-        pack([TokenizedExample((), ((1,),))])
-
-
 def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
     """One row per target, so a source's hidden positions are those of each of its rows."""
     examples = [TokenizedExample((1, 2), ((3,), (4, 5)), hidden=(0, 1)), TokenizedExample((6,), ((7,),))]
@@ -165,8 +153,8 @@ def test_conversations_are_never_divided_and_count_as_their_turns(
 # --- long texts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 50, 64, 65])
-@pytest.mark.parametrize("limit", [2, 3, 8, 64])
+@pytest.mark.parametrize("length", [1, 8, 9, 65])
+@pytest.mark.parametrize("limit", [2, 3, 8])
 def test_every_token_is_a_label_once_after_the_ones_before_it(length: int, limit: int) -> None:
     text = list(range(1, length + 1))
     windows = text_windows([0], text, limit)
@@ -178,11 +166,6 @@ def test_every_token_is_a_label_once_after_the_ones_before_it(length: int, limit
         first = window.targets[0][0]
         assert window.prompt == tuple(range(first - len(window.prompt), first))
         assert len(window.prompt) >= max(1, limit // 4)
-
-
-def test_a_window_without_room_is_refused() -> None:
-    with pytest.raises(DataError):
-        text_windows([0, 0, 0], [1], 3)
 
 
 def test_a_text_alone_follows_the_token_that_begins_texts_and_ends_with_the_end_token(

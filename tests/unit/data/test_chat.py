@@ -94,13 +94,6 @@ def test_a_long_user_message_is_cut_inside_the_template(llama: Any, form: TextFo
     assert llama.tokenizer.decode(ids).endswith("<pad>\n<s>a:")
 
 
-def test_what_a_template_refuses_names_the_example(llama: Any) -> None:
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    chats = [chat_example([USER, ASSISTANT]), chat_example([Message("system", "S"), USER, ASSISTANT])]
-    with pytest.raises(DataError, match=r"example 2 .*no system"):
-        encode_examples(llama, chats, chat_format(llama, strict), prefix_length=0)
-
-
 def test_without_a_template(llama: Any) -> None:
     single = chat_example([USER, ASSISTANT])
     (plain,) = encode_examples(
@@ -148,8 +141,6 @@ def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
     "template",
     [
         "{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}BOT: ",
-        "{{ prompt }} {{ answer }}",
-        "a plain text",
         "{{ messages[0].content }} BOT: ",
     ],
 )

@@ -40,11 +40,8 @@ def test_other_columns_may_be_named_and_i_may_begin_a_span_as_in_older_files(tmp
     ("name", "text", "says"),
     [
         ("a.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n{"tokens": ["a", "b"], "tags": ["O"]}', "line 2: 'tags'"),
-        ("a.jsonl", '{"words": ["a"], "tags": ["O"]}', "line 1 has the columns words, tags"),
-        ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}', "line 1: 'tokens' is 'a b'; a list"),
         ("a.jsonl", '{"tokens": ["10\\u00a0000"], "tags": ["O"]}', "line 1: 'tokens'"),
         ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: 'tags' is 'NN'"),
-        ("a.csv", "a,b", r"\.jsonl, \.json, \.parquet"),
     ],
 )
 def test_a_wrong_sentence_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
