@@ -109,13 +109,6 @@ def test_evaluations_of_the_same_data_are_shown_side_by_side(tmp_path: Path) -> 
     assert "= a reference" in page.text()
 
 
-def test_evaluations_of_other_data_are_not_compared(tmp_path: Path) -> None:
-    one, two = evaluation(tmp_path / "one", count=60), evaluation(tmp_path / "two", 50.0, count=30, data="other.jsonl")
-    page = Page(page_of(one, two, title="Both"))
-    assert "★" not in page.text()
-    assert [data for name, data in page.texts if name == "h3"].count("Scores") == 2
-
-
 def test_a_star_needs_a_difference_beyond_chance(tmp_path: Path) -> None:
     first, near, far = (
         evaluation(tmp_path / title, title=title, scores={"bleu": measure(score, 1.9)}, groups={})
@@ -143,20 +136,6 @@ def test_figures_that_are_missing_or_no_numbers_are_said(tmp_path: Path) -> None
     assert "nan" not in page.lower()
 
 
-def test_runs_and_parts_get_names_and_notes(tmp_path: Path) -> None:
-    groups = {"triples": {str(n): {"num_examples": 10 * n, "scores": {"bleu": measure(60.0 - n)}} for n in (10, 2, 1)}}
-    one = evaluation(tmp_path / "one", scores={"bleu": measure(50.0, name="mine 1")}, groups=groups)
-    two = evaluation(
-        tmp_path / "two", scores={"bleu": measure(51.0, name="mine 2")}, groups={}, left_out={"nist": "no Java."}
-    )
-    page = Page(page_of(one, two))
-    assert list(page.column("BLEU")) == ["prefix (one)", "prefix (two)"]
-    assert "BLEU: mine 1; or mine 2. These are different implementations" in page.text()
-    assert "NIST was left out: no Java." in page.text()
-    assert [row[0] for row in page.table("triples")] == ["1 (10)", "2 (20)", "10 (100)"]
-    assert [row[1].split()[0] for row in page.table("triples")] == [short(score) for score in (59.0, 58.0, 50.0)]
-
-
 def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
     page = Page(page_of(training(tmp_path / "run", end=False)))
     assert "the log has no end" in page.text()
@@ -167,12 +146,6 @@ def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
     # The step's own loss is a sum over the target; shown is that of a token, as for the development data.
     assert all(float(row[2]) < 4 for row in losses)
     assert ["learning_rate", "0.001"] in page.table("setting", "value")
-
-
-def test_several_runs_are_in_one_curve(tmp_path: Path) -> None:
-    page = Page(page_of(*(training(tmp_path / name, seed=seed, final=1 + seed) for seed, name in enumerate("abc"))))
-    assert [data for name, data in page.texts if name == "title"][1:] == ["Training loss, smoothed", "Development loss"]
-    assert {row[0] for row in page.table("curve", "optimizer step")} == {"a", "b", "c"}
 
 
 def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path: Path) -> None:
@@ -268,16 +241,16 @@ def test_the_page_is_sound(tmp_path: Path) -> None:
     assert len(charts) == len(taken.all("desc")) == 4
 
 
-@pytest.mark.parametrize("number", [0, 1, 2], ids=["light", "dark", "print"])
-def test_colors_have_enough_contrast(number: int, tmp_path: Path) -> None:
-    page = page_of(training(tmp_path))
-    root = re.findall(r":root \{(.*?)\}", page, flags=re.S)[number]
-    colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+);", root))
-    for text in ("text", "quiet", "accent"):
-        for ground in ("page", "sheet", "stripe"):
+def test_colors_have_enough_contrast(tmp_path: Path) -> None:
+    roots = re.findall(r":root \{(.*?)\}", page_of(training(tmp_path)), flags=re.S)
+    # On screens by day and by night, and on paper.
+    assert len(roots) >= 3
+    for root in roots[:3]:
+        colors = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+);", root))
+        for text, ground in itertools.product(("text", "quiet", "accent"), ("page", "sheet", "stripe")):
             assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
-    for series in range(8):
-        assert contrast(colors[f"s{series}"], colors["sheet"]) >= 3, series
+        for series in range(8):
+            assert contrast(colors[f"s{series}"], colors["sheet"]) >= 3, series
 
 
 # --- figures as files ------------------------------------------------------------------------------------------------
