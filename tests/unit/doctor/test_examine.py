@@ -76,12 +76,9 @@ def see_everything(arguments: dict[str, Any]) -> None:
     ("name", "left_out"),
     [
         ("llama", set()),
-        ("deepseek_v3", {PREFILLED}),  # generation injects
         ("lfm2", {PREFILLED, PACKED}),  # rows are padded besides
-        ("stablelm", set()),  # the prefix travels beside the call
         ("gemma3n_text", set()),  # layers share a prefix
         ("t5", {PREFILLED}),
-        ("longt5-local", {PREFILLED, PACKED}),  # the encoder attends through code of its own
         ("bert", {PREFILLED, PACKED, CACHED}),
     ],
 )
@@ -92,11 +89,8 @@ def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -
     assert all(one.passed and one.difference < 1e-4 and not one.error for one in found)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("gpt2", torch.float16), ("t5", torch.bfloat16), ("bert", torch.bfloat16)])
-def test_half_precision_is_examined_in_float32(
-    name: str, dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = Backbone.from_model(tiny_models(name).to(dtype), None, name)
+def test_half_precision_is_examined_in_float32(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone.from_model(tiny_models("t5").to(torch.bfloat16), None, "t5")
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in backbone.model.state_dict().items()}
     assert all(one.difference < 1e-4 for one in examine(backbone.model, backbone.layout))
     after = backbone.model.state_dict()
@@ -107,15 +101,6 @@ def test_half_precision_is_examined_in_float32(
     found = examine(backbone.model, backbone.layout)
     assert all(one.passed for one in found)
     assert max(one.difference for one in found) > 1e-4
-
-
-def test_copies_take_half_of_the_free_memory_at_most(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_models("llama").to(torch.bfloat16)
-    needed = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
-    for free, exact in ((2 * needed, True), (needed, False)):
-        monkeypatch.setattr(examine_module, "free_memory", lambda device, free=free: free)
-        assert examine_module.computes_exactly(model, torch.device("cpu")) is exact
-        assert not examine_module.computes_exactly(model, torch.device("mps"))
 
 
 def test_nothing_is_left_changed(tiny_backbone: Make) -> None:
@@ -208,12 +193,9 @@ def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.Mo
     assert failed(tiny_backbone("llama")) == {PADDED}
 
 
-@pytest.mark.parametrize(("site", "name"), [("encoder", "bart"), ("cross", "t5")])
-def test_padded_sources_that_are_seen(
-    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = tiny_backbone(name)
-    patch_attention(monkeypatch, attend_changed_at(site, see_everything))
+def test_padded_sources_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("bart")
+    patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
     assert {PADDED, CACHED} <= failed(backbone)
 
 
@@ -243,10 +225,7 @@ def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeyp
 # --- faults of caches ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cache_with_another_rows_prefix(
-    dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_with_another_rows_prefix(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     prefilled = prefilled_cache
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -257,7 +236,7 @@ def test_a_cache_with_another_rows_prefix(
         return cache, visible
 
     replace_everywhere(monkeypatch, prefilled_cache, wrong)
-    assert failed(Backbone.from_model(tiny_models("llama").to(dtype), None, "llama")) == {PREFILLED, CACHED}
+    assert failed(Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")) == {PREFILLED, CACHED}
 
 
 def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,18 +132,6 @@ def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
 # --- disentangled attention, which has code of its own ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("deberta", {}),
-        ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
-    ],
-)
-def test_deberta_carries_prefixes(name: str, changes: dict[str, Any], enclosing_tokenizer: Any) -> None:
-    backbone = Backbone.from_model(make_model(name, enclosing_tokenizer, **changes), enclosing_tokenizer, name)
-    assert [str(one) for one in examine(backbone.model, backbone.layout) if not one.passed] == []
-
-
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
 def test_deberta_attends_as_if_by_hand(name: str, enclosing_tokenizer: Any, random_prefix: Callable[..., Any]) -> None:
     # Without positions, its attention is the plain one, which the prefix joins by eq. 3 of the paper.

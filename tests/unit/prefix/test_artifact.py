@@ -106,15 +106,13 @@ def test_other_weights_are_refused_and_may_be_allowed(path: Path, prefix: Prefix
     assert load_prefix(path, llama).equal(prefix)
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_other_shapes_are_always_refused(allowed: bool, path: Path, tiny_backbone: Any):
-    with pytest.raises(BackboneError):
-        load_prefix(path, tiny_backbone("qwen3"), allow_other_backbone=allowed)
-    with pytest.raises(BackboneError):
-        load_prefix(path, tiny_backbone("llama", num_hidden_layers=2), allow_other_backbone=allowed)
+def test_other_shapes_are_always_refused(path: Path, tiny_backbone: Any):
+    for other in (tiny_backbone("qwen3"), tiny_backbone("llama", num_hidden_layers=2)):
+        with pytest.raises(BackboneError):
+            load_prefix(path, other, allow_other_backbone=True)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.01, 0.999])
 def test_a_truncated_file_is_refused(share: float, path: Path):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
@@ -123,16 +121,15 @@ def test_a_truncated_file_is_refused(share: float, path: Path):
     assert "truncated" in error.value.hint
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_refused(bad: float, path: Path, prefix: Prefix, tmp_path: Path):
+def test_numbers_that_are_not_finite_are_refused(path: Path, prefix: Prefix, tmp_path: Path):
     def poison(tensors: dict[str, Any]) -> dict[str, Any]:
-        tensors["decoder.1.key"][0, 0, 0] = bad
+        tensors["decoder.1.key"][0, 0, 0] = torch.nan
         return tensors
 
     with pytest.raises(CheckpointError):
         load_prefix(rewrite(path, poison))
     poisoned = prefix.detach()
-    poisoned.tensors()[0][0, 0, 0] = bad
+    poisoned.tensors()[0][0, 0, 0] = torch.inf
     target = tmp_path / "new.safetensors"
     with pytest.raises(CheckpointError):
         save_prefix(target, poisoned)
@@ -155,14 +152,10 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
     "change",
     [
         lambda t: {**t, "lm_head.weight": torch.zeros(2)},
-        lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8, dtype=torch.int64)},
         lambda t: {**t, "decoder.0.key": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)},
-        lambda t: {**t, "head.weight": torch.zeros(2, 8).to(torch.float8_e5m2), "head.bias": torch.zeros(2)},
         lambda t: {**t, "head.weight": torch.zeros(2, 8)},
         lambda t: {k: v for k, v in t.items() if k != "decoder.1.value"},
-        lambda t: {k: v for k, v in t.items() if not k.startswith("decoder.1")},
         lambda t: {**t, "decoder.0.key": t["decoder.0.key"][:, :2].contiguous()},
-        lambda t: {k: v[:, :2].contiguous() for k, v in t.items()},
         lambda _: {},
     ],
 )
@@ -175,7 +168,7 @@ def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], path
         read_outline(path)
 
 
-@pytest.mark.parametrize("shape", [[10**1500, 10**1500, 10**1500], [2**40] * 3, [1] * 10_000, [-1, 2, 3], ["2"], 7])
+@pytest.mark.parametrize("shape", [[10**1500, 10**1500, 10**1500], [2**40] * 3, [1] * 10_000, [-1, 2, 3]])
 def test_shapes_that_no_tensor_has_are_refused(shape: Any, path: Path):
     table = {"decoder.0.key": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
     text = json.dumps({"__metadata__": {"prefixtune": '{"format_version": 2}'}, **table}).encode()
@@ -185,7 +178,7 @@ def test_shapes_that_no_tensor_has_are_refused(shape: Any, path: Path):
             read(path)
 
 
-@pytest.mark.parametrize("rows", [None, 2, 4])
+@pytest.mark.parametrize("rows", [None, 2])
 def test_a_head_has_a_row_for_each_label(rows: int | None, prefix: Prefix, tmp_path: Path):
     labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
     head = None if rows is None else Head(torch.zeros(rows, 8), torch.zeros(rows))
@@ -240,10 +233,9 @@ def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
         save_prefix(tmp_path / "file" / "p.safetensors", prefix)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_a_dtype_that_could_not_be_read_again_is_refused(dtype: torch.dtype, path: Path, prefix: Prefix) -> None:
+def test_a_dtype_that_could_not_be_read_again_is_refused(path: Path, prefix: Prefix) -> None:
     before = path.read_bytes()
     with pytest.raises(ConfigError):
-        save_prefix(path, prefix, dtype=dtype)
+        save_prefix(path, prefix, dtype=torch.float8_e4m3fn)
     assert path.read_bytes() == before
     assert load_prefix(save_prefix(path, prefix, dtype=torch.float64)).dtype == torch.float64

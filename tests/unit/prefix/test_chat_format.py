@@ -99,7 +99,7 @@ def test_a_file_of_templates_that_cannot_be_read(tmp_path: Path) -> None:
             allow_named(name, ())
 
 
-@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ 1 / 0 }}"])
 def test_a_template_that_fails(template: str, llama: Any) -> None:
     allow_template(template)
     with pytest.raises(RequestError):

@@ -112,21 +112,11 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
     ("text", "reported"),
     [
         ('{"format_version": 2, "training": {"dev_loss": 1e999}}', "JSON"),
-        ('{"format_version": 2, "license": "\\ud800"}', "JSON"),
         ('{"format_version": 2, "deep": ' + "[" * 50_000 + "]" * 50_000 + "}", "JSON"),
         ('{"format_version": 2, "long": "' + "a" * 2**20 + '"}', "bytes, but may take 1,048,576"),
-        ('{"format_version": ' + "9" * 5000 + "}", "JSON"),
         ('{"format_version": 2, "backbone": {"name": 3}}', "backbone.name"),
-        ('{"format_version": 2, "task": ["toy"]}', "task"),
         ('{"format_version": 2, "text_format": {"prompt": null, "end": 7}}', "text format"),
         ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a", 2]}}', "labels.names"),
-        ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": []}}', "labels.names"),
-        ('{"format_version": 2, "labels": {"kind": "tagging", "by": "head", "names": ["a"]}}', "labels.names"),
-        (
-            '{"format_version": 2, "labels": {"kind": "classification", "by": "words", "names": ["a", "b"],'
-            ' "words": ["a"]}}',
-            "labels",
-        ),
         ('{"format_version": 2, "placement": "infix"}', "placement"),
         ('{"format_version": 2, "job": {"id": "a"}}', "job.owner"),
         ('{"format_version": 1}', "version 1"),
@@ -156,10 +146,9 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path, prefix: Prefix):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("letter", ['"', "日", "\n"])
-def test_every_header_that_is_written_can_be_listed(letter: str, tmp_path: Path, prefix: Prefix):
+def test_every_header_that_is_written_can_be_listed(tmp_path: Path, prefix: Prefix):
     path = tmp_path / "p.safetensors"
-    longest = 0
+    longest, letter = 0, "日"
     for count in (2**16, 2**17, 2**18, 2**19):
         with contextlib.suppress(CheckpointError):
             save_prefix(path, Prefix(prefix.layers, {"task": letter * count}))

@@ -57,9 +57,7 @@ def test_equal_is_bit_for_bit(prefix: Prefix):
     [
         {},
         {"decoder": ()},
-        {"decoder": None},
         {"middle": (layer(),)},
-        {"decoder": (layer(), (torch.zeros(2, 3), torch.zeros(2, 3)))},
         {"decoder": ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)),)},
         {"decoder": (layer(length=3), layer(length=2))},
     ],
