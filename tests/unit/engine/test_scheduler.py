@@ -105,18 +105,6 @@ def test_the_oldest_prompt_is_not_starved_by_short_ones():
 # --- leaving ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_that_waits_can_leave():
-    scheduler = Scheduler(1, 64)
-    asked = [make("one", number=n) for n in range(3)]
-    scheduler.add(asked)
-    scheduler.admit()
-    scheduler.release(asked[1])
-    assert len(scheduler.waiting) == 1
-    scheduler.release(asked[2])
-    scheduler.release(asked[0])
-    assert (len(scheduler.waiting), scheduler.running) == (0, [])
-
-
 # --- in the engine ---------------------------------------------------------------------------------------------------
 
 

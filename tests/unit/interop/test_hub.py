@@ -181,7 +181,6 @@ def test_a_missing_path_is_never_looked_for_on_the_hub(
 @pytest.mark.parametrize(
     ("license_note", "fields"),
     [
-        ("CC-BY-4.0", ("cc-by-4.0", None)),
         ("ACME's Model License", ("other", "acme-s-model-license")),
         ("", (None, None)),
     ],

