@@ -5,19 +5,14 @@ from uniform, and every dropout rate above zero. Where an architecture has a pec
 over (grouped-query attention, short windows, layers that share keys, different depths and head counts of encoder and
 decoder, head sizes that do not multiply to the width), the model here has it.
 
-    python tests/zoo.py                 make each, run it, generate three tokens, print a table
-    python tests/zoo.py gpt2 t5-gated   only these
-
 Knows nothing of prefixes.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +22,6 @@ __all__ = [
     "NUM_BYTES",
     "ZOO",
     "Entry",
-    "example_inputs",
     "exists",
     "make_model",
     "make_tokenizer",
@@ -168,490 +162,409 @@ _GEMMA_PART = {**_GROUPED, "head_dim": 16, "sliding_window": 4, "query_pre_attn_
 
 
 def _entry(
-    name: str, kind: Kind, family: str, settings: Mapping[str, Any], *, model_type: str = "", **more: Any
+    kind: Kind,
+    name: str,
+    family: str,
+    *shared: Mapping[str, Any],
+    model_type: str = "",
+    vocabulary: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    **settings: Any,
 ) -> Entry:
-    return Entry(name, kind, family, model_type or name, settings, **more)
+    """One entry; its own settings come after those that it shares with others."""
+    merged = {key: value for one in (*shared, settings) for key, value in one.items()}
+    return Entry(name, kind, family, model_type or name, merged, vocabulary, parts)
+
+
+_decoder, _hybrid = partial(_entry, "decoder"), partial(_entry, "hybrid")
+_encoder_decoder, _encoder = partial(_entry, "encoder-decoder"), partial(_entry, "encoder")
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _DECODERS = (
-    _entry("gpt2", "decoder", "GPT-2, DistilGPT-2", _GPT2),
-    _entry("openai-gpt", "decoder", "GPT-1", _GPT2),
-    _entry(
+    _decoder("gpt2", "GPT-2, DistilGPT-2", _GPT2),
+    _decoder("openai-gpt", "GPT-1", _GPT2),
+    _decoder(
         "gpt_neo",
-        "decoder",
         "GPT-Neo",
-        {
-            "hidden_size": 32,
-            "num_layers": 3,
-            "num_heads": 4,
-            "intermediate_size": 48,
-            "window_size": 4,
-            "attention_types": [[["global", "local", "global"], 1]],
-            "max_position_embeddings": MAX_POSITIONS,
-        },
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        intermediate_size=48,
+        window_size=4,
+        attention_types=[[["global", "local", "global"], 1]],
+        max_position_embeddings=MAX_POSITIONS,
     ),
-    _entry("gptj", "decoder", "GPT-J", {**_GPT2, "rotary_dim": 4}),
-    _entry("gpt_neox", "decoder", "Pythia, GPT-NeoX", _PLAIN),
-    _entry("gpt_neox_japanese", "decoder", "GPT-NeoX Japanese", {**_PLAIN, "intermediate_multiple_size": 2}),
-    _entry("gpt_bigcode", "decoder", "StarCoder, SantaCoder", {**_GPT2, "multi_query": True}),
-    _entry("opt", "decoder", "OPT, Galactica", {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32}),
-    _entry("bloom", "decoder", "BLOOM, BLOOMZ", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
-    _entry("falcon", "decoder", "Falcon", {**_PLAIN, "ffn_hidden_size": 48}),
-    _entry(
+    _decoder("gptj", "GPT-J", _GPT2, rotary_dim=4),
+    _decoder("gpt_neox", "Pythia, GPT-NeoX", _PLAIN),
+    _decoder("gpt_neox_japanese", "GPT-NeoX Japanese", _PLAIN, intermediate_multiple_size=2),
+    _decoder("gpt_bigcode", "StarCoder, SantaCoder", _GPT2, multi_query=True),
+    _decoder("opt", "OPT, Galactica", _PLAIN, ffn_dim=48, word_embed_proj_dim=32),
+    _decoder("bloom", "BLOOM, BLOOMZ", hidden_size=32, n_layer=3, n_head=4),
+    _decoder("falcon", "Falcon", _PLAIN, ffn_hidden_size=48),
+    _decoder(
         "falcon-grouped",
-        "decoder",
         "Falcon-40B, Falcon 2",
-        {**_PLAIN, "ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2},
+        _PLAIN,
+        ffn_hidden_size=48,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
         model_type="falcon",
     ),
-    _entry(
+    _decoder(
         "falcon-alibi",
-        "decoder",
         "Falcon-RW",
-        {**_PLAIN, "ffn_hidden_size": 48, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        _PLAIN,
+        ffn_hidden_size=48,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        bias=True,
         model_type="falcon",
     ),
-    _entry("mpt", "decoder", "MPT", {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": MAX_POSITIONS}),
-    _entry("llama", "decoder", "LLaMA, SmolLM2, TinyLlama, Vicuna", _GROUPED),
-    _entry("mistral", "decoder", "Mistral 7B", {**_GROUPED, "sliding_window": 4}),
-    _entry("mixtral", "decoder", "Mixtral", {**_GROUPED, **_EXPERTS}),
-    _entry("ministral", "decoder", "Ministral", {**_WINDOWED, "head_dim": 8}),
-    _entry("ministral3", "decoder", "Ministral 3", {**_GROUPED, "head_dim": 16}),
-    _entry("qwen2", "decoder", "Qwen2, Qwen2.5", _GROUPED),
-    _entry(
-        "qwen2_moe",
-        "decoder",
-        "Qwen1.5-MoE, Qwen2-57B-A14B",
-        {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 24},
-    ),
-    _entry("qwen3", "decoder", "Qwen3", {**_GROUPED, "head_dim": 16}),
-    _entry("qwen3_moe", "decoder", "Qwen3-30B-A3B", {**_GROUPED, **_EXPERTS, "head_dim": 16}),
-    _entry("phi", "decoder", "Phi-1.5, Phi-2", _PLAIN),
-    _entry("phi3", "decoder", "Phi-3, Phi-4", _GROUPED),
-    _entry("phimoe", "decoder", "Phi-3.5-MoE", {**_GROUPED, **_EXPERTS, "sliding_window": 4}),
-    _entry("gemma", "decoder", "Gemma", {**_GROUPED, "head_dim": 16}),
-    _entry("gemma2", "decoder", "Gemma 2", _GEMMA_PART),
-    _entry(
-        "gemma3_text",
-        "decoder",
-        "Gemma 3 (text)",
-        {**_WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16},
-    ),
-    _entry(
+    _decoder("mpt", "MPT", d_model=32, n_heads=4, n_layers=3, max_seq_len=MAX_POSITIONS),
+    _decoder("llama", "LLaMA, SmolLM2, TinyLlama, Vicuna", _GROUPED),
+    _decoder("mistral", "Mistral 7B", _GROUPED, sliding_window=4),
+    _decoder("mixtral", "Mixtral", _GROUPED, _EXPERTS),
+    _decoder("ministral", "Ministral", _WINDOWED, head_dim=8),
+    _decoder("ministral3", "Ministral 3", _GROUPED, head_dim=16),
+    _decoder("qwen2", "Qwen2, Qwen2.5", _GROUPED),
+    _decoder("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _GROUPED, _EXPERTS, shared_expert_intermediate_size=24),
+    _decoder("qwen3", "Qwen3", _GROUPED, head_dim=16),
+    _decoder("qwen3_moe", "Qwen3-30B-A3B", _GROUPED, _EXPERTS, head_dim=16),
+    _decoder("phi", "Phi-1.5, Phi-2", _PLAIN),
+    _decoder("phi3", "Phi-3, Phi-4", _GROUPED),
+    _decoder("phimoe", "Phi-3.5-MoE", _GROUPED, _EXPERTS, sliding_window=4),
+    _decoder("gemma", "Gemma", _GROUPED, head_dim=16),
+    _decoder("gemma2", "Gemma 2", _GEMMA_PART),
+    _decoder("gemma3_text", "Gemma 3 (text)", _WINDOWED, head_dim=16, query_pre_attn_scalar=16),
+    _decoder(
         "gemma3n_text",
-        "decoder",
         "Gemma 3n (text)",
-        {
-            **_GROUPED,
-            "head_dim": 16,
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "sliding_window": 4,
-            "hidden_size_per_layer_input": 8,
-            "altup_num_inputs": 2,
-            "laurel_rank": 4,
-            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
-        },
+        _GROUPED,
+        head_dim=16,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
         vocabulary=("vocab_size_per_layer_input",),
     ),
-    _entry(
+    _decoder(
         "gemma4_text",
-        "decoder",
         "Gemma 4 (text)",
-        {
-            **_GROUPED,
-            "head_dim": 8,
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "sliding_window": 4,
-            "hidden_size_per_layer_input": 8,
-            "per_layer_config": {"1": {"head_dim": 16}, "3": {"head_dim": 16}},
-        },
+        _GROUPED,
+        head_dim=8,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=4,
+        hidden_size_per_layer_input=8,
+        per_layer_config={"1": {"head_dim": 16}, "3": {"head_dim": 16}},
         vocabulary=("vocab_size_per_layer_input",),
     ),
-    _entry("olmo", "decoder", "OLMo", _GROUPED),
-    _entry("olmo2", "decoder", "OLMo 2", _GROUPED),
-    _entry("olmo3", "decoder", "OLMo 3", _WINDOWED),
-    _entry("olmoe", "decoder", "OLMoE", {**_GROUPED, **_EXPERTS}),
-    _entry("starcoder2", "decoder", "StarCoder2", {**_GROUPED, "sliding_window": 4}),
-    _entry("cohere", "decoder", "Command R", {**_GROUPED, "use_qk_norm": True}),
-    _entry("cohere2", "decoder", "Command R7B", _WINDOWED),
-    _entry("glm", "decoder", "GLM-4-9B", {**_GROUPED, "head_dim": 8}),
-    _entry("glm4", "decoder", "GLM-4-0414", {**_GROUPED, "head_dim": 8}),
-    _entry("glm4_moe", "decoder", "GLM-4.5", {**_GROUPED, **_ROUTED, "head_dim": 8}),
-    _entry("deepseek_v2", "decoder", "DeepSeek-V2", {**_LATENT, **_ROUTED}),
-    _entry("deepseek_v3", "decoder", "DeepSeek-V3, DeepSeek-R1", {**_LATENT, **_ROUTED}),
-    _entry("minicpm3", "decoder", "MiniCPM3", {**_LATENT, "head_dim": 4, "dim_model_base": 16}),
-    _entry("smollm3", "decoder", "SmolLM3", {**_GROUPED, "no_rope_layers": [1, 1, 0]}),
-    _entry("granite", "decoder", "Granite 3", {**_GROUPED, "attention_multiplier": 0.3, "embedding_multiplier": 2.0}),
-    _entry("granitemoe", "decoder", "Granite 3 MoE", {**_GROUPED, **_EXPERTS, "attention_multiplier": 0.3}),
-    _entry("stablelm", "decoder", "StableLM", _GROUPED),
-    _entry(
+    _decoder("olmo", "OLMo", _GROUPED),
+    _decoder("olmo2", "OLMo 2", _GROUPED),
+    _decoder("olmo3", "OLMo 3", _WINDOWED),
+    _decoder("olmoe", "OLMoE", _GROUPED, _EXPERTS),
+    _decoder("starcoder2", "StarCoder2", _GROUPED, sliding_window=4),
+    _decoder("cohere", "Command R", _GROUPED, use_qk_norm=True),
+    _decoder("cohere2", "Command R7B", _WINDOWED),
+    _decoder("glm", "GLM-4-9B", _GROUPED, head_dim=8),
+    _decoder("glm4", "GLM-4-0414", _GROUPED, head_dim=8),
+    _decoder("glm4_moe", "GLM-4.5", _GROUPED, _ROUTED, head_dim=8),
+    _decoder("deepseek_v2", "DeepSeek-V2", _LATENT, _ROUTED),
+    _decoder("deepseek_v3", "DeepSeek-V3, DeepSeek-R1", _LATENT, _ROUTED),
+    _decoder("minicpm3", "MiniCPM3", _LATENT, head_dim=4, dim_model_base=16),
+    _decoder("smollm3", "SmolLM3", _GROUPED, no_rope_layers=[1, 1, 0]),
+    _decoder("granite", "Granite 3", _GROUPED, attention_multiplier=0.3, embedding_multiplier=2.0),
+    _decoder("granitemoe", "Granite 3 MoE", _GROUPED, _EXPERTS, attention_multiplier=0.3),
+    _decoder("stablelm", "StableLM", _GROUPED),
+    _decoder(
         "llama4_text",
-        "decoder",
         "Llama 4 (text)",
-        {
-            **_GROUPED,
-            "head_dim": 8,
-            "intermediate_size_mlp": 48,
-            "num_local_experts": 2,
-            "moe_layers": [1],
-            "attention_chunk_size": 8,
-            "no_rope_layers": [1, 1, 0],
-            "layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
-        },
+        _GROUPED,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        moe_layers=[1],
+        attention_chunk_size=8,
+        no_rope_layers=[1, 1, 0],
+        layer_types=["chunked_attention", "chunked_attention", "full_attention"],
     ),
-    _entry("gpt_oss", "decoder", "gpt-oss", {**_WINDOWED, **_EXPERTS, "head_dim": 16}),
-    _entry("exaone4", "decoder", "EXAONE 4", _WINDOWED),
-    _entry("helium", "decoder", "Helium", {**_GROUPED, "head_dim": 8}),
-    _entry("apertus", "decoder", "Apertus", _GROUPED),
-    _entry("arcee", "decoder", "AFM", {**_GROUPED, "head_dim": 8}),
-    _entry("seed_oss", "decoder", "Seed-OSS", {**_GROUPED, "head_dim": 8}),
-    _entry("ernie4_5", "decoder", "ERNIE 4.5", {**_GROUPED, "head_dim": 8}),
-    _entry("hunyuan_v1_dense", "decoder", "Hunyuan", {**_GROUPED, "head_dim": 8}),
-    _entry("bitnet", "decoder", "BitNet b1.58", _GROUPED),
-    _entry("nanochat", "decoder", "nanochat", _PLAIN),
-    _entry("nemotron", "decoder", "Nemotron-4, Minitron", {**_GROUPED, "head_dim": 8}),
-    _entry("persimmon", "decoder", "Persimmon", _PLAIN),
-    _entry("codegen", "decoder", "CodeGen", {**_GPT2, "n_ctx": MAX_POSITIONS, "rotary_dim": 4}),
-    _entry(
-        "xglm",
-        "decoder",
-        "XGLM",
-        {
-            "d_model": 32,
-            "ffn_dim": 48,
-            "num_layers": 3,
-            "attention_heads": 4,
-            "max_position_embeddings": MAX_POSITIONS,
-        },
+    _decoder("gpt_oss", "gpt-oss", _WINDOWED, _EXPERTS, head_dim=16),
+    _decoder("exaone4", "EXAONE 4", _WINDOWED),
+    _decoder("helium", "Helium", _GROUPED, head_dim=8),
+    _decoder("apertus", "Apertus", _GROUPED),
+    _decoder("arcee", "AFM", _GROUPED, head_dim=8),
+    _decoder("seed_oss", "Seed-OSS", _GROUPED, head_dim=8),
+    _decoder("ernie4_5", "ERNIE 4.5", _GROUPED, head_dim=8),
+    _decoder("hunyuan_v1_dense", "Hunyuan", _GROUPED, head_dim=8),
+    _decoder("bitnet", "BitNet b1.58", _GROUPED),
+    _decoder("nanochat", "nanochat", _PLAIN),
+    _decoder("nemotron", "Nemotron-4, Minitron", _GROUPED, head_dim=8),
+    _decoder("persimmon", "Persimmon", _PLAIN),
+    _decoder("codegen", "CodeGen", _GPT2, n_ctx=MAX_POSITIONS, rotary_dim=4),
+    _decoder(
+        "xglm", "XGLM", d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=MAX_POSITIONS
     ),
-    _entry("biogpt", "decoder", "BioGPT", _PLAIN),
-    _entry("ctrl", "decoder", "CTRL", {**_GPT2, "dff": 48}),
-    _entry(
+    _decoder("biogpt", "BioGPT", _PLAIN),
+    _decoder("ctrl", "CTRL", _GPT2, dff=48),
+    _decoder(
         "modernbert-decoder",
-        "decoder",
         "Ettin (decoder)",
-        {**_PLAIN, "local_attention": 8, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+        _PLAIN,
+        local_attention=8,
+        layer_types=["full_attention", *["sliding_attention"] * 2],
     ),
 )
 
 _HYBRIDS = (
-    _entry(
-        "mamba",
-        "hybrid",
-        "Mamba",
-        {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 3, "time_step_rank": 4},
-    ),
-    _entry(
+    _hybrid("mamba", "Mamba", hidden_size=32, state_size=8, num_hidden_layers=3, time_step_rank=4),
+    _hybrid(
         "mamba2",
-        "hybrid",
         "Mamba 2, Codestral Mamba",
-        {
-            "hidden_size": 32,
-            "state_size": 8,
-            "num_hidden_layers": 3,
-            "num_heads": 8,
-            "head_dim": 8,
-            "n_groups": 1,
-            "chunk_size": 8,
-        },
+        hidden_size=32,
+        state_size=8,
+        num_hidden_layers=3,
+        num_heads=8,
+        head_dim=8,
+        n_groups=1,
+        chunk_size=8,
     ),
-    _entry(
+    _hybrid(
         "jamba",
-        "hybrid",
         "Jamba",
-        {
-            **_GROUPED,
-            "num_hidden_layers": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "num_experts": 2,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
-        },
+        _GROUPED,
+        num_hidden_layers=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        use_mamba_kernels=False,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
     ),
-    _entry("bamba", "hybrid", "Bamba", {**_GROUPED, **_MAMBA2, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]}),
-    _entry(
+    _hybrid("bamba", "Bamba", _GROUPED, _MAMBA2, num_hidden_layers=4, attn_layer_indices=[1, 3]),
+    _hybrid(
         "lfm2",
-        "hybrid",
         "LFM2",
-        {
-            **_GROUPED,
-            "num_hidden_layers": 4,
-            "layer_types": ["conv", "full_attention"] * 2,
-            "block_auto_adjust_ff_dim": False,
-        },
+        _GROUPED,
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
     ),
-    _entry(
+    _hybrid(
         "qwen3_next",
-        "hybrid",
         "Qwen3-Next",
-        {
-            **_GROUPED,
-            **_EXPERTS,
-            **_DELTA,
-            **_FOUR_LAYERS,
-            "head_dim": 16,
-            "shared_expert_intermediate_size": 24,
-        },
+        _GROUPED,
+        _EXPERTS,
+        _DELTA,
+        _FOUR_LAYERS,
+        head_dim=16,
+        shared_expert_intermediate_size=24,
     ),
-    _entry("qwen3_5_text", "hybrid", "Qwen3.5 (text)", {**_GROUPED, **_DELTA, **_FOUR_LAYERS, "head_dim": 16}),
-    _entry("olmo_hybrid", "hybrid", "OLMo Hybrid", {**_PLAIN, **_DELTA, **_FOUR_LAYERS, "linear_num_key_heads": 4}),
-    _entry("minimax", "hybrid", "MiniMax-Text-01", {**_GROUPED, **_EXPERTS, **_FOUR_LAYERS, "block_size": 4}),
-    _entry(
+    _hybrid("qwen3_5_text", "Qwen3.5 (text)", _GROUPED, _DELTA, _FOUR_LAYERS, head_dim=16),
+    _hybrid("olmo_hybrid", "OLMo Hybrid", _PLAIN, _DELTA, _FOUR_LAYERS, linear_num_key_heads=4),
+    _hybrid("minimax", "MiniMax-Text-01", _GROUPED, _EXPERTS, _FOUR_LAYERS, block_size=4),
+    _hybrid(
         "minimax-full-first",
-        "hybrid",
         "MiniMax with full attention first",
-        {**_GROUPED, **_EXPERTS, **_FOUR_LAYERS, "layer_types": ["full_attention", "linear_attention"] * 2},
+        _GROUPED,
+        _EXPERTS,
+        _FOUR_LAYERS,
+        layer_types=["full_attention", "linear_attention"] * 2,
         model_type="minimax",
     ),
-    _entry("falcon_h1", "hybrid", "Falcon-H1", {**_GROUPED, **_MAMBA2, "mamba_d_ssm": 64}),
-    _entry(
-        "granitemoehybrid",
-        "hybrid",
-        "Granite 4",
-        {**_GROUPED, **_MAMBA2, **_EXPERTS, **_FOUR_LAYERS, "shared_intermediate_size": 24},
-    ),
-    _entry(
+    _hybrid("falcon_h1", "Falcon-H1", _GROUPED, _MAMBA2, mamba_d_ssm=64),
+    _hybrid("granitemoehybrid", "Granite 4", _GROUPED, _MAMBA2, _EXPERTS, _FOUR_LAYERS, shared_intermediate_size=24),
+    _hybrid(
         "nemotron_h",
-        "hybrid",
         "Nemotron-H, Nemotron Nano",
-        {
-            **_GROUPED,
-            "num_hidden_layers": 4,
-            "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"],
-            "head_dim": 8,
-            "ssm_state_size": 8,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 8,
-            "n_groups": 1,
-            "chunk_size": 8,
-            "use_mamba_kernels": False,
-        },
+        _GROUPED,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "full_attention", "mlp", "full_attention"],
+        head_dim=8,
+        ssm_state_size=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=1,
+        chunk_size=8,
+        use_mamba_kernels=False,
     ),
-    _entry(
+    _hybrid(
         "zamba2",
-        "hybrid",
         "Zamba2",
-        {
-            **_PLAIN,
-            "num_hidden_layers": 4,
-            "layers_block_type": ["linear_attention", "hybrid"] * 2,
-            "hybrid_layer_ids": [1, 3],
-            "num_key_value_heads": 4,
-            "mamba_d_state": 8,
-            "n_mamba_heads": 8,
-            "mamba_headdim": 8,
-            "chunk_size": 8,
-            "adapter_rank": 4,
-            "use_mamba_kernels": False,
-            "num_mem_blocks": 1,
-            "use_mem_rope": True,
-        },
+        _PLAIN,
+        num_hidden_layers=4,
+        layers_block_type=["linear_attention", "hybrid"] * 2,
+        hybrid_layer_ids=[1, 3],
+        num_key_value_heads=4,
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        chunk_size=8,
+        adapter_rank=4,
+        use_mamba_kernels=False,
+        num_mem_blocks=1,
+        use_mem_rope=True,
     ),
-    _entry(
+    _hybrid(
         "recurrent_gemma",
-        "hybrid",
         "RecurrentGemma",
-        {
-            **_PLAIN,
-            "num_key_value_heads": 2,
-            "lru_width": 32,
-            "attention_window_size": 4,
-            "block_types": ["recurrent", "recurrent", "attention"],
-        },
+        _PLAIN,
+        num_key_value_heads=2,
+        lru_width=32,
+        attention_window_size=4,
+        block_types=["recurrent", "recurrent", "attention"],
     ),
-    _entry(
+    _hybrid(
         "rwkv",
-        "hybrid",
         "RWKV-4",
-        {
-            "hidden_size": 32,
-            "attention_hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "context_length": MAX_POSITIONS,
-        },
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        context_length=MAX_POSITIONS,
     ),
 )
 
 _ENCODER_DECODERS = (
-    _entry("bart", "encoder-decoder", "BART", _BART),
-    _entry("mbart", "encoder-decoder", "mBART-50", _BART),
-    _entry("pegasus", "encoder-decoder", "PEGASUS", _BART),
-    _entry("marian", "encoder-decoder", "OPUS-MT", _BART, vocabulary=("decoder_vocab_size",)),
-    _entry("blenderbot", "encoder-decoder", "BlenderBot", {**_BART, "encoder_no_repeat_ngram_size": 0}),
-    _entry("blenderbot-small", "encoder-decoder", "BlenderBot small", _BART),
-    _entry("m2m_100", "encoder-decoder", "M2M-100, NLLB-200", _BART),
-    _entry(
-        "nllb-moe",
-        "encoder-decoder",
-        "NLLB-MoE",
-        {**_BART, "num_experts": 2, "expert_capacity": 512, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+    _encoder_decoder("bart", "BART", _BART),
+    _encoder_decoder("mbart", "mBART-50", _BART),
+    _encoder_decoder("pegasus", "PEGASUS", _BART),
+    _encoder_decoder("marian", "OPUS-MT", _BART, vocabulary=("decoder_vocab_size",)),
+    _encoder_decoder("blenderbot", "BlenderBot", _BART, encoder_no_repeat_ngram_size=0),
+    _encoder_decoder("blenderbot-small", "BlenderBot small", _BART),
+    _encoder_decoder("m2m_100", "M2M-100, NLLB-200", _BART),
+    _encoder_decoder(
+        "nllb-moe", "NLLB-MoE", _BART, num_experts=2, expert_capacity=512, encoder_sparse_step=2, decoder_sparse_step=2
     ),
-    _entry("plbart", "encoder-decoder", "PLBART", _BART),
-    _entry("mvp", "encoder-decoder", "MVP", _BART),
-    _entry(
-        "fsmt",
-        "encoder-decoder",
-        "FSMT (WMT19)",
-        {**_BART, "langs": ["en", "de"]},
-        vocabulary=("src_vocab_size", "tgt_vocab_size"),
+    _encoder_decoder("plbart", "PLBART", _BART),
+    _encoder_decoder("mvp", "MVP", _BART),
+    _encoder_decoder(
+        "fsmt", "FSMT (WMT19)", _BART, langs=["en", "de"], vocabulary=("src_vocab_size", "tgt_vocab_size")
     ),
-    _entry("t5", "encoder-decoder", "T5", _T5),
-    _entry(
-        "t5-gated",
-        "encoder-decoder",
-        "T5 v1.1, Flan-T5",
-        {**_T5, "feed_forward_proj": "gated-gelu"},
-        model_type="t5",
-    ),
-    _entry("mt5", "encoder-decoder", "mT5", _T5),
-    _entry("umt5", "encoder-decoder", "umT5", _T5),
-    _entry(
+    _encoder_decoder("t5", "T5", _T5),
+    _encoder_decoder("t5-gated", "T5 v1.1, Flan-T5", _T5, feed_forward_proj="gated-gelu", model_type="t5"),
+    _encoder_decoder("mt5", "mT5", _T5),
+    _encoder_decoder("umt5", "umT5", _T5),
+    _encoder_decoder(
         "switch_transformers",
-        "encoder-decoder",
         "Switch Transformers",
-        {
-            **_T5,
-            "num_experts": 2,
-            "expert_capacity": 512,
-            "num_sparse_encoder_layers": 1,
-            "num_sparse_decoder_layers": 1,
-        },
+        _T5,
+        num_experts=2,
+        expert_capacity=512,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
     ),
-    _entry(
-        "longt5-local",
-        "encoder-decoder",
-        "LongT5 (local)",
-        {**_T5, "encoder_attention_type": "local", "local_radius": 3},
-        model_type="longt5",
+    _encoder_decoder(
+        "longt5-local", "LongT5 (local)", _T5, encoder_attention_type="local", local_radius=3, model_type="longt5"
     ),
-    _entry(
+    _encoder_decoder(
         "longt5-global",
-        "encoder-decoder",
         "LongT5 (transient-global)",
-        {**_T5, "encoder_attention_type": "transient-global", "local_radius": 3, "global_block_size": 4},
+        _T5,
+        encoder_attention_type="transient-global",
+        local_radius=3,
+        global_block_size=4,
         model_type="longt5",
     ),
-    _entry(
+    _encoder_decoder(
         "led",
-        "encoder-decoder",
         "LED",
-        {
-            **_BART,
-            "attention_window": 4,
-            "max_encoder_position_embeddings": MAX_POSITIONS,
-            "max_decoder_position_embeddings": MAX_POSITIONS,
-        },
+        _BART,
+        attention_window=4,
+        max_encoder_position_embeddings=MAX_POSITIONS,
+        max_decoder_position_embeddings=MAX_POSITIONS,
     ),
-    _entry("pegasus_x", "encoder-decoder", "PEGASUS-X", {**_BART, "num_global_tokens": 4, "block_size": 8}),
-    _entry(
-        "bigbird_pegasus",
-        "encoder-decoder",
-        "BigBird-Pegasus",
-        {**_BART, "attention_type": "original_full", "use_bias": True},
-    ),
-    _entry(
+    _encoder_decoder("pegasus_x", "PEGASUS-X", _BART, num_global_tokens=4, block_size=8),
+    _encoder_decoder("bigbird_pegasus", "BigBird-Pegasus", _BART, attention_type="original_full", use_bias=True),
+    _encoder_decoder(
         "prophetnet",
-        "encoder-decoder",
         "ProphetNet",
-        {
-            "hidden_size": 32,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 40,
-            "num_encoder_layers": 3,
-            "num_decoder_layers": 2,
-            "num_encoder_attention_heads": 4,
-            "num_decoder_attention_heads": 2,
-            "max_position_embeddings": MAX_POSITIONS,
-            "num_buckets": 8,
-            "relative_max_distance": 20,
-            # Its positions begin after the padding's id, and its cached decoding is right for 0 only.
-            "pad_token_id": 0,
-        },
+        hidden_size=32,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        num_encoder_layers=3,
+        num_decoder_layers=2,
+        num_encoder_attention_heads=4,
+        num_decoder_attention_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        num_buckets=8,
+        relative_max_distance=20,
+        # Its positions begin after the padding's id, and its cached decoding is right for 0 only.
+        pad_token_id=0,
     ),
-    _entry(
+    _encoder_decoder(
         "whisper",
-        "encoder-decoder",
         "Whisper",
-        {**_BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": MAX_POSITIONS}
-        | {"begin_suppress_tokens": None},
+        _BART,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=MAX_POSITIONS,
+        begin_suppress_tokens=None,
     ),
-    _entry(
+    _encoder_decoder(
         "t5gemma",
-        "encoder-decoder",
         "T5Gemma",
-        {
-            "encoder": _GEMMA_PART,
-            "decoder": {**_GEMMA_PART, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
-        },
+        encoder=_GEMMA_PART,
+        decoder={**_GEMMA_PART, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
         parts=("encoder", "decoder"),
     ),
 )
 
 _ENCODERS = (
-    _entry("bert", "encoder", "BERT", _BERT),
-    _entry("roberta", "encoder", "RoBERTa", _ROBERTA),
-    _entry("xlm-roberta", "encoder", "XLM-R", _ROBERTA),
-    _entry("camembert", "encoder", "CamemBERT", _ROBERTA),
-    _entry(
-        "distilbert",
-        "encoder",
-        "DistilBERT",
-        {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "max_position_embeddings": MAX_POSITIONS},
+    _encoder("bert", "BERT", _BERT),
+    _encoder("roberta", "RoBERTa", _ROBERTA),
+    _encoder("xlm-roberta", "XLM-R", _ROBERTA),
+    _encoder("camembert", "CamemBERT", _ROBERTA),
+    _encoder(
+        "distilbert", "DistilBERT", dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=MAX_POSITIONS
     ),
-    _entry("electra", "encoder", "ELECTRA", {**_BERT, "embedding_size": 16}),
-    _entry("albert", "encoder", "ALBERT", {**_BERT, "embedding_size": 16}),
-    _entry("mpnet", "encoder", "MPNet", _ROBERTA),
-    _entry("deberta", "encoder", "DeBERTa", {**_PLAIN, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
-    _entry(
+    _encoder("electra", "ELECTRA", _BERT, embedding_size=16),
+    _encoder("albert", "ALBERT", _BERT, embedding_size=16),
+    _encoder("mpnet", "MPNet", _ROBERTA),
+    _encoder("deberta", "DeBERTa", _PLAIN, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    _encoder(
         "deberta-v2",
-        "encoder",
         "DeBERTa-v3, mDeBERTa",
-        {
-            **_PLAIN,
-            "relative_attention": True,
-            "pos_att_type": ["c2p", "p2c"],
-            "position_buckets": 8,
-            "share_att_key": True,
-            "norm_rel_ebd": "layer_norm",
-            "position_biased_input": False,
-        },
+        _PLAIN,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+        position_buckets=8,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
     ),
-    _entry(
+    _encoder(
         "modernbert",
-        "encoder",
         "ModernBERT, Ettin (encoder)",
-        {**_PLAIN, "local_attention": 8, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+        _PLAIN,
+        local_attention=8,
+        layer_types=["full_attention", *["sliding_attention"] * 2],
     ),
-    _entry("eurobert", "encoder", "EuroBERT", {**_GROUPED, "head_dim": 8}),
-    _entry("nomic_bert", "encoder", "nomic-embed-text", {**_BERT, "head_dim": 8}),
-    _entry("roformer", "encoder", "RoFormer", {**_BERT, "embedding_size": 32}),
-    _entry("rembert", "encoder", "RemBERT", {**_BERT, "input_embedding_size": 16, "output_embedding_size": 24}),
-    _entry("esm", "encoder", "ESM-2", {**_ROBERTA, "position_embedding_type": "rotary", "mask_token_id": 0}),
-    _entry(
+    _encoder("eurobert", "EuroBERT", _GROUPED, head_dim=8),
+    _encoder("nomic_bert", "nomic-embed-text", _BERT, head_dim=8),
+    _encoder("roformer", "RoFormer", _BERT, embedding_size=32),
+    _encoder("rembert", "RemBERT", _BERT, input_embedding_size=16, output_embedding_size=24),
+    _encoder("esm", "ESM-2", _ROBERTA, position_embedding_type="rotary", mask_token_id=0),
+    _encoder(
         "funnel",
-        "encoder",
         "Funnel Transformer",
-        {
-            "d_model": 32,
-            "n_head": 4,
-            "d_head": 8,
-            "d_inner": 48,
-            "block_sizes": [1, 1, 1],
-            "block_repeats": [1, 1, 1],
-            "architectures": ["FunnelModel"],
-            "num_decoder_layers": 1,
-        },
+        d_model=32,
+        n_head=4,
+        d_head=8,
+        d_inner=48,
+        block_sizes=[1, 1, 1],
+        block_repeats=[1, 1, 1],
+        architectures=["FunnelModel"],
+        num_decoder_layers=1,
     ),
-    _entry("fnet", "encoder", "FNet", {**_BERT, "max_position_embeddings": MAX_POSITIONS}),
+    _encoder("fnet", "FNet", _BERT, max_position_embeddings=MAX_POSITIONS),
 )
 
 ZOO: Mapping[str, Entry] = {entry.name: entry for entry in (*_DECODERS, *_HYBRIDS, *_ENCODER_DECODERS, *_ENCODERS)}
@@ -745,74 +658,3 @@ def random_model(auto: Any, config: Any, seed: int = 0) -> Any:
                 if name.endswith(("SelfAttention.q", "EncDecAttention.q")):
                     module.weight.mul_(model.config.d_kv**-0.5)
     return model.eval()
-
-
-def example_inputs(name: str, model: Any, length: int = 7) -> dict[str, torch.Tensor]:
-    """What a plain call of a model takes: one row of tokens, or of sound; and a decoder's first tokens."""
-    entry = ZOO[name]
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, NUM_BYTES, (1, length), generator=generator)
-    inputs = {"input_ids": ids}
-    if entry.model_type == "whisper":
-        frames = 2 * model.config.max_source_positions
-        inputs = {"input_features": torch.randn(1, model.config.num_mel_bins, frames, generator=generator)}
-    if entry.kind == "encoder-decoder":
-        inputs["decoder_input_ids"] = ids[:, : length - 2]
-    return inputs
-
-
-# --- the proof -------------------------------------------------------------------------------------------------------
-
-
-def _finite(output: Any) -> bool:
-    tensors: list[torch.Tensor] = [output.logits if "logits" in output else output.last_hidden_state]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _generate(name: str, model: Any) -> str:
-    """Three greedy tokens, in words; a dash for a model that does not generate."""
-    if ZOO[name].kind == "encoder":
-        return "-"
-    inputs = {key: value for key, value in example_inputs(name, model).items() if not key.startswith("decoder")}
-    output = model.generate(
-        **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    finite = all(bool(step.isfinite().all()) for step in output.logits)
-    return f"{len(output.logits)} tokens" if finite else "NOT FINITE"
-
-
-def _row(name: str, tokenizer: Any) -> tuple[str, ...]:
-    def attempt(run: Callable[[], str]) -> str:
-        try:
-            return run()
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-    begin = time.perf_counter()
-    try:
-        model = make_model(name, tokenizer)
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return name, ZOO[name].kind, "-", "-", f"{type(error).__name__}: {' '.join(lines)}", "-"
-    seconds = time.perf_counter() - begin
-    with torch.no_grad():
-        forward = attempt(lambda: "finite" if _finite(model(**example_inputs(name, model))) else "NOT FINITE")
-        generated = attempt(lambda: _generate(name, model))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return name, ZOO[name].kind, f"{count:,}", f"{seconds:.2f} s", forward, generated
-
-
-def main(names: list[str]) -> int:
-    """Make and run entries, and print what came of it."""
-    tokenizer = make_tokenizer()
-    print(f"{'name':22}{'kind':17}{'parameters':>11}{'made in':>9}  {'forward':12}generate")
-    for name in names or ZOO:
-        one, kind, count, seconds, forward, generated = _row(name, tokenizer)
-        print(f"{one:22}{kind:17}{count:>11}{seconds:>9}  {forward:12}{generated}", flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    sys.exit(main(sys.argv[1:]))
