@@ -50,8 +50,3 @@ def test_answers_in_process_and_over_http_are_the_same(folder: Path) -> None:
         assert run(folder, "ask", "--server", server.url, QUESTION) == f"{names}\n{answer}"
     finally:
         server.stop()
-
-
-def test_the_score_counts_what_was_asked(folder: Path) -> None:
-    printed = run(folder, "ask", "--score", "3")
-    assert printed.startswith("3 questions, 4 memories: BM25's 3 include the right one 3 times\n")

@@ -313,12 +313,11 @@ def test_a_cut_prefix_is_a_shifted_cache(name: str, make: Make, run: Make, rando
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
 @torch.no_grad()
 def test_half_precision_and_flash_attention(
-    name: str, make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
+    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
 ) -> None:
-    backbone, path = make(name)
+    backbone, path = make("llama")
     prefix, prompt = random_prefix(backbone, 7, seed=1), random_ids(9)
     rows, tokens = rows_of(prefix, backbone), placeholders_for(prefix, backbone)
     wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]

@@ -117,6 +117,7 @@ def test_peft_loads_what_is_exported(
 
 
 @pytest.mark.parametrize(("kind", "projected"), [("PREFIX_TUNING", True), *((kind, False) for kind in KINDS)])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_what_peft_trained_is_imported(
     kind: str, projected: bool, bare: Make, backbone: Backbone, batch: Any, assert_same: Make, tmp_path: Path
 ) -> None:

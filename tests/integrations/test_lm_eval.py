@@ -106,7 +106,7 @@ def same_answers(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- without a prefix: lm-eval's own model ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shots"), [("llama", 0), ("gpt2", 2), ("qwen3", 3), ("t5", 0), ("bart", 1)])
+@pytest.mark.parametrize(("name", "shots"), [("llama", 0), ("gpt2", 2), ("qwen3", 3), ("t5", 1)])
 def test_without_a_prefix_the_answers_are_those_of_hf(
     tiny_models: Any, measure: Callable[..., Any], name: str, shots: int
 ) -> None:
@@ -137,15 +137,6 @@ def test_a_chat_template_is_filled_in_as_by_hf(tiny_models: Any, measure: Callab
     assert contexts[0] == contexts[1]
     assert contexts[0][0].startswith("<s>[system]Be brief.</s>[user]")
     same_answers(ours, theirs)
-
-
-def test_decoding_by_beams_and_penalties_is_transformers_own(tiny_models: Any, measure: Callable[..., Any]) -> None:
-    model, tokenizer = tiny_models("llama"), make_tokenizer()
-    twin = copy.deepcopy(model)
-    options = {"gen_kwargs": {"num_beams": 3, "max_gen_toks": 9, "length_penalty": 0.5}, "limit": 6}
-    ours = measure(PrefixLM((model, tokenizer), batch_size=4), "made_texts", **options)
-    theirs = measure(HFLM(pretrained=twin, tokenizer=tokenizer, batch_size=1), "made_texts", **options)
-    assert ours["answers"] == theirs["answers"]
 
 
 # --- with prefixes: plain forward passes ------------------------------------------------------------------------------
@@ -324,11 +315,3 @@ def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(
     chat = PrefixLM(backbone, Prefix(made, {"text_format": form.to_dict()}))
     ended = measure(chat, "made_texts")["answers"]["made_texts"]
     assert [text for (text,) in ended.values()] == [text.split(end)[0] for text in texts]
-
-
-def test_sampled_texts_follow_the_seed(tiny_backbone: Any, measure: Callable[..., Any]) -> None:
-    options = {"gen_kwargs": {"do_sample": True, "temperature": 2.0, "until": ["\n"]}, "limit": 4}
-    model = PrefixLM(tiny_backbone("llama", max_position_embeddings=700))
-    first = measure(model, "made_texts", torch_random_seed=1, **options)["answers"]
-    assert measure(model, "made_texts", torch_random_seed=1, **options)["answers"] == first
-    assert measure(model, "made_texts", torch_random_seed=2, **options)["answers"] != first

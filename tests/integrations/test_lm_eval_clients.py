@@ -65,8 +65,9 @@ def measure(folder: Path) -> Measure:
     return run
 
 
-@pytest.mark.parametrize("name", ["facts", "formatted", MODEL])
-@pytest.mark.parametrize("tokenized", [True, False], ids=["tokens", "text"])
+@pytest.mark.parametrize(
+    ("name", "tokenized"), [("facts", True), ("formatted", False), (MODEL, True)], ids=["tokens", "text", "bare"]
+)
 def test_local_completions_gives_the_answers_of_the_class(
     folder: Path, backbone: Any, server: LiveServer, measure: Measure, name: str, tokenized: bool
 ) -> None:

@@ -13,7 +13,7 @@ from prefixtune.errors import DataError
 from prefixtune.utils import files
 from research import study as module
 from research.compare import compare, load
-from research.study import Cell, Study, cells, read_study, run, run_on_ray, sample_targets
+from research.study import Cell, Study, cells, read_study, run, run_on_ray
 from research.tables import main
 from zoo import make_model, make_tokenizer
 
@@ -148,14 +148,6 @@ def test_a_cluster_does_the_same(study: Study) -> None:
     states = run_on_ray(small, "local")
     assert states == {"lora-n8-s0": "done", "bare-n8-s0": "done"}
     assert len(load(small)) == 2
-
-
-def test_samples_are_equal_for_every_point(study: Study) -> None:
-    examples = study.read("train")
-    drawn = sample_targets(examples, 8, "train/0")
-    assert drawn == sample_targets(examples, 8, "train/0") != sample_targets(examples, 8, "train/1")
-    assert sum(len(example.targets) for example in drawn) == 8
-    assert sample_targets(examples, 0, "any") == examples
 
 
 def test_every_study_can_be_read(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_set_that_is_a_script_has_a_way_out(asked: list[tuple[str, str | None]
 
 @pytest.mark.parametrize(
     ("path", "split"),
-    [("hub:GEM/xsum", None), ("hub:GEM/xsum", "test"), ("hub:GEM/xsum@tset", None), ("hub:GEM/xsumm", "test")],
+    [("hub:GEM/xsum", "test"), ("hub:GEM/xsum@tset", None), ("hub:GEM/xsumm", "test")],
 )
 def test_what_the_hub_has_not(asked: list[tuple[str, str | None]], path: str, split: str | None):
     with pytest.raises(DataError):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 
-import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.batching import pad
@@ -123,12 +122,7 @@ def weights_of(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "reparameterization"),
-    [
-        ("llama", "scaled"),
-        ("gpt2", "none"),
-        ("bart", "scaled"),
-        ("t5", "none"),
-    ],
+    [("llama", "scaled"), ("bart", "none")],
 )
 def test_the_losses_are_those_of_our_own_loop(
     name: str, reparameterization: str, tiny_backbone: Make, tmp_path: Path
@@ -197,18 +191,6 @@ def test_labels_are_smoothed_at_the_next_token(tiny_backbone: Make, tmp_path: Pa
     assert logged(run) == pytest.approx([float(wanted)], rel=1e-5)
 
 
-def test_only_the_prefix_is_there_to_a_trainer(tiny_backbone: Make) -> None:
-    model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
-    assert {name for name, _ in model.named_parameters()} == set(model.state_dict())
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.trained.parameters())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    model.train()
-    assert model.training
-    assert not model.backbone.model.training
-    model.to(torch.float64)
-    assert {t.dtype for t in (*model.parameters(), *model.backbone.model.parameters())} == {torch.float64}
-
-
 def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path) -> None:
     def start() -> PrefixModel:
         return PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
@@ -227,18 +209,6 @@ def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path)
     other = start()
     other.load_state_dict(load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors"))
     assert other.prefix().equal(whole.model.prefix())
-
-
-def test_the_artifact_is_all_that_is_saved(tiny_backbone: Make, tmp_path: Path) -> None:
-    backbone = tiny_backbone("gpt2")
-    model = PrefixModel(backbone, settings(license="CC0", prompt_format="{source}{separator}"))
-    path = model.save_pretrained(tmp_path / "run")
-    assert [one.name for one in path.parent.iterdir()] == ["prefix.safetensors"]
-    stored = pt.load_prefix(path, backbone)
-    assert stored.equal(model.prefix())
-    assert stored.header["text_format"]["prompt"] == "{source}{separator}"
-    assert (stored.header["license"], stored.header["initialization"]["kind"]) == ("CC0", "words")
-    assert pt.generate(backbone, ["ab"], stored, max_new_tokens=3)
 
 
 def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
@@ -326,9 +296,8 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
         PrefixModel(llama, settings(method="lora"))
     with pytest.raises(ConfigError, match="encoder"):
         PrefixModel(tiny_backbone("bert"))
-    for change in ({"prefix_dropout": 0.3}, {"quantize": "int8"}):
-        with pytest.raises(ConfigError, match=next(iter(change))):
-            PrefixModel(llama, settings(**change))
+    with pytest.raises(ConfigError, match="prefix_dropout"):
+        PrefixModel(llama, settings(prefix_dropout=0.3))
     model = PrefixModel(llama, settings())
     ids = torch.tensor([[3, 4, 5]])
     with pytest.raises(ConfigError, match="position_ids"):
@@ -352,12 +321,11 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
 # --- SFTTrainer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_trl_trains_it_with_the_losses_of_our_own_loop(name: str, tiny_backbone: Make, tmp_path: Path) -> None:
+def test_trl_trains_it_with_the_losses_of_our_own_loop(tiny_backbone: Make, tmp_path: Path) -> None:
     import datasets
     import trl
 
-    backbone = tiny_backbone(name)
+    backbone = tiny_backbone("gpt2")
     # TRL puts nothing around prompt and completion but the end token.
     config = settings(prompt_format="{source}", target_format="{target}")
     own = own_loop(backbone, config, tmp_path / "own")

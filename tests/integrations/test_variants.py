@@ -129,16 +129,7 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) ->
     assert pt.train(**again, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
 
 
-@pytest.mark.parametrize(
-    ("library", "extra", "options"),
-    [
-        ("torchao", "quantize", {"quantize": "int8"}),
-    ],
-)
-def test_a_missing_library_is_named_with_its_extra_before_anything_loads(
-    library: str, extra: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ConfigError, match=f"needs {library}, which is not installed") as caught:
-        load_backbone("no/such/model", **options)
-    assert caught.value.hint == f"pip install 'prefixtune[{extra}]'."
+def test_a_missing_library_is_named_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ConfigError, match="needs torchao"):
+        load_backbone("no/such/model", quantize="int8")
