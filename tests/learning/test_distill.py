@@ -275,20 +275,6 @@ def test_a_teacher_is_let_go_before_the_training(
     assert (len(loaded), left) == (1, [False, False])
 
 
-def test_a_held_out_question_with_several_answers_is_asked_once(
-    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path
-) -> None:
-    test = tmp_path / "several.jsonl"
-    rows = [{"question": ROWS[0]["question"], "answers": ["Ashby", "to Ashby"]}, {"question": "Who?", "answer": "Fox"}]
-    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (result,) = quiet(backbone, **{**unanswered, "test": str(test)})
-    held_out = result.report["held_out"]
-    assert (held_out["questions"], held_out["teacher_answers"], held_out["also_trained_on"]) == (2, 2, 1)
-    assert held_out["memory"].keys() == {"loss", "exact", "kl"}
-    rows = [json.loads(line) for line in (result.path.parent / "questions.jsonl").read_text().splitlines()]
-    assert sum(row["held_out"] for row in rows) == 2
-
-
 def test_neither_another_backbone_nor_another_document_is_gone_on_with(
     backbone: Backbone, unanswered: dict[str, Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,17 +293,6 @@ def test_neither_another_backbone_nor_another_document_is_gone_on_with(
     Path(unanswered["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))
     with pytest.raises(CheckpointError):
         distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
-
-
-def test_a_prompt_with_answered_inputs_and_nothing_held_out(
-    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
-    (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north.")
-    own = {**options, "document": "", "questions": "", "test": "", "prompt": str(tmp_path / "prompt.txt")}
-    inputs = write_rows("inputs.jsonl", ({"prompt": f"Owl {n % 3}", "completion": f"Ashby {n}"} for n in range(6)))
-    (result,) = quiet(backbone, **{**own, "data": inputs, "form": "prompt"})
-    assert result.report["questions"] == 6
-    assert "bare" not in result.report["held_out"]
 
 
 def test_of_two_that_begin_in_one_folder_the_second_is_refused(

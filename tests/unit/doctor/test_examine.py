@@ -16,8 +16,7 @@ from patching import replace_everywhere
 from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, prefilled_cache
 from prefixtune.attention.layout import using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
-from prefixtune.attention.packed import packed_attention
-from prefixtune.attention.packing import Packing, Visibility, sees
+from prefixtune.attention.packing import Visibility, sees
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
@@ -151,35 +150,6 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
     assert failed(tiny_backbone("bert")) == {GRADIENT}
 
 
-def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = packed_attention
-
-    def cut(packing: Any, site: str, prefixes: Any, *args: Any) -> Any:
-        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefixes]
-        return packed(packing, site, detached, *args)
-
-    replace_everywhere(monkeypatch, packed_attention, cut)
-    assert failed(tiny_backbone("llama")) == {GRADIENT}
-    assert failed(tiny_backbone("t5")) == {GRADIENT}
-
-
-def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(arguments: dict[str, Any]) -> None:
-        if current_injection.get().layers:
-            see_everything(arguments)
-
-    backbone = tiny_backbone("llama")
-    patch_attention(monkeypatch, attend_changed_at("decoder", change))
-    assert {PREFILLED, PADDED, PACKED, CACHED} <= failed(backbone)
-
-
-@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_a_dead_site(site: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("t5")
-    patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
-    assert GRADIENT in failed(backbone)
-
-
 # --- faults of batches -----------------------------------------------------------------------------------------------
 
 
@@ -209,17 +179,6 @@ def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.Mo
 
     replace_everywhere(monkeypatch, sees, leaky)
     assert failed(tiny_backbone("llama")) == {PACKED}
-
-
-def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Packing.sizes
-
-    def turned(self: Packing, site: str) -> Any:
-        ours, theirs = sizes(self, site)
-        return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
-
-    monkeypatch.setattr(Packing, "sizes", turned)
-    assert failed(tiny_backbone("bart")) == {PACKED}
 
 
 # --- faults of caches ------------------------------------------------------------------------------------------------
