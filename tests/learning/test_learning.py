@@ -115,13 +115,9 @@ def test_eight_examples_can_be_overfitted(
     assert per_token[-1] < 0.3 * per_token[0]
 
 
-@pytest.mark.parametrize(("name", "steps"), [("llama", 120), ("bart", 60)])
-def test_what_was_learned_is_generated(
-    name: str, steps: int, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
-    backbone, one = tiny_backbone(name), [Example("name : Ann", ("Ann eats.",))]
-    start = "words" if name == "llama" else "random"
-    config = config_for(prefix_length=16, max_steps=steps, learning_rate=0.1, save_every=1000, initialization=start)
+def test_what_was_learned_is_generated(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+    backbone, one = tiny_backbone("bart"), [Example("name : Ann", ("Ann eats.",))]
+    config = config_for(prefix_length=16, max_steps=60, learning_rate=0.1, save_every=1000, initialization="random")
     result = train(config, backbone=backbone, examples=one)
     prefix = load_prefix(result.path, backbone)
     for beams in (1, 3):
@@ -388,8 +384,6 @@ def test_a_run_may_start_from_another_prefix(
         assert encoder.bake().equal(start)
         about = {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start), "lengths": {"decoder": 4}}
         assert found.description == about
-    with pytest.raises(ConfigError, match=r"decoder=4.*decoder=3"):
-        build_encoder(config.replace(prefix_length=3), backbone)
 
 
 def test_a_run_from_another_prefix_has_its_length(
@@ -416,23 +410,3 @@ def test_a_run_from_another_prefix_has_its_length(
         build_encoder(config, backbone)
     encoder, _ = build_encoder(config.replace(sites="decoder"), backbone)
     assert encoder.bake().sites == ("decoder",)
-
-
-def test_the_header_describes_the_training(backbone: Any, config_for: Callable[..., TrainConfig]):
-    config = config_for(
-        prompt_format="{source} {separator}", save_dtype="bfloat16", license="CC0", reparameterization="mlp"
-    )
-    result = train(config, backbone=backbone, examples=SHARED)
-    header = load_prefix(result.path, backbone).header
-    assert header["backbone"] == {"name": "tiny-llama", "fingerprint": backbone.fingerprint, "kind": "decoder"}
-    assert header["text_format"]["prompt"] == "{source} {separator}"
-    assert header["training"]["steps"] == 6
-    assert header["training"]["num_targets"] == 12
-    assert header["initialization"]["text"] == "Say it"
-    assert 0 < header["initialization"]["relative_fit_error"]["decoder"] < 1
-    assert (header["license"], header["dtype"], header["positions"]) == (
-        "CC0",
-        "bfloat16",
-        {"decoder": "text starts at position P"},
-    )
-    assert result.prefix.dtype == torch.bfloat16

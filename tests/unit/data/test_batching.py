@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from prefixtune.attention.packing import sees
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
-from prefixtune.data.batching import pack, pad
+from prefixtune.data.batching import pack
 from prefixtune.data.encoding import (
     DEFAULT_WINDOW,
     TEXT_FORMAT,
     TokenizedExample,
     encode_examples,
-    encode_prompts,
     text_windows,
 )
 from prefixtune.data.tokenized import epoch_batches
@@ -35,16 +34,6 @@ def llama(tiny_backbone: Any) -> Any:
 
 def encode(backbone: Any, *examples: Example, **options: Any) -> Any:
     return encode_examples(backbone, examples, options.pop("text_format", PLAIN), **{"prefix_length": 10, **options})
-
-
-def test_the_text_format_surrounds_source_and_targets(llama: Any):
-    encoding = encode(llama, Example("ab", ("c", "de")), text_format=TextFormat())
-    (example,) = encoding.examples
-    assert example.prompt == tuple(llama.encode(" ab <s>"))
-    assert example.prompt[-1] == llama.tokenizer.bos_token_id
-    assert example.targets == ((*llama.encode(" c "), llama.eos_id), (*llama.encode(" de "), llama.eos_id))
-    assert (encoding.num_targets, encoding.num_truncated) == (2, 0)
-    assert encode_prompts(llama, TextFormat(), ["ab"])[0] == list(example.prompt)
 
 
 def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(llama: Any):
@@ -116,14 +105,6 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
         [0, 0, 1, 1, 0],
         [0, 1, 0, 0, 1],
     ]
-
-
-def test_padded_rows_say_what_each_does_not_see_of_the_prefix():
-    """One row per target, so a source's hidden positions are those of each of its rows."""
-    examples = [TokenizedExample((1, 2), ((3,), (4, 5)), hidden=(0, 1)), TokenizedExample((6,), ((7,),))]
-    assert pad(examples, pad_id=0).hidden == ((0, 1), (0, 1), ())
-    assert pad(examples, pad_id=0, decoder_start_id=9).hidden == ((0, 1), ())
-    assert pad(examples[1:], pad_id=0).hidden is None
 
 
 # --- the order of an epoch -------------------------------------------------------------------------------------------

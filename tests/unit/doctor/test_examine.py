@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from patching import replace_everywhere
-from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, prefilled_cache
+from prefixtune.attention.injection import batch_prefixes, current_injection, prefilled_cache
 from prefixtune.attention.layout import using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.packing import Visibility, sees
@@ -55,10 +55,6 @@ def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Ca
             return attend(module, **arguments)
 
     return patched
-
-
-def drop_prefix(arguments: dict[str, Any]) -> None:
-    arguments["injection"] = Injection({})
 
 
 def see_everything(arguments: dict[str, Any]) -> None:

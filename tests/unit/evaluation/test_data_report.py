@@ -105,16 +105,6 @@ def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataRe
     assert report.equal_rows == 1
 
 
-def test_labels(look: Callable[..., DataReport]) -> None:
-    rows = [{"text": f"t{n}", "label": "good" if n % 3 else "bad"} for n in range(9)]
-    by_words = look(rows)
-    assert by_words.labels == {"good": 6, "bad": 3}
-    assert by_words.example[1][0].strip() == "bad </s>"
-    by_head = look(rows, task="classification", classifier="head")
-    assert [lengths.what for lengths in by_head.lengths] == ["source"]
-    assert [is_label for _, is_label in by_head.example] == [False]
-
-
 @pytest.mark.parametrize(
     ("task", "row", "count"),
     [
@@ -146,15 +136,6 @@ def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Pat
     report = look(rows_of(ROWS), test=str(test))
     assert report.overlap is not None
     assert (report.overlap.count, report.overlap.num_examples) == (1, 2)
-
-
-def test_texts_are_measured_whole_and_nothing_of_them_is_cut(look: Callable[..., DataReport]) -> None:
-    texts = ["n" * 700, "o" * 30, "p" * 1200]
-    report = look([{"text": text} for text in texts], max_length=40, batch_size=100)
-    assert report.lengths[-1].longest == 1200 + 2, "with the tokens that begin and end it"
-    assert report.tokenized == 3
-    assert "".join(text for text, _ in report.example).count("n") == 700
-    assert (report.cut, report.refused) == (0, 0)
 
 
 def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:

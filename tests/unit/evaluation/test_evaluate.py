@@ -165,17 +165,6 @@ def test_labels_of_other_weights_are_chosen_by_their_words(model: Any, prefix: A
         evaluate(model, examples, prefix, labels=labels)
 
 
-def test_a_prefix_that_generates_gives_no_labels(model: Any, prefix: Any):
-    examples = [Example("good", ("yes",)), Example("bad", ("no",))]
-    for kind, given, more in (
-        ("classification", prefix, {}),
-        ("tagging", None, {}),
-        ("classification", None, {"intervals": True}),
-    ):
-        with pytest.raises(ConfigError):
-            evaluate(model, examples, given, kind=kind, **more)
-
-
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.interop.export import check_exportable, describe_origin
+from prefixtune.interop.export import check_exportable
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.interop.onnx.run import target_of
 from prefixtune.prefix.prefix import Head, Prefix
@@ -80,16 +80,6 @@ def test_prefixes_that_no_runtime_gets(tiny_backbone: Make, random_prefix: Make,
     with pytest.raises(BackboneError, match="the prefix has"):
         export_llama_cpp(random_prefix(tiny_backbone("qwen3"), 3), backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_origin_holds_the_text_format(tiny_backbone: Make, random_prefix: Make) -> None:
-    backbone = tiny_backbone("llama")
-    prefix = random_prefix(backbone, 3)
-    form = {"prompt": "Q: {source}{separator}A:", "target": " {target}"}
-    origin = describe_origin(dataclasses.replace(prefix, header={"text_format": form, "task": "e2e"}), backbone)
-    assert origin["text_format"] == {"prompt": "Q: {source}<s>A:", "target": " {target}"}
-    assert (origin["task"], origin["end"], origin["prefix_length"]) == ("e2e", "</s>", 3)
-    assert describe_origin(prefix, backbone)["text_format"]["prompt"] == " {source} <s>"
 
 
 @pytest.mark.parametrize("template", ["<<{target}>>", "{target} END"])

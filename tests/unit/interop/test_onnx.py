@@ -56,15 +56,6 @@ def test_masks_positions_and_past_of_a_padded_batch() -> None:
     assert third["past_key_values.0.value"].shape == (2, 2, 8, 3)
 
 
-def test_without_a_prefix_the_past_is_empty() -> None:
-    graph = Graph()
-    assert generate(graph, FACTS, None, [[1]], max_new_tokens=20) == [[2, 3, 4, 5, 6, 7, 8]]
-    assert graph.fed[0]["past_key_values.0.key"].shape == (1, 2, 0, 3)
-    assert graph.fed[0]["position_ids"].tolist() == [[0]]
-    # All texts have ended: nothing more is asked for.
-    assert len(graph.fed) == 8
-
-
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Stands in for the extra's libraries; the last of them."""

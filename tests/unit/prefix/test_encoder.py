@@ -13,7 +13,6 @@ from prefixtune.prefix.prefix import Prefix, flatten
 from prefixtune.training.starts.words import from_words
 
 GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
-SIZE = 2 * (4 + 4) + (8 + 6)
 
 
 def module(kind: str, start: Prefix | None = None, length: int = 5, **changes: Any) -> PrefixEncoder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -45,12 +44,6 @@ def test_pairs_turn_like_complex_numbers_and_the_rest_stays() -> None:
     assert torch.equal(after[..., 4], before[..., 4])
     assert torch.equal(turned.layers["decoder"][1][0], prefix.layers["decoder"][1][0])
     assert all(torch.equal(a[1], b[1]) for a, b in zip(turned.layers["decoder"], prefix.layers["decoder"], strict=True))
-
-
-def test_a_header_gives_the_same_rotation() -> None:
-    stored = json.loads(json.dumps(ROTATION.to_header()))
-    assert Rotation.from_header(stored) == ROTATION
-    assert Rotation.from_header({"positions": "none"}) == Rotation("none")
 
 
 def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> None:

@@ -15,7 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
-from prefixtune.training.prepare import check_given, check_passes_gradients
+from prefixtune.training.prepare import check_passes_gradients
 from prefixtune.training.together import check_together
 
 
@@ -46,12 +46,6 @@ def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any]
     monkeypatch.setattr(backbone.model, "parameters", lambda: iter([weight, weight.detach().as_subclass(kind)]))
     with pytest.raises(ConfigError):
         check_passes_gradients(backbone)
-
-
-def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models: Any, tiny_tokenizer: Any) -> None:
-    backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny", attention="eager")
-    check_given(TrainConfig(dtype="bfloat16", device="cpu", attention="eager"), backbone)
-    check_given(TrainConfig(), backbone)
 
 
 def test_what_a_loaded_backbone_does_not_follow_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
