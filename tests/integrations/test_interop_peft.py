@@ -171,24 +171,6 @@ def test_without_a_header_the_weights_are_pefts_file_to_the_byte(
     assert one == other
 
 
-def test_a_model_with_windows_keeps_the_prefix_here(
-    tiny_backbone: Make, tiny_models: Make, random_prefix: Make, batch: Any, tmp_path: Path
-) -> None:
-    """The format is the same; PEFT's prefix is out of sight beyond the window, so only the first logits agree."""
-    mistral = tiny_backbone("mistral", sliding_window=P + 1)
-    prefix = random_prefix(mistral, P).detach()
-    model = tiny_models("mistral", sliding_window=P + 1)
-    theirs = peft.PeftModel.from_pretrained(model, export_peft(prefix, tmp_path, mistral)).eval()
-    ids, mask = batch
-    with torch.no_grad():
-        found, wanted = (
-            theirs(input_ids=ids, attention_mask=mask).logits,
-            mistral.forward(ids, mask, prefixes=prefix).logits,
-        )
-    assert float((found[:, 0] - wanted[:, 0]).abs().max()) < 1e-4
-    assert float((found[:, 5] - wanted[:, 5]).abs().max()) > 1e-2
-
-
 @pytest.mark.deploys("PEFT", "its format shares one prefix between the layers' sites", by="name", refused=True)
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_an_encoder_decoders_adapter_would_not_mean_the_same(

@@ -262,17 +262,6 @@ def test_characters_of_several_tokens(engine: LlamaCppEngine, shapes: Backbone) 
     assert found.finish_reason == "stop"
 
 
-def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]) -> None:
-    prompt = tuple(shapes.encode(ASKED[0]))
-    most = engine.available_tokens(len(prompt), prefixes[0].length())
-    for length in (0, 1, most):
-        sampling = SamplingParams(max_new_tokens=length, banned=(shapes.eos_id,), logprobs=0)
-        found = run(engine, [Request(prompt, prefixes[0], sampling)])[0][0]
-        assert len(found.tokens) == length
-        assert found.finish_reason == "length"
-        assert not any(token.top_logprobs for token in found.tokens)
-
-
 def test_what_cannot_start_is_refused(
     shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

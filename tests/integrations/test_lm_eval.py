@@ -281,25 +281,6 @@ def test_a_prefixs_own_chat_template_is_used(tiny_backbone: Any, random_prefix: 
     assert refusing.apply_chat_template(told) == "user: Hi;assistant: "
 
 
-def test_in_the_format_of_a_chat_prefix_a_context_is_a_users_message(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
-) -> None:
-    backbone = tiny_backbone("llama", max_position_embeddings=700)
-    template = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    allow_template(template)
-    form = TextFormat("{source}", "{target}", end="</s>", chat_template=template)
-    prefix = Prefix(random_prefix(backbone, 4, seed=5).layers, {"text_format": form.to_dict()})
-    model = PrefixLM(backbone, prefix, prompt_format="prefix")
-    for sample in measure(model, "made_choices")["samples"]["made_choices"]:
-        for (context, choice), ((total, _),) in zip(sample["arguments"], sample["resps"], strict=True):
-            prompt = backbone.encode(f"[user]{context}</s>[assistant]")
-            target = [*backbone.encode(choice.strip()), backbone.eos_id]
-            assert total == pytest.approx(row_of(model, prefix, prompt, target), abs=1e-3)
-
-
 def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(
     tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
 ) -> None:

@@ -17,13 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 P = 6
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_same_tensors_train_the_same(
-    family: str, tiny_models: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
+    tiny_models: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
 ):
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=False)
-    theirs = peft.get_peft_model(tiny_models(family), config).eval()
-    backbone = tiny_backbone(family)
+    theirs = peft.get_peft_model(tiny_models("llama"), config).eval()
+    backbone = tiny_backbone("llama")
     prefix = random_prefix(backbone, P)
     table = theirs.prompt_encoder["default"].embedding.weight
     with torch.no_grad():

@@ -68,13 +68,6 @@ def test_the_first_page_in_a_browser(site: Path, browser: Browser, scheme: str) 
 
 
 @pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
-def test_equations_are_drawn_and_a_phone_shows_no_wider_page(site: Path, browser: Browser) -> None:
-    browser.open(site / "how_it_works.html", width=400)
-    assert browser.value("document.querySelector('math mfrac').getBoundingClientRect().height") > 20
-    assert browser.value("document.documentElement.scrollWidth") <= 400
-
-
-@pytest.mark.skipif(not CHROMIUM, reason=NO_CHROMIUM)
 def test_the_search_finds_a_word_without_a_server(site: Path, browser: Browser) -> None:
     browser.open(f"{(site / 'search.html').as_uri()}?q=reparameterization")
     browser.until("document.querySelectorAll('#search-results li').length > 0")

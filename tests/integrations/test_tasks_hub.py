@@ -5,9 +5,7 @@ The hub itself is never asked: `load_dataset` is replaced.
 
 from __future__ import annotations
 
-import datetime
 import sys
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +128,6 @@ def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path: Path):
     assert (example.source, example.targets) == ("Hi", ("Hello.",))
     assert example.fields["facts"] == {"size": 1}
     assert example.fields["scan"]["size"] == [1]
-
-
-def test_values_are_those_of_the_same_table_as_parquet(tmp_path: Path):
-    values = {
-        "day": datetime.date(2026, 1, 2),
-        "time": datetime.datetime(2026, 1, 2, 3, 4, 5),
-        "price": Decimal("1.50"),
-        "name": b"Aromi",
-        "ok": True,
-    }
-    data = datasets.Dataset.from_list([{**values, "text": "x"}])
-    data.to_parquet(str(tmp_path / "rows.parquet"))
-    data.with_format("numpy").save_to_disk(str(tmp_path / "set"))
-    options = {"source": "{day} {time} {price} {name} {ok}", "target": "text"}
-    of_set, of_file = (read_task("records", tmp_path / name, **options) for name in ("set", "rows.parquet"))
-    assert of_set == of_file
-    assert of_set[0].source == "2026-01-02 2026-01-02 03:04:05 1.50 Aromi true"
-    assert of_set[0].fields == of_file[0].fields
 
 
 def test_splits(tmp_path: Path):

@@ -180,17 +180,6 @@ def test_a_first_label_is_not_counted(tiny_backbone: Make, tmp_path: Path) -> No
     assert logged(run) == pytest.approx([wanted], rel=1e-5)
 
 
-def test_labels_are_smoothed_at_the_next_token(tiny_backbone: Make, tmp_path: Path) -> None:
-    model = PrefixModel(tiny_backbone("llama"), settings())
-    batch = model.collator()(EXAMPLES[:2])
-    with torch.no_grad():
-        logits = model(**batch).logits[:, :-1].flatten(0, 1)
-    wanted = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=0.1)
-    run = trainer(model, tmp_path, EXAMPLES[:2], max_steps=1, gradient_accumulation_steps=1, label_smoothing_factor=0.1)
-    run.train()
-    assert logged(run) == pytest.approx([float(wanted)], rel=1e-5)
-
-
 def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path) -> None:
     def start() -> PrefixModel:
         return PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
@@ -223,26 +212,6 @@ def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
     assert set(made) == {torch.float32}
     assert float(loss.detach()) == pytest.approx(exact, rel=0.05)
     assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in model.parameters())
-
-
-def test_layers_are_recomputed_when_asked(tiny_backbone: Make, tmp_path: Path) -> None:
-    backbone = tiny_backbone("llama")
-    calls: list[int] = []
-    model = backbone.model
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-
-    def losses(name: str, **changes: Any) -> list[float]:
-        run = trainer(PrefixModel(backbone, settings()), tmp_path / name, EXAMPLES, **changes)
-        calls.clear()
-        run.train()
-        return logged(run)
-
-    plain = losses("plain")
-    assert len(calls) == 2 * STEPS
-    assert losses("recomputed", gradient_checkpointing=True) == pytest.approx(plain, rel=1e-6)
-    assert len(calls) == 4 * STEPS
-    # Nothing of it is left on the backbone.
-    assert not any(module.training for module in model.modules())
 
 
 # --- the collator ----------------------------------------------------------------------------------------------------

@@ -96,21 +96,6 @@ def lora(tiny_models: Make, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_a_prefix_on_a_tuned_backbone(folder: Path, lora: Path, tiny_models: Make, tiny_tokenizer: Any) -> None:
-    plain, tuned = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", adapter=lora)
-    merged = peft.PeftModel.from_pretrained(tiny_models("llama"), lora).merge_and_unload()
-    wanted = Backbone.from_model(merged, tiny_tokenizer, "merged")
-    prefix = from_words(plain, "some words", 5)
-    with torch.no_grad():
-        got = tuned.forward(IDS, prefixes=prefix).logits
-        assert distance(got, wanted.forward(IDS, prefixes=prefix).logits) < 1e-5
-        assert distance(got, plain.forward(IDS, prefixes=prefix).logits) > 1e-2
-    # Other weights: a prefix of the one is refused on the other.
-    assert tuned.fingerprint != plain.fingerprint
-    assert not tuned.adapter_parameters
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> None:
     file = lora / "adapter_model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}

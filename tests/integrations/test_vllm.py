@@ -262,25 +262,6 @@ def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server):
     assert wanted[-4:-2] != wanted[-2:], "the order should matter"
 
 
-def test_sampling_parameters(server: Server):
-    ids = server.backbone.encode(PROMPTS[2])
-    url = server.client.completions
-    greedy = url.create(model="p10", prompt=ids, max_tokens=4, temperature=0, logprobs=2).choices[0]
-    top = greedy.logprobs.top_logprobs
-    assert [max(one.values()) for one in top] == pytest.approx(greedy.logprobs.token_logprobs)
-    options: dict[str, Any] = {"model": "p10", "prompt": ids, "max_tokens": 12, "temperature": 1.0}
-    drawn = [url.create(**options, seed=3).choices[0].text for _ in range(2)]
-    assert drawn[0] == drawn[1]
-    several = [choice.text for choice in url.create(**options, n=3, stop="e").choices]
-    assert len(set(several)) > 1
-    assert not any("e" in text for text in several)
-    first = server.backbone.encode(server.complete("p10", ids).choices[0].text)[0]
-    other = url.create(**{**options, "temperature": 0}, logit_bias={str(first): -100}).choices[0].text
-    assert server.backbone.encode(other)[0] != first
-    repeated = url.create(model=BASE, prompt=ids, max_tokens=40, temperature=0, frequency_penalty=2.0).choices[0].text
-    assert repeated != url.create(model=BASE, prompt=ids, max_tokens=40, temperature=0).choices[0].text
-
-
 def test_json_schemas_hold(server: Server):
     pytest.importorskip("llguidance", reason="needs llguidance")
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
