@@ -7,7 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-WORDS = "the a cat dog tree sees likes red blue under over one two and not house night train".split()
+WORDS = [
+    *("the", "a", "cat", "dog", "tree", "sees", "likes", "red", "blue"),
+    *("under", "over", "one", "two", "and", "not", "house", "night", "train"),
+]
 
 
 def words(rng: random.Random, least: int, most: int) -> str:
