@@ -106,7 +106,7 @@ def same_answers(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- without a prefix: lm-eval's own model ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shots"), [("llama", 0), ("gpt2", 2), ("qwen3", 3), ("t5", 1)])
+@pytest.mark.parametrize(("name", "shots"), [("llama", 0), ("gpt2", 2), ("qwen3", 3), ("bart", 1)])
 def test_without_a_prefix_the_answers_are_those_of_hf(
     tiny_models: Any, measure: Callable[..., Any], name: str, shots: int
 ) -> None:
