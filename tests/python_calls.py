@@ -23,6 +23,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.request import Request
 from prefixtune.inference.classify import classify
 from prefixtune.inference.generate import stream
 from prefixtune.interop.trainer import PrefixModel
@@ -81,6 +82,10 @@ def main(folder: Path) -> dict[str, Any]:
     calls("a dict", lambda: pt.generate(backbone, TEXTS, prefix, config={"max_new_tokens": 4}))
     calls("a config", lambda: pt.generate(backbone, TEXTS, prefix, config=pt.GenerateConfig(max_new_tokens=4)))
     calls("load", lambda: pt.load(folder / "model", run, dtype="float32").generate(TEXTS, max_new_tokens=4))
+    model_with_prefix = pt.load(backbone, prefix)
+    calls("load: a number", lambda: pt.load(3))
+    calls("load: no template", lambda: model_with_prefix.chat("a"))
+    calls("load: a number as messages", lambda: model_with_prefix.chat(3))
     calls("stream", lambda: "".join(stream(backbone, TEXTS[0], str(file), config={"max_new_tokens": 4})))
     calls("load_prefix", lambda: pt.load_prefix(run, (model, tokenizer)).length())
     calls("load_backbone", lambda: pt.load_backbone((model, tokenizer)).name)
@@ -122,12 +127,14 @@ def main(folder: Path) -> dict[str, Any]:
     calls("train: silent", lambda: trained("silent", backbone=backbone, examples=examples, progress=False))
     calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts).steps)
     calls("train: go on, by Path", lambda: pt.train(resume=True, output=folder / "name", examples=dicts).steps)
+    calls("train: no dev examples", lambda: trained("no", backbone=backbone, examples=dicts, dev_examples=[]))
     together = {**settings, "output": folder / "together", "task": "toy"}
     calls("train_together", lambda: train_together([together], backbone=backbone, examples=[examples])[0].steps)
     calls("PrefixModel: a pair", lambda: PrefixModel((model, tokenizer), prefix_length=2).settings.prefix_length)
     calls("PrefixModel: a name", lambda: PrefixModel(folder / "model", {"prefix_length": 2}).settings.prefix_length)
     calls("PrefixModel: a mistyped option", lambda: PrefixModel(backbone, prefix_lenth=2).settings.prefix_length)
     calls("train: again", lambda: trained("train", backbone=backbone, examples=examples))
+    calls("train: a number as config", lambda: trained("no", 3))
     calls("train: a number as examples", lambda: trained("no", backbone=backbone, examples=3))
     calls("train: nothing to resume", lambda: trained("no", resume=True))
     calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
@@ -139,15 +146,24 @@ def main(folder: Path) -> dict[str, Any]:
     calls("Example: one target", lambda: list(pt.Example("a source", "two words").targets))
 
     # What is wrong.
+    calls("a number as text format", lambda: written(text_format=3))
     calls("Example: a number", lambda: pt.Example(3))
+    calls("Prefix: no tensors", lambda: pt.Prefix({"decoder": ((1, 2),)}))
+    calls("train: no target", lambda: trained("no", backbone=backbone, examples=[{"source": "a"}]))
     calls("Engine.add: a text", lambda: pt.Engine(backbone).add("text"))
     calls("a bare model", lambda: written(model))
+    calls("no backbone", lambda: written(None))
     calls("a missing folder", lambda: written("./no/such/model"))
+    calls("a number as prefix", lambda: written(what=3))
     calls("a missing prefix", lambda: written(what=str(folder / "missing.safetensors")))
     calls("a hub id, offline", lambda: written(what="hub:nobody/such-prefix"))
+    calls("save_prefix: the wrong way round", lambda: str(pt.save_prefix(prefix, file)))
     calls("one text", lambda: pt.generate(backbone, "some text"))
     calls("a mistyped option", lambda: written(num_beam=2))
     calls("evaluate: a number", lambda: pt.evaluate(backbone, [3], prefix))
+    calls("classify: one text", lambda: classify(backbone, "text", labels=["a", "b"]))
+    calls("Engine: a wrong option", lambda: pt.Engine(backbone, num_slot=3))
+    calls("Request: a text", lambda: bool(Request("some text")))
     return calls.given
 
 

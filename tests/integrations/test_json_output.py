@@ -129,11 +129,14 @@ def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(ti
     assert [llama.decode(ids).split("re")[0] for ids in cut] == [text.split("re")[0] for text in texts]
 
 
-def test_a_schema_begins_after_a_first_token_that_is_forced(tiny_models: Any, enclosing_tokenizer: Any) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_schema_begins_after_a_first_token_that_is_forced(
+    temperature: float, tiny_models: Any, enclosing_tokenizer: Any
+) -> None:
     model = tiny_models("mbart")
     model.generation_config.forced_bos_token_id = 65
     backbone = Backbone.from_model(model, enclosing_tokenizer, "tiny-mbart")
-    config = GenerateConfig(max_new_tokens=100, response_schema=json.dumps(SCHEMAS[2]))
+    config = GenerateConfig(max_new_tokens=100, temperature=temperature, seed=0, response_schema=json.dumps(SCHEMAS[2]))
     for ids in generate_ids(backbone, [[5, 6, 7], [8, 9]], [None] * 2, config=config):
         assert ids[0] == 65
         assert valid(backbone.decode(ids[1:]), SCHEMAS[2])
@@ -170,7 +173,9 @@ def test_json_objects_and_completions(client: openai.OpenAI) -> None:
     assert str(chat.choices[0].message.content).startswith("{")
 
 
-@pytest.mark.parametrize("schema", [{"type": "nonsense"}, {"$ref": "http://example.com/schema"}, {"anyOf": COMPLEX}])
+@pytest.mark.parametrize(
+    "schema", [{"type": "nonsense"}, {"$ref": "http://example.com/schema"}, {"$ref": "#"}, {"anyOf": COMPLEX}]
+)
 def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schema: Any) -> None:
     with pytest.raises(RequestError):
         compile_json_schema(backbone, schema)
@@ -195,12 +200,15 @@ def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone: Any) 
     assert (second[0].finish_reason, second[0].refused) == ("length", False)
 
 
-def test_generates_option_may_name_a_file(tmp_path: Path) -> None:
+def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     assert GenerateConfig(response_schema=str(tmp_path / "schema.json")).response_schema == '{"type":"object"}'
-    for options in ({"response_schema": str(tmp_path / "none.json")}, {"response_schema": "{}", "num_beams": 2}):
-        with pytest.raises(ConfigError):
-            GenerateConfig(**options)
+    (tmp_path / "wrong.json").write_text("[1")
+    for value, words in ((str(tmp_path / "none.json"), "No such file"), (str(tmp_path / "wrong.json"), "not JSON")):
+        with pytest.raises(ConfigError, match=words):
+            GenerateConfig(response_schema=value)
+    with pytest.raises(ConfigError, match="num_beams"):
+        GenerateConfig(response_schema="{}", num_beams=2)
 
 
 def test_without_the_extra_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, backbone: Any) -> None:

@@ -109,6 +109,13 @@ def run(engine: LlamaCppEngine, requests: Sequence[Request]) -> list[list[Sequen
     return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
 
 
+def test_shapes_are_those_of_the_loaded_model(shapes: Backbone, torch_backbone: Backbone) -> None:
+    assert shapes.fingerprint == torch_backbone.fingerprint
+    assert shapes.geometry == torch_backbone.geometry
+    assert shapes.rotation == torch_backbone.rotation
+    assert shapes.max_positions == torch_backbone.max_positions
+
+
 def test_mixed_prefixes_give_the_torch_engines_tokens(
     engine: LlamaCppEngine, torch_backbone: Backbone, prefixes: list[Prefix]
 ) -> None:
@@ -153,8 +160,18 @@ def test_commands_take_it(gguf: Path, torch_backbone: Backbone, prefixes: list[P
     save_prefix(file, Prefix(prefixes[0].layers, make_header(torch_backbone, task="e2e")))
     data.write_text(json.dumps({"source": ASKED[0], "target": "Rusty"}) + "\n")
     # Beams and a least number of tokens, which are the task's, are left out.
-    llama = ("--engine", "llama.cpp", "--gguf", str(gguf), "--threads", "1", "--prefix", str(file))
-    llama += ("--max-new-tokens", "8")
+    llama = (
+        "--engine",
+        "llama.cpp",
+        "--gguf",
+        str(gguf),
+        "--threads",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--prefix",
+        str(file),
+    )
     text, _ = run_command("generate", *llama, ASKED[0])
     (wanted,) = generate(torch_backbone, [ASKED[0]], load_prefix(file), max_new_tokens=8, ban_newlines=True)
     assert text.strip() == wanted
@@ -195,15 +212,21 @@ def test_json_schemas_hold(engine: LlamaCppEngine, shapes: Backbone) -> None:
     assert run(engine, [request])[0][0].text.startswith("{")
 
 
-def test_what_it_does_not_have_is_refused(engine: LlamaCppEngine, shapes: Backbone) -> None:
-    for sampling, error in (
+@pytest.mark.parametrize(
+    ("sampling", "error"),
+    [
         ({"frequency_penalty": 1.0}, RequestError),
         ({"min_new_tokens": 2}, RequestError),
         ({"prompt_logprobs": 1}, RequestError),
         ({"max_new_tokens": 1000}, ContextLengthError),
-    ):
-        with pytest.raises(error):
-            engine.submit(Request((5,), None, SamplingParams(**sampling)), lambda output: None)
+    ],
+)
+def test_what_it_does_not_have_is_refused(
+    engine: LlamaCppEngine, shapes: Backbone, sampling: dict[str, float], error: type[Exception]
+) -> None:
+    request = Request(tuple(shapes.encode("a")), None, SamplingParams(**sampling))
+    with pytest.raises(error):
+        engine.submit(request, lambda output: None)
 
 
 def test_deadlines_and_cancelling(engine: LlamaCppEngine, shapes: Backbone) -> None:
@@ -262,6 +285,33 @@ def test_characters_of_several_tokens(engine: LlamaCppEngine, shapes: Backbone) 
     assert found.finish_reason == "stop"
 
 
+def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]) -> None:
+    prompt = tuple(shapes.encode(ASKED[0]))
+    most = engine.available_tokens(len(prompt), prefixes[0].length())
+    for length in (0, 1, most):
+        sampling = SamplingParams(max_new_tokens=length, banned=(shapes.eos_id,), logprobs=0)
+        found = run(engine, [Request(prompt, prefixes[0], sampling)])[0][0]
+        assert len(found.tokens) == length
+        assert found.finish_reason == "length"
+        assert not any(token.top_logprobs for token in found.tokens)
+
+
+def test_a_callback_that_fails_is_not_called_again(engine: LlamaCppEngine, shapes: Backbone) -> None:
+    calls = []
+
+    def receive(output: SequenceOutput) -> None:
+        calls.append(output)
+        raise ValueError
+
+    sampling = SamplingParams(max_new_tokens=60, banned=(shapes.eos_id,))
+    engine.submit(Request(tuple(shapes.encode("a")), None, sampling, n=1), receive)
+    deadline = time.monotonic() + 20
+    while engine.num_unfinished and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(calls) == 1
+    assert calls[0].finish_reason is None
+
+
 def test_what_cannot_start_is_refused(
     shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +325,15 @@ def test_what_cannot_start_is_refused(
     monkeypatch.setattr(shapes.model.config, "model_type", "other")
     with pytest.raises(BackboneError):
         LlamaCppEngine(shapes, str(gguf))
+
+
+def test_states_go_with_their_engine(
+    shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixtune.engine.prefix_files.cache_folder", lambda: tmp_path)
+    with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=64, threads=1):
+        assert list((tmp_path / "engines").iterdir())
+    assert not list((tmp_path / "engines").iterdir())
 
 
 def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) -> None:

@@ -7,26 +7,37 @@ from typing import Any
 
 import pytest
 
+from prefixtune.engine.config import EngineConfig
 from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
 from prefixtune.report import read_results
+from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.run_folder import read_events
 
 
-def test_a_number_that_is_too_large_for_its_field(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_a_number_that_is_too_large_for_its_field(sign: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(f"learning_rate = {'9' * 400}\n")
+    path.write_text(f"learning_rate = {sign}{'9' * 400}\n")
     with pytest.raises(ConfigError, match="learning_rate"):
         TrainConfig.from_file(path)
 
 
-@pytest.mark.parametrize("values", [{"batch_size": 2**63}, {"batch_size": -(10**400)}, {"prompt_format": "\ud800"}])
-def test_a_value_that_no_field_holds(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(values))):
-        TrainConfig(**values)
+@pytest.mark.parametrize("value", [2**63, -(10**400)])
+@pytest.mark.parametrize("kind", [TrainConfig, ServeConfig, EngineConfig])
+def test_a_whole_number_has_a_bound(kind: Any, value: int) -> None:
+    field = {TrainConfig: "batch_size", ServeConfig: "port", EngineConfig: "num_slots"}[kind]
+    with pytest.raises(ConfigError, match=field):
+        kind(**{field: value})
 
 
-@pytest.mark.parametrize("step", ["1e999", "NaN", "null", "[" * 5000])
+@pytest.mark.parametrize("field", ["prompt_format", "output", "train"])
+def test_half_a_character_is_no_value_of_a_configuration(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        TrainConfig(**{field: "\ud800"})
+
+
+@pytest.mark.parametrize("step", ["1e999", "NaN", '"x"', "null", "[" * 5000])
 def test_a_log_with_a_step_that_is_none(step: str, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(f'{{"event": "step", "step": {step}}}\n{{"event": "step", "step": 2}}\n')

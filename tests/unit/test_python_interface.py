@@ -25,26 +25,16 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return given
 
 
-SAME = {
-    "generate": (
-        *("a prefix by text", "a prefix by Path", "a prefix by its run", "a pair", "a name", "a path", "a dict"),
-        *("a config", "evaluate", "dicts", "load"),
-    ),
-    "engine": ("train_together", "PrefixModel: a pair", "PrefixModel: a name", "train: go on", "train: go on, by Path"),
-}
-"""Calls that say the same thing in other ways; and those that give a 2."""
-TRAININGS = ("paths", "dicts", "a dict", "a config", "a name", "records", "silent")
+ALIKE = (
+    *("a prefix by text", "a prefix by Path", "a prefix by its run", "a pair", "a name", "a path", "a dict"),
+    *("a config", "evaluate", "dicts", "load"),
+)
+"""Calls that say the same thing in other ways."""
 
 
-def test_what_users_have_is_taken(calls: dict[str, Any]) -> None:
-    for name, others in SAME.items():
-        assert {other: calls[other] for other in others} == dict.fromkeys(others, calls[name])
-    losses, has_prefix, shown = calls["train"]["value"]
-    assert (len(losses), has_prefix) == (2, True)
-    for name in TRAININGS:
-        assert calls[f"train: {name}"]["value"][:2] == [losses, has_prefix]
-    assert "training: 2/2" in shown
-    assert calls["train: silent"]["value"][2] == ""
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_users_have_is_taken(calls: dict[str, Any], name: str) -> None:
+    assert calls[name] == calls["generate"]
 
 
 def test_a_text_format_may_be_a_dict(calls: dict[str, Any]) -> None:
@@ -67,20 +57,74 @@ def test_prefixes_of_several_kinds_and_none(calls: dict[str, Any]) -> None:
     assert calls["engine"]["value"] == 2
 
 
+TRAININGS = (
+    "train: paths",
+    "train: dicts",
+    "train: a dict",
+    "train: a config",
+    "train: a name",
+    "train: records",
+    "train: silent",
+)
+"""Runs that are the same, asked for in other ways."""
+
+
+OBJECTS = ("train_together", "PrefixModel: a pair", "PrefixModel: a name")
+"""Other functions, each with a 2 in what it gives."""
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_takes_what_users_have(calls: dict[str, Any], name: str) -> None:
+    losses, has_prefix, _ = calls["train"]["value"]
+    assert len(losses) == 2
+    assert has_prefix
+    assert calls[name]["value"][:2] == [losses, has_prefix]
+
+
+def test_training_shows_its_progress_unless_it_is_switched_off(calls: dict[str, Any]) -> None:
+    shown = calls["train"]["value"][2]
+    assert "4 targets of 2 sources" in shown
+    assert "training: 2/2" in shown
+    assert calls["train: silent"]["value"][2] == ""
+
+
+def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None:
+    assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 2}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_other_functions_take_what_users_have(calls: dict[str, Any], name: str) -> None:
+    assert calls[name] == {"value": 2}
+
+
 MESSAGES = {
     "train: again": ("ConfigError", ""),
+    "train: no dev examples": ("DataError", ""),
     "PrefixModel: a mistyped option": ("ConfigError", "prefix_length"),
+    "train: a number as config": ("ConfigError", ""),
     "train: a number as examples": ("DataError", ""),
     "train: nothing to resume": ("CheckpointError", ""),
     "a bare model": ("ConfigError", ""),
+    "no backbone": ("ConfigError", ""),
     "a missing folder": ("BackboneError", "./no/such/model"),
+    "a number as prefix": ("ConfigError", ""),
     "a missing prefix": ("CheckpointError", "missing.safetensors"),
     "a hub id, offline": ("ConfigError", "nobody/such-prefix"),
+    "load: a number": ("ConfigError", ""),
+    "load: no template": ("RequestError", ""),
+    "load: a number as messages": ("RequestError", ""),
+    "save_prefix: the wrong way round": ("ConfigError", ""),
     "one text": ("RequestError", ""),
     "a mistyped option": ("ConfigError", "num_beams"),
     "evaluate: a number": ("DataError", "3"),
+    "a number as text format": ("ConfigError", ""),
     "Example: a number": ("DataError", ""),
+    "Prefix: no tensors": ("ConfigError", ""),
+    "train: no target": ("DataError", ""),
     "Engine.add: a text": ("RequestError", ""),
+    "classify: one text": ("RequestError", ""),
+    "Engine: a wrong option": ("ConfigError", "num_slots"),
+    "Request: a text": ("RequestError", ""),
 }
 """Calls that are wrong: the error's class, and what its text must name."""
 
@@ -91,3 +135,11 @@ def test_what_is_wrong_gets_one_line(calls: dict[str, Any], name: str) -> None:
     assert calls[name].get("error") == kind, calls[name]
     assert words in calls[name]["text"]
     assert "\n" not in calls[name]["text"]
+
+
+def test_every_call_is_checked(calls: dict[str, Any]) -> None:
+    shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
+    shown |= {"several prefixes", "several prefixes, ready-made"}
+    shown |= {"Example: one target", "a text format", "a text format as a dict", "train", *TRAININGS, *OBJECTS}
+    shown |= {"train: go on", "train: go on, by Path"}
+    assert calls.keys() == shown | set(ALIKE) | MESSAGES.keys()

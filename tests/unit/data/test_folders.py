@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.data import TASKS, read_task
+from prefixtune.data import TASKS, Example, read_task
 from prefixtune.errors import ConfigError, DataError
 
 
@@ -36,8 +36,10 @@ def test_the_releases_names(tmp_path: Path):
     assert sources(tmp_path, "test") == ["name : other"]
 
 
-def test_plain_names(tmp_path: Path):
-    (tmp_path / "valid.jsonl.gz").write_bytes(gzip.compress(mr("x").encode()))
+@pytest.mark.parametrize("name", ["dev.jsonl", "validation.jsonl", "valid.jsonl.gz", "val.jsonl"])
+def test_plain_names(tmp_path: Path, name: str):
+    data = mr("x").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     (tmp_path / "devset.csv").write_text(csv("y"))
     assert sources(tmp_path, "dev") == ["name : x"]
 
@@ -46,8 +48,19 @@ def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Pa
     (tmp_path / "devset.csv").write_text(csv("y"))
     with pytest.raises(DataError, match=r"testset_w_refs\.csv.*has: dev"):
         sources(tmp_path, "test")
-    with pytest.raises(DataError, match="has: dev"):
+    (tmp_path / "devset.csv").rename(tmp_path / "mine.csv")
+    with pytest.raises(DataError, match="train"):
+        sources(tmp_path, "train")
+
+
+def test_a_folder_needs_a_split(tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text(mr("x"))
+    (tmp_path / "devset.csv").write_text(csv("y"))
+    with pytest.raises(DataError, match="has: train, dev"):
         sources(tmp_path, None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="folder"):
+        sources(tmp_path / "empty", None)
 
 
 def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
@@ -66,11 +79,24 @@ def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read_task("toy", "train", split="train") == read_task("toy", "train")
 
 
-def test_the_set_made_here_never_changes_and_its_parts_are_disjoint() -> None:
-    examples = [example for part in TASKS["toy"].parts for example in read_task("toy", part)]
-    assert len({example.source for example in examples}) == len(examples) == 360
+SETS = {
+    "toy": ((320, 40), "32229c73f84b50f5"),
+}
+
+
+def parts_of(name: str) -> list[list[Example]]:
+    return [read_task(name, part) for part in TASKS[name].parts]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_never_change_and_their_parts_are_disjoint(name: str) -> None:
+    sizes, digest = SETS[name]
+    parts = parts_of(name)
+    assert tuple(map(len, parts)) == sizes
+    examples = [example for part in parts for example in part]
+    assert len({example.source for example in examples}) == sum(sizes)
     text = "\n".join("\t".join((example.source, *example.targets)) for example in examples)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "32229c73f84b50f5"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
 def test_a_set_made_here_has_parts_and_no_columns() -> None:

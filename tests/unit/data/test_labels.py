@@ -106,13 +106,16 @@ def test_the_words_probabilities_are_the_models_own(tiny_backbone: Make, random_
 
 
 def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone: Make, options: dict[str, Any]) -> None:
-    backbone = tiny_backbone("llama")
-    config = TrainConfig(**{**options, "max_steps": 1}, task="classification", classifier="head")
-    prefix = pt.train(config, backbone=backbone, examples=LABELLED).prefix
-    texts = ["a", "some longer text", "mid"]
-    for text, one in zip(texts, classify(backbone, texts, prefix, batch_size=3), strict=True):
-        alone = classify(backbone, [text], prefix)[0].probabilities
-        assert list(one.probabilities.values()) == pytest.approx(list(alone.values()), rel=1e-4)
+    for family in ("bert", "llama"):
+        backbone = tiny_backbone(family)
+        run = {**options, "max_steps": 3, "output": f"{options['output']}-{family}"}
+        config = TrainConfig(**run, task="classification", classifier="head")
+        prefix = pt.train(config, backbone=backbone, examples=LABELLED).prefix
+        texts = ["a", "some longer text", "mid"]
+        together = classify(backbone, texts, prefix, batch_size=3)
+        alone = [classify(backbone, [text], prefix)[0] for text in texts]
+        for one, other in zip(together, alone, strict=True):
+            assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), rel=1e-4)
 
 
 def test_a_standardized_head_is_stored_as_a_plain_one() -> None:

@@ -57,19 +57,25 @@ def test_only_whole_columns_are_replaced(template: str, record: dict[str, Any], 
         render("{a.__class__}", record, "line 1")
 
 
-@pytest.mark.parametrize("template", ["{a", "{}", "  ", "{{a}}", "{a{b}}"])
+@pytest.mark.parametrize("template", ["{a", "a}", "{}", "{a} {", "", "  ", "{{a}}", "{a{b}}"])
 def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, tmp_path: Path) -> None:
-    for source, target in ((template, None), ("a", template)):
-        with pytest.raises(ConfigError):
-            read_task("records", tmp_path / "missing.csv", source=source, target=target)
+    for task in ("records", "classification", "summarization"):
+        for source, target in ((template, None), ("a", template)):
+            with pytest.raises(ConfigError):
+                read_task(task, tmp_path / "missing.csv", source=source, target=target)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
+        ("a.csv", "question,a\nx,y\n", "line 2: there is no column 'q'"),
         ("a.csv", "q,a\nx,y\n ,y\n", "line 3: 'q'"),
         ("a.jsonl", '{"q": "x", "a": "y"}\n\n{"q": "x"}\n', "line 3: there is no column 'a'"),
+        ("a.jsonl", '{"q": null, "a": "y"}', "line 1: 'q'"),
+        ("a.jsonl", '{"q": ["x"], "a": "y"}', "'q'"),
         ("a.jsonl", '{"q": "x", "a": ["y", ""]}', "'a'"),
+        ("a.jsonl", '{"q": "x", "a": [["y"]]}', "'a'"),
+        ("a.jsonl", '{"q": "x", "a": []}', "'a'"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -104,14 +110,14 @@ def test_labels_have_columns_of_their_names_or_templates_and_each_row_stays(tmp_
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [('" very good "', "very good"), ("true", "true"), ('["only"]', "only")],
+    [('"yes"', "yes"), ('" very good "', "very good"), ("3", "3"), ("true", "true"), ('["only"]', "only")],
 )
 def test_a_label_is_the_text_that_json_writes(tmp_path: Path, value: str, label: str) -> None:
     path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {value}}}')
     assert read_task("classification", path)[0].targets == (label,)
 
 
-@pytest.mark.parametrize("label", ['["a", "b"]', "2.5", "null"])
+@pytest.mark.parametrize("label", ['["a", "b"]', "[]", "2.5", "[2.5]", '" "', "null"])
 def test_what_is_no_label_is_named_with_its_line(tmp_path: Path, label: str) -> None:
     path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": "y"}}\n{{"text": "x", "label": {label}}}')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: 'label'"):
@@ -146,8 +152,12 @@ def test_columns_of_summaries_may_be_named_and_equal_documents_stay_apart(tmp_pa
 @pytest.mark.parametrize(
     ("task", "name", "text", "says"),
     [
+        ("summarization", "a.csv", "text,summary\nx,y\n", "line 2 has the columns text, summary"),
         ("summarization", "a.csv", "document,summary\nx,y\n , y\n", "line 3: 'document'"),
+        ("scitldr", "a.jsonl", '{"text": "x", "target": ["y"]}', "no column 'document' or 'source'"),
+        ("scitldr", "a.jsonl", '{"source": ["x"], "summary": ["y"]}', "no column 'references' or 'target'"),
         ("scitldr", "a.jsonl", '{"source": ["x", 3], "target": ["y"]}', "'source' is 3"),
+        ("scitldr", "a.jsonl", '{"source": ["x"], "target": []}', "'target'"),
     ],
 )
 def test_a_wrong_row_of_summaries_is_named(tmp_path: Path, task: str, name: str, text: str, says: str) -> None:
@@ -165,3 +175,14 @@ def test_scitldr_as_released_and_as_json_lines(tmp_path: Path) -> None:
     assert one == other
     assert (one[0].source, one[0].targets) == ("We learn. It works.", ("Learning works.", "It learns."))
     assert (one[0].fields["paper_id"], other[0].fields["id"]) == ("x", "x")
+
+
+@pytest.mark.parametrize(("part", "documents"), [("train", 1992), ("dev", 619), ("test", 618)])
+def test_the_whole_set(shared_data: Path, part: str, documents: int) -> None:
+    examples = read_task("scitldr", shared_data / "scitldr", split=part)
+    assert len(examples) == documents
+    assert all(example.targets and "\n" not in "".join((example.source, *example.targets)) for example in examples)
+    if part == "train":
+        assert sum(len(example.targets) for example in examples) == 1992
+    (first, *_) = read_task("summarization", shared_data / "scitldr" / f"{part}.jsonl.gz", target="references")
+    assert first == examples[0]

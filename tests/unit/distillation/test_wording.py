@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def test_view_and_question_are_what_the_chat_template_writes(backbone: Backbone)
     assert wording.prompt == "<user>{source}</user>\n<assistant>"
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}"])
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}", "{{ raise_exception('no system') }}"])
 def test_a_template_without_a_system_message_is_refused(backbone: Backbone, template: str | None) -> None:
     with pytest.raises(ConfigError, match="chat template"):
         choose_wording(config(ask="chat"), with_template(backbone, template), None)
@@ -99,11 +98,17 @@ def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone: Backbone,
     assert seen == [enclosing_tokenizer.bos_token_id, *backbone.encode("The Owl.\n\n")]
 
 
-def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(tiny_tokenizer: Any) -> None:
-    for name in ("lfm2", "deepseek_v3"):
-        backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
-        with pytest.raises(ConfigError) if name == "lfm2" else contextlib.nullcontext():
-            check_view(backbone)
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
+def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(name: str, tiny_tokenizer: Any) -> None:
+    hybrid = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
+    with pytest.raises(ConfigError):
+        check_view(hybrid)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "deepseek_v3"])
+def test_a_model_with_attention_alone_reads_a_text_in_view(name: str, tiny_tokenizer: Any) -> None:
+    windows = {"sliding_window": 32} if name.startswith("gemma") else {}
+    check_view(Backbone.from_model(make_model(name, tiny_tokenizer, **windows), tiny_tokenizer, name))
 
 
 def test_the_bare_model_is_asked_as_without_a_system_message(backbone: Backbone) -> None:

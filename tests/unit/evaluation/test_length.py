@@ -15,7 +15,7 @@ import prefixtune as pt
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation import length as module
-from prefixtune.evaluation.length import Point, choose, find_length, measure_lengths
+from prefixtune.evaluation.length import Point, choose, curve_lengths, find_length, measure_lengths
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import tokenize
 from prefixtune.training.score import evaluation_loss, score_targets
@@ -110,11 +110,30 @@ def test_the_shortest_that_is_not_significantly_worse_is_chosen() -> None:
     assert choose(points({1: 0.5, 4: 0.1, 16: 0.0, 64: 0.0}, noise=2.0, count=8))[1].prefix_length < 16
 
 
+def test_usual_lengths_and_wrong_ones() -> None:
+    assert curve_lengths(64) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert curve_lengths(10) == [1, 2, 3, 4, 6, 8, 10]
+    assert curve_lengths(1) == [1]
+    assert curve_lengths(50, [5, 20]) == [5, 20, 50]
+    with pytest.raises(ConfigError):
+        curve_lengths(50, [51])
+
+
+def test_what_cannot_be_compared_is_refused(backbone: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        study(backbone, tmp_path, dev_examples=None)
+    with pytest.raises(ConfigError):
+        find_length(config(tmp_path).replace(nested=False, method="lora"), dev_examples=DEV)
+
+
 def test_lengths_are_checked_before_training(backbone: Any, tmp_path: Path) -> None:
     def never(event: Any) -> None:
         raise AssertionError(f"an event before the lengths were checked: {event}")
 
-    for wrong in ({"lengths": (2, 50)}, {"lengths": (1,) * 70}, {"dev_examples": None}):
-        with pytest.raises(ConfigError):
-            study(backbone, tmp_path, on_event=never, **wrong)
+    text = config(tmp_path, prefix_length=0, initialization="text")
+    data = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False, "on_event": never}
+    with pytest.raises(ConfigError):
+        find_length(text, lengths=(2, 50), **data)
+    with pytest.raises(ConfigError):
+        study(backbone, tmp_path, lengths=(1,) * 70, on_event=never)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -36,13 +36,15 @@ def shown(views: list[View]) -> None:
         ("bart", WORDS, {}),
         ("llama", {**WORDS, **LABEL_WORDS}, {"general": "gives labels"}),
         ("jamba", WORDS, {}),  # takes padded rows only
+        ("gemma3n_text", WORDS, {}),  # layers that share keys and values
+        ("bert", {**WORDS, **HEAD}, {"description": "trained head", "general": "gives labels"}),
         (
             "deberta-v2",
             {**WORDS, **HEAD},
             {"description": "trained head", "attention": "computes its weights itself", "general": "gives labels"},
         ),
     ],
-    ids=["bart", "words", "padded", "disentangled"],
+    ids=["bart", "words", "padded", "shared", "head", "disentangled"],
 )
 def test_kinds(
     family: str,

@@ -57,8 +57,9 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
-def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, tmp_path: Path) -> None:
-    exported = prefix.to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    exported = prefix.to(dtype)
     imported = import_peft(export_peft(exported, tmp_path / "adapter", llama), llama)
     assert imported.equal(exported)
     # Also what the file says of it.
@@ -117,8 +118,11 @@ def test_prefixes_that_peft_cannot_hold(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_models_in_which_peft_would_miss_the_layers(random_prefix: Make, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    backbone = Backbone.from_model(make_model("gemma3n_text", tiny_tokenizer), tiny_tokenizer, "gemma3n_text")
+@pytest.mark.parametrize("name", ["lfm2", "gemma3n_text"])
+def test_models_in_which_peft_would_miss_the_layers(
+    name: str, random_prefix: Make, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
     made = random_prefix(backbone, P).detach()
     with pytest.raises(BackboneError):
         export_peft(made, tmp_path / "adapter", backbone)
@@ -133,8 +137,11 @@ def test_models_in_which_peft_would_miss_the_layers(random_prefix: Make, tiny_to
     "changes",
     [
         {"peft_type": "LORA"},
+        {"task_type": "SEQ_2_SEQ_LM"},
         {"num_transformer_submodules": 2},
         {"num_virtual_tokens": 5},
+        {"num_attention_heads": 3},
+        {"num_layers": 0},
         {"peft_type": "CARTRIDGE", "num_frozen_tokens": 5},
     ],
 )
@@ -145,16 +152,21 @@ def test_configurations_that_are_refused(folder: Path, changes: dict[str, Any]) 
 
 def test_tensors_that_are_refused(folder: Path, llama: Any, tiny_backbone: Make) -> None:
     rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
-    for other in (tiny_backbone("gpt2"), tiny_backbone("llama", seed=1), tiny_backbone("bart")):
-        with pytest.raises(BackboneError):
-            import_peft(folder, other)
-    for wrong in (
-        {"prompt_embeddings": rows / 0},
-        {"prompt_embeddings": rows.long()},
-        {"prompt_embeddings": rows, "score.weight": rows.clone()},
-    ):
+    with pytest.raises(BackboneError):
+        import_peft(folder, tiny_backbone("gpt2"))
+    with pytest.raises(BackboneError):
+        import_peft(folder, tiny_backbone("llama", seed=1))
+    with pytest.raises(BackboneError):
+        import_peft(folder, tiny_backbone("bart"))
+    for broken in (torch.nan, torch.inf):
         with pytest.raises(CheckpointError):
-            import_peft(rewrite(folder, wrong))
+            import_peft(rewrite(folder, {"prompt_embeddings": rows.clone().fill_(broken)}))
+    with pytest.raises(CheckpointError):
+        import_peft(rewrite(folder, {"prompt_embeddings": rows.long()}))
+    with pytest.raises(CheckpointError):
+        import_peft(rewrite(folder, {"prompt_embeddings": rows, "score.weight": rows.clone()}))
+    with pytest.raises(CheckpointError):
+        import_peft(rewrite(folder, {"lora_A": rows}))
     (folder / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError):
         import_peft(folder)

@@ -43,9 +43,10 @@ def test_version_3_says_nothing_of_rotation_and_values_may_be_transposed() -> No
     assert written == expected
 
 
-def test_unknown_layouts_are_refused() -> None:
+@pytest.mark.parametrize("options", [{"version": 5}, {"version": 1}, {"kv_type": "q8_0"}])
+def test_unknown_layouts_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        encode_file(ROWS, TOKENS, version=5)
+        encode_file(ROWS, TOKENS, **options)
 
 
 def test_numbers_beyond_half_precision_are_refused() -> None:
@@ -144,11 +145,10 @@ class Server:
             likely = -2.0
         if self.spoiled == "all":
             likely = -1.0
-        probabilities = [{"top_logprobs": [{"id": 5, "logprob": likely}]}]
-        return 200, {
-            "timings": {"cache_n": self.cached if held else 0},
-            "completion_probabilities": probabilities,
-        }
+        token = 6 if self.spoiled == "far" and likely == -1.0 else 5
+        probabilities = [{"top_logprobs": [{"id": token, "logprob": likely}]}]
+        reply = {"timings": {"cache_n": self.cached if held else 0}}
+        return 200, reply if self.spoiled == "probabilities" else {**reply, "completion_probabilities": probabilities}
 
 
 @pytest.fixture
@@ -182,6 +182,7 @@ def test_a_prefix_in_effect(server: Server) -> None:
         ({"cached": 2}, "cache_n is 2, but must be 3 or more"),
         ({"spoiled": "tokens"}, "as likely with the prefix as with the placeholders read as tokens"),
         ({"spoiled": "all"}, "it changes nothing"),
+        ({"spoiled": "probabilities"}, "no probabilities"),
         ({"spoiled": "file"}, "answered 400"),
     ],
 )

@@ -15,7 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup
-from prefixtune.training.prepare import check_passes_gradients
+from prefixtune.training.prepare import check_given, check_passes_gradients
 from prefixtune.training.together import check_together
 
 
@@ -32,9 +32,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("values", [{"adapter": "folder"}, {"shard": True}], ids=str)
-def test_what_runs_cannot_share_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(values))):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"adapter": "folder"}, "adapter"),
+        ({"shard": True}, "shard"),
+    ],
+)
+def test_what_runs_cannot_share_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_together([TrainConfig(output="a", **values), TrainConfig(output="b")])
 
 
@@ -48,10 +54,32 @@ def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any]
         check_passes_gradients(backbone)
 
 
-def test_what_a_loaded_backbone_does_not_follow_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
-    for name, value in {"dtype": "bfloat16", "attention": "eager", "quantize": "int8", "adapter": "folder"}.items():
-        with pytest.raises(ConfigError, match=name):
-            train(**{name: value})
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"attention": "eager"}, "attention is 'eager'"),
+        ({"quantize": "int8"}, "quantize is 'int8'"),
+        ({"adapter": "folder"}, "adapter is 'folder'"),
+        ({"shard": True}, "shard is True"),
+    ],
+)
+def test_what_a_loaded_backbone_does_not_follow_is_refused(
+    values: dict[str, Any], message: str, backbone: Backbone
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_given(TrainConfig(**values), backbone)
+
+
+def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models: Any, tiny_tokenizer: Any) -> None:
+    backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny", attention="eager")
+    check_given(TrainConfig(dtype="bfloat16", device="cpu", attention="eager"), backbone)
+    check_given(TrainConfig(), backbone)
+
+
+def test_a_run_on_a_loaded_backbone_is_checked(train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype"):
+        train(dtype="bfloat16")
     assert not (tmp_path / "run").exists()
 
 
@@ -74,9 +102,11 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
     assert (asked["dtype"], asked["device"]) == (torch.bfloat16, "cpu")
 
 
-def test_nothing_is_trained_on_what_another_method_left(train: Callable[..., Any], tmp_path: Path) -> None:
-    train(1, method="adapter", method_size=1, output=str(tmp_path / "other"))
-    for again in ({}, {"method": "adapter", "method_size": 1}):
+@pytest.mark.parametrize("method", ["full", "adapter", "lora"])
+def test_nothing_is_trained_on_what_another_method_left(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
+    size = 0 if method == "full" else 1
+    train(1, method=method, method_size=size, output=str(tmp_path / "other"))
+    for again in ({}, {"method": method, "method_size": size}):
         with pytest.raises(ConfigError, match="earlier run"):
             train(1, **again)
 

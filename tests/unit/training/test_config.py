@@ -9,22 +9,41 @@ from typing import Any
 import pytest
 
 from prefixtune.errors import ConfigError
-from prefixtune.training.config import TrainConfig
+from prefixtune.prefix.encoder import REPARAMETERIZATIONS
+from prefixtune.training.config import TrainConfig, default_learning_rate
 
 
-@pytest.mark.parametrize(
-    ("values", "names"),
-    [
-        ({"batch_size": -1, "task": 3, "reparameterization": "mpl"}, ("batch_size", "task", "'mpl'")),
-        ({"prefix_length": 0, "init_text": " "}, ("prefix_length", "init_text")),
-        ({"initialization": "prefix"}, ("init_prefix",)),
-        ({"shard": True, "quantize": "int8"}, ("shard",)),
-    ],
-)
-def test_all_faults_are_reported_at_once(values: dict[str, Any], names: tuple[str, ...]):
+def test_all_faults_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
-        TrainConfig(**values)
-    assert all(name in error.value.message for name in names)
+        TrainConfig(
+            prefix_length=0,
+            batch_size=-1,
+            learning_rate=-1.0,
+            epochs=-1.0,
+            task=3,
+            reparameterization="mpl",
+            init_text=" ",
+            save_every=0,
+        )
+    for name in ("batch_size", "learning_rate", "epochs", "task", "'mpl'", "save_every"):
+        assert name in error.value.message
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(prefix_length=0, init_text=" ")
+    for name in ("prefix_length", "init_text"):
+        assert name in error.value.message
+
+
+def test_an_initialization_needs_what_it_starts_from():
+    with pytest.raises(ConfigError, match="init_text is empty"):
+        TrainConfig(init_text="  ")
+    with pytest.raises(ConfigError, match="init_prefix names no file"):
+        TrainConfig(initialization="prefix")
+    assert TrainConfig(initialization="random", init_text="").initialization == "random"
+
+
+def test_what_cannot_be_split_among_processes():
+    with pytest.raises(ConfigError, match="shard"):
+        TrainConfig(shard=True, quantize="int8")
 
 
 def test_a_prefix_to_start_from_is_started_from():
@@ -32,8 +51,9 @@ def test_a_prefix_to_start_from_is_started_from():
     assert (config.initialization, config.prefix_length) == ("prefix", 0)
     assert TrainConfig(init_prefix="p.safetensors", prefix_length=5).prefix_length == 5
     assert TrainConfig(**tomllib.loads(config.to_toml())) == config
-    with pytest.raises(ConfigError, match="initialization"):
-        TrainConfig(init_prefix="p.safetensors", initialization="words")
+    for other in ("words", "random", "examples"):
+        with pytest.raises(ConfigError, match=f"initialization is '{other}'"):
+            TrainConfig(init_prefix="p.safetensors", initialization=other)
     with pytest.raises(ConfigError, match="init_examples"):
         TrainConfig(init_prefix="p.safetensors", init_examples=4)
 
@@ -49,3 +69,10 @@ def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path: Path):
         TrainConfig.from_file(path)
     with pytest.raises(ConfigError, match="'patience'"):
         TrainConfig().replace(patiense=1)
+
+
+@pytest.mark.parametrize("kind", REPARAMETERIZATIONS)
+def test_the_effective_learning_rate(kind: Any):
+    assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
+    assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
+    assert TrainConfig(reparameterization=kind, beside="memories").peak_learning_rate == default_learning_rate(kind) / 2

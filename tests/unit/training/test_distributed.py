@@ -5,14 +5,24 @@ from __future__ import annotations
 import pytest
 
 from prefixtune.errors import ConfigError
-from prefixtune.training.distributed import init_distributed
+from prefixtune.training.distributed import SINGLE_PROCESS, init_distributed
+
+NAMES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', but must be a number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', but must be a number of processes"),
     ],
 )
 def test_an_environment_that_is_incomplete_is_named(
@@ -20,5 +30,13 @@ def test_an_environment_that_is_incomplete_is_named(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message), init_distributed("cpu"):
+    with pytest.raises(ConfigError, match=message) as error, init_distributed("cpu"):
         pass
+    assert error.value.hint == "start it with torchrun or accelerate launch, or unset WORLD_SIZE."
+
+
+@pytest.mark.parametrize("size", ["", "1"])
+def test_a_process_may_be_the_only_one(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with init_distributed("cpu") as processes:
+        assert processes is SINGLE_PROCESS

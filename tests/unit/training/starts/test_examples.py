@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 
 import prefixtune as pt
 from prefixtune.attention.record import prefix_from_tokens
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.data import tokenize
 from prefixtune.training.presets import preset
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.starts.examples import from_examples
+from prefixtune.training.starts.examples import farthest_first, from_examples
 
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
 
@@ -39,9 +41,16 @@ def test_their_number_sets_the_length(backbone: Any, tmp_path: Path):
     result = pt.train(run(tmp_path / "run", init_examples=2), backbone=backbone, examples=EXAMPLES)
     start = result.prefix.header["initialization"]
     each = lengths(backbone)
+    assert start["kind"] == "examples"
     assert start["lengths"] == start["tokens"] == [each[index] for index in start["examples"]]
     assert len(set(start["examples"])) == 2
     assert result.prefix.prefix_length == start["prefix_length"] == sum(start["lengths"])
+
+
+def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
+    config = run(tmp_path, initialization="examples", prefix_length=3)
+    with pytest.raises(DataError, match=rf"they take {min(lengths(backbone))} to"):
+        tokenize(config, backbone, EXAMPLES, ())
 
 
 def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path: Path, no_backbone_loads: None):
@@ -51,20 +60,27 @@ def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path
 
 
 def test_options_imply_each_other():
-    given = pt.TrainConfig(init_examples=3)
-    assert (given.initialization, given.prefix_length) == ("examples", 0)
-    assert pt.TrainConfig(**given.to_dict()) == given
-    assert pt.TrainConfig(initialization="examples").init_examples == 4
+    assert pt.TrainConfig(init_examples=3).initialization == "examples"
+    assert pt.TrainConfig(init_examples=3).prefix_length == 0
+    assert pt.TrainConfig(init_examples=3, prefix_length=99).prefix_length == 99
+    alone = pt.TrainConfig(initialization="examples")
+    assert (alone.prefix_length, alone.init_examples) == (0, 4)
     assert pt.TrainConfig(initialization="examples", prefix_length=99).init_examples == 0
+    assert pt.TrainConfig().prefix_length == 10
+    assert pt.TrainConfig(initialization="examples", sites="encoder, cross").init_examples == 4
     assert pt.TrainConfig(initialization="examples", sites="decoder=99").init_examples == 0
+    stored = pt.TrainConfig(init_examples=3).to_dict()
+    assert pt.TrainConfig(**stored).to_dict() == stored
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"init_examples": 2, "initialization": "words"},
+        {"initialization": "examples", "prefix_length": 0},
         {"initialization": "examples", "prefix_length": 0, "sites": "cross"},
         {"init_examples": 4, "method": "lora"},
+        {"initialization": "examples", "method": "full"},
     ],
 )
 def test_contradictions(options: dict[str, Any]):
@@ -80,6 +96,15 @@ def test_fewer_positions_than_examples_are_refused(backbone: Any, tmp_path: Path
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
+def test_farthest_first_goes_round():
+    """The one nearest to the mean, then the two ends of a line, then what is left."""
+    states = torch.tensor([[1.0, 0.1], [0.1, 0.0], [-1.0, 0.0], [0.9, 0.0]])
+    order = farthest_first(states)
+    assert order[0] == 1
+    assert set(order[1:3]) in ({0, 2}, {3, 2})
+    assert sorted(order) == [0, 1, 2, 3]
+
+
 def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
     """Of nine near twins and one other, the other is among two."""
     twins = [pt.Example(f"aaaaaaaaaaaaaaaaaa{letter}", ("x",)) for letter in "abcdefghi"]
@@ -92,18 +117,28 @@ def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
 
 
 def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
-    train: Any, train_until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    options = {"init_examples": 2, "initialization": "examples", "prefix_length": 0, "examples": EXAMPLES}
-    whole = train(6, output=str(tmp_path / "whole"), **options)
-    train_until(2, 6, **options)
+    options = {"init_examples": 2, "max_steps": 6}
+    whole = pt.train(run(tmp_path / "whole", **options), backbone=backbone, examples=EXAMPLES)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if event["event"] == "save" and event["step"] == 2:
+            raise Stopped
+
+    config = run(tmp_path / "run", **options)
+    with pytest.raises(Stopped):
+        pt.train(config, backbone=backbone, examples=EXAMPLES, on_event=stop)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("chosen again")
 
     monkeypatch.setattr("prefixtune.training.starts.examples.farthest_first", fail)
     monkeypatch.setattr("prefixtune.training.starts.examples.from_examples", fail)
-    resumed = train(6, resume=True, **options)
+    resumed = pt.train(config, backbone=backbone, examples=EXAMPLES, resume=True)
     assert resumed.prefix.equal(whole.prefix)
     assert resumed.prefix.header["initialization"] == whole.prefix.header["initialization"]
 
@@ -138,12 +173,18 @@ def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp
     encoder, start = build_encoder(config, backbone, plan=data.plan)
     prefix = encoder.bake()
     assert prefix.prefix_length == start.description["prefix_length"] == 11
+    first, second = (example.row for example in data.plan.chosen)
     # Each one's last position is the last of those that it keeps; before position 0, its keys are turned back.
-    for (begin, end), example in zip(((0, 6), (6, 11)), data.plan.chosen, strict=True):
-        ids = torch.tensor([example.row])
-        own = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids), end - len(example.row))
-        for (key, _), (own_key, _) in zip(prefix.layers["decoder"], own.layers["decoder"], strict=True):
-            assert torch.allclose(key[:, [begin, end - 1]], own_key[:, [0, -1]], atol=1e-5)
+    begin = 11 - len(second)
+    ids = [torch.tensor([row]) for row in (first, second)]
+    own = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[0]), 6 - len(first))
+    other = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[1]), begin)
+    for layer, (key, _) in enumerate(prefix.layers["decoder"]):
+        own_key, other_key = own.layers["decoder"][layer][0], other.layers["decoder"][layer][0]
+        assert torch.allclose(key[:, 0], own_key[:, 0], atol=1e-5)
+        assert torch.allclose(key[:, 5], own_key[:, len(first) - 1], atol=1e-5)
+        assert torch.allclose(key[:, 6], other_key[:, 0], atol=1e-5)
+        assert torch.allclose(key[:, 10], other_key[:, len(second) - 1], atol=1e-5)
     assert data.train.examples[data.plan.chosen[1].index].hidden == (6, 7, 8, 9, 10)
 
 
@@ -181,10 +222,12 @@ def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, 
     assert data.train.examples[1].hidden == data.train.examples[0].hidden == tuple(range(*data.plan.blocks[0]))
 
 
-def test_a_prefix_that_no_example_sees_is_refused(tmp_path: Path, no_backbone_loads: None):
+@pytest.mark.parametrize("count", [1, 0])
+def test_a_prefix_that_no_example_sees_is_refused(count: int, tmp_path: Path, no_backbone_loads: None):
+    options = {"init_examples": 1} if count else {"initialization": "examples", "prefix_length": 90}
     twice = [pt.Example("n : a", ("a it is.",)), pt.Example("n : a", ("yes, a.",))]
     with pytest.raises(ConfigError, match="every training example is hidden from the whole prefix"):
-        pt.train(run(tmp_path / "run", init_examples=1), examples=twice)
+        pt.train(run(tmp_path / "run", **options), examples=twice)
 
 
 def test_steps_leave_out_where_each_example_begins(tiny_backbone: Any, tmp_path: Path):
@@ -239,6 +282,8 @@ def test_held_out_sources_are_the_development_examples(
     assert "2 sources are held out of training" in capsys.readouterr().err
     assert (events[0]["num_sources"], events[0]["num_dev_targets"]) == (18, 2)
     assert any("loss" in event for event in events if event["event"] == "evaluation")
+    header = load_prefix(tmp_path / "run" / "prefix.safetensors").header
+    assert json.dumps(header["training"]["dev_loss"]) != "null"
 
 
 def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: None):
@@ -246,10 +291,10 @@ def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: N
         pt.train(run(tmp_path / "run", hold_out=0.1), examples=EXAMPLES[:1])
 
 
-@pytest.mark.parametrize("length", [2, 20])
-def test_quick_trains_on_a_few_examples_short_or_long(length: int, tiny_backbone: Any, tmp_path: Path):
+@pytest.mark.parametrize(("task", "length"), [("records", 2), ("summarization", 20)])
+def test_quick_trains_on_a_few_examples_short_or_long(task: str, length: int, tiny_backbone: Any, tmp_path: Path):
     """Rows that are shorter or longer than the prefix: a share of each example's positions is kept."""
-    values = {**preset("quick", "records"), "max_steps": 2, "task": "records", "output": str(tmp_path / "run")}
+    values = {**preset("quick", task), "max_steps": 2, "task": task, "output": str(tmp_path / "run")}
     examples = [pt.Example(f"{n} : " + "ab " * length, ("cd " * length,)) for n in range(8)]
     result = pt.train(pt.TrainConfig(**values), backbone=tiny_backbone("llama"), examples=examples)
     assert 0 < result.prefix.prefix_length <= 64
