@@ -94,14 +94,14 @@ class HttpClient:
     """Sends requests to a URL."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url, self.key = url, ""
 
     def request(
         self, method: str, path: str, body: Any = None, *, key: str = "", headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any, dict[str, str]]:
         """Status, JSON or text, and headers of the response; a body other than bytes is sent as JSON."""
         sent = {"Content-Type": "application/json"} if body is not None else {}
-        sent |= {"Authorization": f"Bearer {key}"} if key else {}
+        sent |= {"Authorization": f"Bearer {key or self.key}"} if key or self.key else {}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {**sent, **(headers or {})}, method=method)
         try:

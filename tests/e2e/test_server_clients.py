@@ -1,4 +1,4 @@
-"""A real server, called as people call it: OpenAI's own client, many connections at once."""
+"""A real server, called as people call it: OpenAI's own client, its types and exceptions, many connections at once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from openai.types import Completion, CompletionUsage, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.shared import ErrorObject
+from pydantic import BaseModel
 
 from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
 from prefixtune.data.benchmarks import linearize_e2e
+from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
+from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
+RULES = {
+    "me": f'prefixes = ["[!y]*", "{MODEL}"]\nmetrics = true',
+    "busy": "concurrent = 1",
+    "rare": "requests_per_minute = 1",
+}
+USER: Any = [{"role": "user", "content": "Aromi: soup"}]
+WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+GREEDY: dict[str, Any] = {"model": "mine", "max_tokens": 12, "temperature": 0}
+LONG: dict[str, Any] = {"model": "mine", "prompt": "a", "max_tokens": 60, "n": 8, "temperature": 0}
 MR = "name[The Vaults], eatType[pub], area[riverside]"
 
 
@@ -41,7 +57,7 @@ def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
     prefixes = folder / "prefixes"
     prefixes.mkdir()
     for seed, (name, task, source) in enumerate(
-        (("pubs", "e2e", ""), ("other-pubs", "e2e", ""), ("facts", "webnlg", ""), ("mine", "records", "{name}: {food}"))
+        (("pubs", "e2e", ""), ("facts", "webnlg", ""), ("mine", "records", "{name}: {food}"))
     ):
         make_prefix(
             backbone,
@@ -51,26 +67,35 @@ def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
             task=task,
             text_format={**FORMAT, "source": source},
         )
-    make_prefix(
-        backbone,
-        prefixes / "worded.safetensors",
-        9,
-        task="records",
-        description="answers in a frame",
-        text_format={"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"},
-    )
-    # Of one whose file stores no text format, prompts and chats go as they do to the bare backbone.
-    make_prefix(backbone, prefixes / "plain.safetensors", 8)
+    framed = {"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"}
+    make_prefix(backbone, prefixes / "worded.safetensors", 9, task="records", text_format=framed)
+    # Of those whose files store no text format, prompts and chats go as they do to the bare backbone.
+    for seed, name in ((8, "plain"), (7, "yours")):
+        make_prefix(backbone, prefixes / f"{name}.safetensors", seed)
     (prefixes / "broken.safetensors").write_bytes(b"nothing of the kind")
-    server = LiveServer(folder / MODEL, prefixes, "--max-body-kib", "64").wait()
+    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}\n' for name, rules in RULES.items())
+    (folder / "serve.toml").write_text(f"max_texts = 64\nmax_queue = 400\n{keys}")
+    server = LiveServer(folder / MODEL, prefixes, "--config", str(folder / "serve.toml")).wait()
+    server.key = "pt-me"
     yield server
-    server.stop()
+    assert server.stop() == 0
+    assert not [line for line in server.lines if line["level"] == "error"]
+
+
+def client_with(server: LiveServer, key: str, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(**{"base_url": f"{server.url}/v1", "api_key": f"pt-{key}", "max_retries": 0, **options})
 
 
 @pytest.fixture(scope="module")
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+    with client_with(server, "me") as client:
         yield client
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    *parts, last = [part for part in text.split("\n\n") if part]
+    assert last == "data: [DONE]"
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
 def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> str:
@@ -86,31 +111,20 @@ def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> 
 
 
 def test_a_completion_is_the_text_of_the_engine_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
-    prompt = "Two trains to Oldbridge"
-    for name in ("plain", MODEL, "pubs", "facts"):
-        answer = client.completions.create(model=name, prompt=prompt, max_tokens=20, temperature=0)
-        if name in ("pubs", "facts"):
-            expected, read = target(backbone, folder, prompt, name, 20), len(f" {prompt} ") + 1
-        else:
-            prefix = None if name == MODEL else name
-            expected, read = (
-                generate_alone(backbone, folder / "prefixes", backbone.encode(prompt), prefix, max_new_tokens=20),
-                len(prompt),
-            )
-        assert answer.choices[0].text == expected
+    prompt, ids = "Two trains to Oldbridge", backbone.encode("Two trains to Oldbridge")
+    # Of a prefix without a text format, of the bare backbone, and of ids, the prompt is what the engine gets.
+    for name, given in (("plain", prompt), (MODEL, prompt), ("pubs", ids)):
+        answer = client.completions.create(model=name, prompt=given, max_tokens=20, temperature=0)
+        prefix = None if name == MODEL else name
+        assert answer.choices[0].text == generate_alone(backbone, folder / "prefixes", ids, prefix, max_new_tokens=20)
         assert answer.choices[0].finish_reason == "length"
         # The prefix's positions are not counted.
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == read
-        assert answer.usage.completion_tokens == 20
-    ids = client.completions.create(model="pubs", prompt=backbone.encode(prompt), max_tokens=20, temperature=0)
-    assert ids.choices[0].text == generate_alone(
-        backbone, folder / "prefixes", backbone.encode(prompt), "pubs", max_new_tokens=20
-    )
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 20)
     texts = client.completions.create(model="pubs", prompt=[prompt, "x"], max_tokens=20, temperature=0, n=2)
     assert [choice.index for choice in texts.choices] == [0, 1, 2, 3]
-    assert texts.choices[0].text == texts.choices[1].text == target(backbone, folder, prompt, "pubs", 20)
-    assert texts.choices[2].text == target(backbone, folder, "x", "pubs", 20)
+    expected = [target(backbone, folder, source, "pubs", 20) for source in (prompt, prompt, "x", "x")]
+    assert [choice.text for choice in texts.choices] == expected
 
 
 def test_the_same_source_gives_the_same_text_everywhere(
@@ -161,12 +175,8 @@ def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, f
     prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
     greedy = {"max_new_tokens": 60, "min_new_tokens": 5, "ban_newlines": True}
     (expected,) = generate(backbone, [linearize_e2e(MR)], prefix, **greedy)
-    status, answer, _ = server.post("/v1/tasks/pubs", {"mr": MR, "max_tokens": 60})
-    assert status == 200
-    assert answer["output"] == expected
-    assert answer["source"] == "name : The Vaults | Type : pub | area : riverside"
-    assert answer["usage"]["completion_tokens"] == 60
-    assert server.post("/v1/tasks/pubs", {"source": answer["source"], "max_tokens": 60})[1]["output"] == expected
+    answer = server.post("/v1/tasks/pubs", {"mr": MR, "max_tokens": 60})[1]
+    assert (answer["output"], answer["source"]) == (expected, linearize_e2e(MR))
     # The task's own length by default.
     assert server.post("/v1/tasks/pubs", {"mr": MR})[1]["usage"]["completion_tokens"] == 100
     # The bare backbone on the very same text.
@@ -179,42 +189,31 @@ def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone:
     body = {"name": "Aromi", "food": "soup", "max_tokens": 30}
     whole = server.post("/v1/tasks/mine", body)[1]
     assert whole["source"] == "Aromi: soup"
-    events = [json.loads(part[6:]) for part in events_of(server.post("/v1/tasks/mine", {**body, "stream": True})[1])]
-    assert "".join(event.get("delta", "") for event in events) == whole["output"]
-    assert events[-1]["output"] == whole["output"]
-    assert events[-1]["usage"] == whole["usage"]
-    triples = {"triples": [["Aarhus", "country", "Denmark"]]}
-    assert server.post("/v1/tasks/facts", triples)[1]["source"] == " | Aarhus : country : Denmark"
+    streamed = events(server.post("/v1/tasks/mine", {**body, "stream": True})[1])
+    assert "".join(event.get("delta", "") for event in streamed) == whole["output"]
+    assert (streamed[-1]["output"], streamed[-1]["usage"]) == (whole["output"], whole["usage"])
     # Words around the target are taken off the whole output: a stream gives it at once.
     prefix = load_prefix(folder / "prefixes" / "worded.safetensors", backbone)
     (expected,) = generate(backbone, ["a text"], prefix, max_new_tokens=20)
-    streamed = events_of(server.post("/v1/tasks/worded", {"text": "a text", "max_tokens": 20, "stream": True})[1])
-    assert [json.loads(part[6:])["output"] for part in streamed] == [expected]
-
-
-def events_of(text: str) -> list[str]:
-    parts = [part for part in text.split("\n\n") if part]
-    assert parts[-1] == "data: [DONE]"
-    return parts[:-1]
+    streamed = events(server.post("/v1/tasks/worded", {"text": "a text", "max_tokens": 20, "stream": True})[1])
+    assert [event["output"] for event in streamed] == [expected]
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
 def test_responses_have_security_headers_and_a_request_id(server: LiveServer) -> None:
-    for path in ("/v1/models", "/", "/nothing", "/healthz"):
+    for path in ("/v1/models", "/", "/nothing"):
         headers = {name.lower(): value for name, value in server.get(path)[2].items()}
-        assert headers["x-content-type-options"] == "nosniff"
-        assert headers["x-frame-options"] == "DENY"
-        assert headers["referrer-policy"] == "no-referrer"
+        assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-request-id"]
-        assert "server" not in headers
-        assert "access-control-allow-origin" not in headers
+        assert headers.keys().isdisjoint({"server", "access-control-allow-origin"})
+    assert [server.get(f"/docs/{name}")[0] for name in ("nothing.js", "..%2Fcore.py")] == [404, 404]
 
 
 def test_a_hundred_connections_at_once_get_their_own_responses(server: LiveServer, backbone: Any, folder: Path) -> None:
-    names = ("pubs", "other-pubs", "facts", "mine", MODEL)
+    names = ("pubs", "facts", "mine", MODEL)
     expected = {
         (name, letter): generate_alone(
             backbone, folder / "prefixes", backbone.encode(letter * 3), None, max_new_tokens=8
@@ -227,7 +226,7 @@ def test_a_hundred_connections_at_once_get_their_own_responses(server: LiveServe
     barrier = threading.Barrier(100)
 
     def complete_one(index: int) -> tuple[tuple[str, str], int, Any]:
-        name, letter = names[index % 5], "abcd"[index // 5 % 4]
+        name, letter = names[index % 4], "abcd"[index // 4 % 4]
         barrier.wait()
         body = {"model": name, "prompt": letter * 3, "max_tokens": 8, "temperature": 0}
         status, answer, _ = server.post("/v1/completions", body)
@@ -249,11 +248,9 @@ def test_metrics_can_be_read_by_prometheus(server: LiveServer) -> None:
     server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 11, "n": 2, "temperature": 0})
     assert server.metric("prefixtune_new_tokens_total", prefix="facts") == before + 22
     assert server.metric("prefixtune_texts_total", prefix="facts", finished="length") == texts + 2
-    assert server.metric("prefixtune_slots") == 32
-    assert server.metric("prefixtune_refused_prefixes") == 1
-    assert server.metric("prefixtune_prefix_cache_hits_total") > 0
-    assert server.metric("prefixtune_first_token_seconds_count") > 0
-    assert server.metric("prefixtune_step_texts_total") > server.metric("prefixtune_steps_total") > 0
+    assert (server.metric("prefixtune_slots"), server.metric("prefixtune_refused_prefixes")) == (32, 1)
+    for name in ("prefix_cache_hits_total", "first_token_seconds_count", "step_texts_total", "steps_total"):
+        assert server.metric(f"prefixtune_{name}") > 0
     assert server.metric("prefixtune_requests_total", route="unknown") >= 1
 
 
@@ -267,5 +264,141 @@ def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
     logged = completions()
     assert {"id", "key", "model", "status", "seconds", "prompt_tokens", "completion_tokens"} <= set(logged[-1])
     assert "secret" not in json.dumps(server.lines)
-    assert not [line for line in server.lines if line["level"] == "error"]
     assert "broken is not served" in "".join(server.errors)
+
+
+# --- in the client's types --------------------------------------------------------------------------------------------
+
+
+def parsed(kind: type[BaseModel], value: Any, *, extra: tuple[str, ...] = ()) -> Any:
+    """A value as one of the client's types: nothing is missing, of another type, or unknown to it."""
+    result = kind.model_validate_json(json.dumps(value), strict=True)
+    check_known(result, extra)
+    return result
+
+
+def check_known(value: Any, extra: tuple[str, ...]) -> None:
+    if isinstance(value, list):
+        for item in value:
+            check_known(item, extra)
+    elif isinstance(value, BaseModel):
+        assert (value.model_extra or {}).keys() <= set(extra)
+        for name in type(value).model_fields:
+            check_known(getattr(value, name), extra)
+
+
+def test_completions_are_of_the_clients_types(server: LiveServer) -> None:
+    body = {**GREEDY, "prompt": ["Aromi: soup", "x"], "n": 2, "logprobs": 3, "stop": ["e"], "seed": 3}
+    whole = parsed(Completion, server.post("/v1/completions", body)[1])
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    pieces: dict[int, str] = {}
+    *chunks, last = events(server.post("/v1/completions", {**body, **WITH_USAGE})[1])
+    for event in chunks:
+        assert event["usage"] is None
+        (choice,) = event["choices"]
+        # OpenAI's own pieces have no reason before the last one, against the type.
+        piece = parsed(
+            Completion, {**event, "choices": [{**choice, "finish_reason": choice["finish_reason"] or "stop"}]}
+        )
+        assert (piece.id, piece.created, piece.model) == (chunks[0]["id"], chunks[0]["created"], "mine")
+        pieces[choice["index"]] = pieces.get(choice["index"], "") + piece.choices[0].text
+    assert parsed(Completion, last).usage == whole.usage
+    assert last["choices"] == []
+    assert [pieces[choice.index] for choice in whole.choices] == [choice.text for choice in whole.choices]
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [("Aromi: soup", 3), ([5, 6, 7, 8], 0)])
+def test_an_echo_has_the_logprobs_of_the_prompt(
+    client: openai.OpenAI, backbone: Any, folder: Path, prompt: Any, max_tokens: int
+) -> None:
+    """As lm-eval's `local-completions` asks; the whole equals the model run on all tokens at once."""
+    prefix = load_prefix(folder / "prefixes" / "mine.safetensors", backbone)
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    prompt_ids = (
+        encode_prompts(backbone, read_text_format(prefix.header), texts)[0] if isinstance(prompt, str) else prompt
+    )
+    body = {**GREEDY, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "n": 2}
+    whole = client.completions.create(**body)
+    chunks = list(client.completions.create(**body, stream=True))
+    for choice in whole.choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        tokens, values, top = logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
+        assert tokens is not None
+        assert values is not None
+        assert top is not None
+        assert len(tokens) == len(values) == len(top) == len(prompt_ids) + max_tokens
+        assert tokens[: len(prompt_ids)] == [backbone.tokenizer.decode([token]) for token in prompt_ids]
+        assert (values[0], top[0]) == (None, None)
+        with torch.no_grad():
+            logits = backbone.forward(torch.tensor([prompt_ids]), prefixes=prefix).logits[0]
+        expected = logits.log_softmax(-1)[range(len(prompt_ids) - 1), prompt_ids[1:]]
+        assert values[1 : len(prompt_ids)] == pytest.approx(expected.tolist(), abs=1e-3)
+        assert choice.text.startswith(backbone.tokenizer.decode(prompt_ids))
+        assert choice.text == "".join(tokens)
+        assert logprobs.text_offset == [len("".join(tokens[:number])) for number in range(len(tokens))]
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(piece.text for piece in mine) == choice.text
+        parts = [piece.logprobs for piece in mine if piece.logprobs]
+        assert [value for part in parts for value in part.token_logprobs or ()] == pytest.approx(values, abs=1e-6)
+        assert [offset for part in parts for offset in part.text_offset or ()] == logprobs.text_offset
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(prompt_ids)
+    assert whole.usage.completion_tokens == 2 * max_tokens
+
+
+def test_chats_are_of_the_clients_types(server: LiveServer) -> None:
+    options = {"n": 3, "logprobs": True, "top_logprobs": 2, "stop": "e", "seed": 3}
+    body = {**GREEDY, "model": MODEL, "messages": USER, **options}
+    whole = parsed(ChatCompletion, server.post("/v1/chat/completions", body)[1])
+    pieces = ["" for _ in whole.choices]
+    *chunks, last = events(server.post("/v1/chat/completions", {**body, **WITH_USAGE})[1])
+    for event in chunks:
+        chunk = parsed(ChatCompletionChunk, event)
+        assert chunk.usage is None
+        (choice,) = chunk.choices
+        if not pieces[choice.index]:
+            assert choice.delta.role in ("assistant", None)
+        pieces[choice.index] += choice.delta.content or ""
+    last_chunk = parsed(ChatCompletionChunk, last)
+    assert (last_chunk.usage, last_chunk.choices) == (whole.usage, [])
+    assert isinstance(whole.usage, CompletionUsage)
+    assert pieces == [choice.message.content for choice in whole.choices]
+
+
+def test_models_are_of_the_clients_types(server: LiveServer) -> None:
+    extra = ("root", "parent", "max_model_len", "kind", "description", "task", "license", "prefix_length")
+    listed = server.get("/v1/models")[1]
+    models = [parsed(Model, model, extra=extra) for model in listed["data"]]
+    assert (listed["object"], {model.id for model in models}) == (
+        "list",
+        {"facts", "mine", "plain", "pubs", "worded", MODEL},
+    )
+    assert parsed(Model, server.get("/v1/models/mine")[1], extra=extra).id == "mine"
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], str | None, str | None]] = [
+    ("me", {**GREEDY, "prompt": ""}, openai.BadRequestError, "prompt", None),
+    ("nobody", {**GREEDY, "prompt": "a"}, openai.AuthenticationError, None, "invalid_api_key"),
+    ("me", {**GREEDY, "prompt": "a", "model": "yours"}, openai.PermissionDeniedError, None, "model_not_allowed"),
+    ("rare", {**GREEDY, "prompt": "a", "model": "nobody"}, openai.NotFoundError, None, "model_not_found"),
+    ("rare", {**GREEDY, "prompt": "a"}, openai.RateLimitError, None, "rate_limit_exceeded"),
+    ("me", {**GREEDY, "prompt": "a", "model": "broken"}, openai.InternalServerError, None, "model_not_served"),
+]
+
+
+def test_errors_are_the_clients_exceptions(server: LiveServer) -> None:
+    for key, body, kind, param, code in ERRORS:
+        with client_with(server, key) as caller, pytest.raises(kind) as caught:
+            caller.completions.create(**body)
+        assert (caught.value.param, caught.value.code) == (param, code)
+        assert parsed(ErrorObject, caught.value.body).message in caught.value.message
+        assert caught.value.request_id
+
+
+def test_a_client_that_retries_waits_for_its_turn(server: LiveServer) -> None:
+    with client_with(server, "busy", max_retries=9) as patient, ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda _: patient.completions.create(**LONG), range(3)))
+    assert [len(answer.choices) for answer in answers] == [8, 8, 8]

@@ -30,10 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
     make_prefix(backbone, folder / "prefixes" / "mine.safetensors", 0, task="records", text_format=FORMAT)
     make_prefix(backbone, folder / "prefixes" / "pubs.safetensors", 1, task="e2e")
-    make_prefix(backbone, folder / "prefixes" / "doc.safetensors", 2, task="summarization")
     (folder / "serve.toml").write_text(
-        "max_tokens = 6\ndefault_max_tokens = 6\n"
-        f"deadline = {DEADLINE}\n"
+        f"max_tokens = 6\ndefault_max_tokens = 6\nmax_upload_mib = 1\ndeadline = {DEADLINE}\n"
         f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
     )
     return folder
@@ -53,16 +51,6 @@ def connect(server: LiveServer) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=10)
 
 
-def until_closed(connection: socket.socket) -> bytes:
-    """What the server sends until it ends the connection."""
-    received = b""
-    connection.settimeout(15)
-    with contextlib.suppress(ConnectionError):
-        while piece := connection.recv(65536):
-            received += piece
-    return received
-
-
 def is_served(server: LiveServer) -> bool:
     body = {"model": "mine", "prompt": "a", "max_tokens": 2}
     return server.post("/v1/completions", body, key="pt-me")[0] == 200
@@ -76,9 +64,6 @@ def is_served(server: LiveServer) -> bool:
     [
         ("/v1/tasks/mine", {"name": "a" + " " * 400_000 + "b", "food": "c"}),
         ("/v1/tasks/pubs", {"mr": "name[a" + " " * 400_000 + "]"}),
-        ("/v1/tasks/doc", {"document": [[]] * 100_000}),
-        ("/v1/completions", {"model": "mine", "prompt": "a" * 900_000}),
-        ("/v1/completions", {"model": "mine", "prompt": [1] * 300_000}),
         ("/v1/completions", {"model": "mine", "prompt": [[]] * 250_000}),
         ("/v1/completions", {"model": "mine", **{str(index): 0 for index in range(80_000)}}),
         ("/v1/chat/completions", {"model": "mine", "messages": [{"role": "user", "content": [{}] * 250_000}]}),
@@ -119,3 +104,19 @@ def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:
 
     server.until(is_idle, 10)
     assert is_served(server)
+
+
+def test_an_upload_is_bounded_and_one_that_breaks_off_leaves_nothing(server: LiveServer, folder: Path) -> None:
+    prefixes = folder / "prefixes"
+    before = sorted(prefixes.iterdir())
+    with connect(server) as untold:
+        untold.sendall(b"PUT /v1/models/big HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        # It does not wait for the rest.
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                untold.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        assert b" 413 " in untold.recv(4096)
+    with connect(server) as half:
+        half.sendall(b"PUT /v1/models/half HTTP/1.1\r\n" + HEAD + b"Content-Length: 9000\r\n\r\n" + b"x" * 4000)
+        server.until(lambda: len(list(prefixes.iterdir())) > len(before))
+    server.until(lambda: sorted(prefixes.iterdir()) == before)
