@@ -1,6 +1,6 @@
 """Follow a tutorial as its reader does: run its `bash` blocks in order, in an empty folder and with an empty home.
 
-    python -m tools.tutorials docs/tutorials/first_prefix.md
+    python -m tools.tutorials docs/tutorials/quickstart.md
 
 prints every block and what it printed. A block below the line `<!-- not run -->` is left out: it needs something that
 the tutorial says. The program is this checkout's; the backbone is fetched anew, unless `--home` names a home that
