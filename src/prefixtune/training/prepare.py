@@ -28,7 +28,6 @@ from prefixtune.training.run import Run
 from prefixtune.training.run_folder import EARLIER_STATE_FILE, check_unused
 from prefixtune.training.silence import general_examples
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.trackers import check_installed
 from prefixtune.training.tuning import tune
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
@@ -128,7 +127,6 @@ def _check_options(config: TrainConfig, processes: ProcessGroup, *, shares_passe
     Raises:
         ConfigError: One does not.
     """
-    check_installed(config.trackers)
     if config.shard and (processes.size == 1 or not config.trains_prefix):
         raise ConfigError(
             "shard splits a frozen backbone among several processes.",
