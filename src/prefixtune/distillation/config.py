@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
-
-from pydantic import model_validator
+from typing import ClassVar, Literal
 
 from prefixtune.training.config import TrainConfig
 from prefixtune.utils.config import CommaList, option_group
-
-__all__ = ["KINDS", "SELF", "DistillConfig", "QuestionKind"]
 
 QuestionKind = Literal["fact", "paraphrase", "list", "summary", "continuation"]
 """What a question that is made from a document asks for."""
@@ -36,62 +32,38 @@ class DistillConfig(TrainConfig):
     )
     """Fields of `TrainConfig` that mean nothing here."""
 
-    document: str = _teaching(
-        "", description="a text to remember: a file, or a folder of text files, each of which gets a memory of its own"
-    )
+    document: str = _teaching("", description="text to remember: a file, or a folder with a file for each memory")
     questions: str = _teaching(
         "",
-        description="of the document: a file of rows with question and, if you have it, answer; for a folder of "
-        "documents: a folder with a file of the same name for each; or self: made by the model from the document",
+        description="of the document: a file (or folder) with question and perhaps answer; or self: made by the model",
     )
-    prompt: str = _teaching("", description="a file that holds a long system prompt, to be replaced by the prefix")
+    prompt: str = _teaching("", description="file with a long system prompt, to be replaced by the prefix")
     teacher: str = _teaching(
-        "",
-        description="who is learned from: the run of another method or a prefix, a LoRA adapter's folder, or a model "
-        "with the same tokenizer; empty: the backbone with the document or the prompt in view",
+        "", description="a run, prefix, LoRA folder or model; empty: the backbone with the document or prompt in view"
     )
     data: str = _teaching(
-        "",
-        description="with --prompt or --teacher: the inputs, read as --task, --source and --target say; where they "
-        "have no target, the teacher writes it",
+        "", description="inputs of a prompt or teacher, read as --task, --source and --target say; targets may lack"
     )
     test: str = _teaching("", description="held-out questions or inputs for the report, in the form of the others")
     ask: Literal["auto", "plain", "chat"] = _teaching(
         "auto",
-        description="text around a question: plain: 'Question: ... Answer:' for a document, 'Input: ... Output:' for "
-        "others, nothing for an encoder-decoder; chat: the backbone's chat template; auto: plain for a document, a "
-        "teacher's own if it was trained with one, and else the chat template, if there is one",
+        description="text around a question: plain, the backbone's chat template, or auto: what suits the teacher",
     )
     num_questions: int = _teaching(256, ge=5, le=20_000, description="with --questions self: questions to make")
     kinds: CommaList[QuestionKind] = _teaching(
         KINDS, description="with --questions self: what the questions ask for, in equal shares"
     )
-    chunk_length: int = _teaching(
-        0, ge=0, description="tokens of a document that are in the teacher's view at once; 0: as many as fit"
-    )
+    chunk_length: int = _teaching(0, ge=0, description="tokens of a document in view at once; 0: as many as fit")
     answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
 
-    prefix_length: int = _prefix(
-        64,
-        ge=0,
-        description="P, the number of positions of the memory; 0: as long as the prefix to start from (the default for "
-        "one)",
-    )
+    prefix_length: int = _prefix(64, ge=0, description="P, the positions of the memory; 0: those of init_prefix")
     initialization: Literal["words", "text", "random", "prefix"] = _prefix(
         "text",
-        description="start from: text: the document's or the prompt's own keys and values, brought to P positions; "
-        "words: the words of init_text, as for a teacher alone; random; another prefix",
+        description="text: the document's own keys and values, compacted to P; words (of init_text); random; prefix",
     )
     max_steps: int = _training(150, ge=0, description="optimizer steps; 0: the start alone, in seconds")
     output: str = _output("runs/memory", description="folder of the run; of several documents: one folder in it each")
     eval_every: int = _output(100, ge=0, description="store the prefix every N steps; 0: only at the end")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A prefix implies a start from it, and has a length of its own."""
-        starts = values.get("init_prefix") and values.get("initialization", "prefix") == "prefix"
-        return {"initialization": "prefix", "prefix_length": 0, **values} if starts else values
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what has to be learned, and what goes with it."""

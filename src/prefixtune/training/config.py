@@ -6,23 +6,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from prefixtune.errors import did_you_mean, short_repr
 from prefixtune.prefix.geometry import SITES, Site
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
 
 FormName = Literal[
-    "messages",
-    "conversations",
-    "prompt",
-    "instruction",
-    "question",
-    "source",
-    "document",
-    "label",
-    "tags",
-    "text",
+    "messages", "conversations", "prompt", "instruction", "question", "source", "document", "label", "tags", "text"
 ]
 """The forms of data: the names of `data.forms.FORMS`, whose import takes longer."""
 
@@ -61,25 +52,18 @@ class TrainConfig(Config):
     device: str = _backbone("auto", description="cpu, cuda, cuda:0, mps or auto")
     quantize: Literal["", "int8", "int4"] = _backbone("", description="quantize the frozen weights (torchao)")
     attention: Literal["sdpa", "flex", "eager"] = _backbone(
-        "sdpa",
-        description="what computes attention: sdpa (torch's fused functions), flex (flex_attention for packed rows, "
-        "also on a CPU), eager (matrix products)",
+        "sdpa", description="sdpa (torch's fused functions), flex (flex_attention for packed rows) or eager"
     )
     adapter: str = _backbone("", description="folder of a LoRA adapter (PEFT) to load into the backbone first")
 
     method: Literal["prefix", "full", "adapter", "lora"] = _method(
-        "prefix", description="what is trained: prefix; or, to compare: full (all weights), adapter (bottlenecks), lora"
+        "prefix", description="prefix; or, to compare: full (all weights), adapter (bottlenecks), lora"
     )
-    method_size: int = _method(
-        0, ge=0, le=MOST_SIZE, description="adapter: width of the bottleneck (0: 64); lora: rank (0: 8)"
-    )
+    method_size: int = _method(0, ge=0, le=MOST_SIZE, description="adapter: width (0: 64); lora: rank (0: 8)")
 
-    task: str = _data(
-        "records",
-        description="how to read the files: records (your own), e2e, toy and more (`prefixtune data --tasks`)",
-    )
+    task: str = _data("records", description="records (your own), e2e, toy and more (`prefixtune data --tasks`)")
     form: Literal["", FormName] = _data("", description="what your columns are; empty: recognized by the first row")
-    train: str = _data("", description="training file, folder with a training set, hub:NAME, or - for standard input")
+    train: str = _data("", description="training file, folder with a training set, hub:NAME, or - (standard input)")
     dev: str = _data("", description="development file or folder, to stop early and keep the best prefix by")
     source: str = _data("", description="column or template of the source, such as '{name} is {food}'")
     target: str = _data("", description="column or template of the target; a list holds several targets")
@@ -89,65 +73,39 @@ class TrainConfig(Config):
     label_words: str = _data("", description="classify by words: LABEL=WORD,...; others are their own word")
     limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
     dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
-    hold_out: float = _data(
-        0.0, ge=0, lt=1, description="without a development file: share of the training sources to develop on"
-    )
-    prompt_format: str = _data(
-        "", description="text before the target; empty: ' {source} {separator}', or '{source}' for an encoder"
-    )
+    hold_out: float = _data(0.0, ge=0, lt=1, description="without dev: share of the training sources to develop on")
+    prompt_format: str = _data("", description="text before the target; empty: ' {source} {separator}' or '{source}'")
     target_format: str = _data("", description="text of the target; empty: ' {target} ', with an encoder '{target}'")
     chat_template: str = _data(
-        "",
-        description="what writes conversations: a file with a Jinja template; model: the model's own; none; empty: the "
-        "model's own for data with messages, if it has one",
+        "", description="of conversations: file with a Jinja template, model, or none; empty: the model's, for messages"
     )
-    system: str = _data("", description="system message of a conversation that has none; needs a chat template")
-    max_length: int = _data(
-        0,
-        ge=0,
-        description="most positions of source and target together (encoder-decoder: of each); 0: the backbone's, for "
-        "texts alone 512",
-    )
+    system: str = _data("", description="system message of conversations that have none; needs a chat template")
+    max_length: int = _data(0, ge=0, description="most positions of an example; 0: the backbone's, for texts alone 512")
     on_too_long: Literal["cut", "error"] = _data("cut", description="a source that is too long: cut it, or stop")
 
-    prefix_length: int = _prefix(
-        10,
-        ge=0,
-        description="P, the number of virtual tokens; 0: as long as the text, examples or prefix to start from",
-    )
-    sites: str = _prefix(
-        "", description="sites of the prefix, with own lengths as in encoder=20,cross=5; empty: all of the backbone"
-    )
+    prefix_length: int = _prefix(10, ge=0, description="P, the number of virtual tokens; 0: that of the start")
+    sites: str = _prefix("", description="sites, with lengths of their own as in encoder=20,cross=5; empty: all")
     reparameterization: Literal["none", "mlp", "scaled"] = _prefix(
-        "scaled",
-        description="scaled: the start plus trained steps of the start's size; none: the prefix itself; mlp: the "
-        "paper's MLP",
+        "scaled", description="scaled: steps of the start's size; none: the prefix itself; mlp: the paper's MLP"
     )
     bottleneck_size: int = _prefix(512, ge=1, le=MOST_SIZE, description="hidden width of the MLP")
     initialization: Literal["words", "text", "examples", "random", "prefix"] = _prefix(
-        "words",
-        description="start from the keys and values of: words, repeated or cut to P; a whole text; solved training "
-        "examples; nothing (random); another prefix",
+        "words", description="start from words, repeated or cut to P; a whole text; solved examples; random; a prefix"
     )
     init_text: str = _prefix(
-        "Describe the following data in one sentence:",
-        description="words or text to start from, or @FILE that holds them",
+        "Describe the following data in one sentence:", description="words or text to start from, or @FILE"
     )
     compaction: Literal["cut", "stride", "match"] = _prefix(
         "match",
-        description="a text longer than P: cut: its first P tokens; stride: P of all, evenly; match: P positions that "
-        "give the attention's output of all (Attention Matching)",
+        description="a longer text: cut: first P tokens; stride: P of all, evenly; match: Attention Matching",
     )
     init_examples: int = _prefix(
         0,
         ge=0,
-        description="solved training examples to start from (0: as many as fit P; without P: 4, whole); if they take "
-        "more than P, each keeps an equal share",
+        description="solved examples to start from (0: as many as fit P; without P: 4, whole)",
         json_schema_extra={"group": "prefix", "aliases": ["examples"]},
     )
-    prefix_dropout: float = _prefix(
-        0.0, ge=0, lt=1, description="share of the prefix's positions that an example does not see in a step"
-    )
+    prefix_dropout: float = _prefix(0.0, ge=0, lt=1, description="share of the prefix that an example does not see")
     init_prefix: str = _prefix("", description="prefix to start from: a file, the folder of a run, or hub:OWNER/NAME")
     beside: str = _prefix(
         "",
@@ -158,10 +116,7 @@ class TrainConfig(Config):
     nested: bool = _prefix(False, description="train random lengths, so that the first p positions are a good prefix")
 
     learning_rate: float = _training(
-        0.0,
-        ge=0,
-        description="peak rate; 0: 2e-2 for scaled, 5e-3 for none, 5e-4 for mlp (half with beside), 1e-4 for full, "
-        "1e-3 for adapter and lora",
+        0.0, ge=0, description="peak; 0: 2e-2 (scaled), 5e-3 (none), 5e-4 (mlp), 1e-4 (full), 1e-3 (adapter, lora)"
     )
     weight_decay: float = _training(0.0, ge=0, description="decoupled weight decay")
     warmup_steps: int = _training(20, ge=0, description="steps of linear warm-up; a linear decay to 0 follows")
@@ -170,9 +125,7 @@ class TrainConfig(Config):
     )
     max_steps: int = _training(0, ge=0, description="optimizer steps; 0: those of the epochs")
     batch_size: int = _training(16, ge=1, description="targets per forward pass")
-    targets_per_source: int = _training(
-        4, ge=1, description="most targets of one source in a batch; they share the source's computation"
-    )
+    targets_per_source: int = _training(4, ge=1, description="most targets of one source in a batch")
     gradient_accumulation: int = _training(1, ge=1, description="forward passes per optimizer step")
     max_grad_norm: float = _training(1.0, ge=0, description="clip the gradient's norm to this; 0: do not clip")
     keep_general: float = _training(
@@ -196,8 +149,7 @@ class TrainConfig(Config):
     save_dtype: Literal["float32", "bfloat16"] = _output("float32", description="dtype of the stored prefix")
     report_to: CommaList[TrackerName] = _output(
         (),
-        description="trackers: trackio, wandb, tensorboard, mlflow, several, or all; offline, unless their own "
-        "variables say otherwise",
+        description="trackers, offline unless their own variables say otherwise; several, or all",
         json_schema_extra={"group": "output", "many": [1, None]},
     )
     project: str = _output("", description="the trackers' project; empty: prefixtune")
@@ -217,16 +169,10 @@ class TrainConfig(Config):
             implied["init_examples"] = _INIT_EXAMPLES
         return {**implied, **values}
 
-    @field_validator("sites")
+    @field_validator("sites", "label_words")
     @classmethod
-    def _check_sites(cls, text: str) -> str:
-        _parse_sites(text)
-        return text
-
-    @field_validator("label_words")
-    @classmethod
-    def _check_label_words(cls, text: str) -> str:
-        _parse_label_words(text)
+    def _check_parts(cls, text: str, info: ValidationInfo) -> str:
+        (_parse_sites if info.field_name == "sites" else _parse_label_words)(text)
         return text
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -257,8 +203,6 @@ class TrainConfig(Config):
             yield ("prefix_length",), f"prefix_length is 0, but must be at least 1: {start}, which has no length"
         if self.initialization == "examples" and not (self.init_examples or self.longest):
             yield ("init_examples", "prefix_length"), f"{start}, but both init_examples and prefix_length are 0"
-        if "none" in self.report_to and len(self.report_to) > 1:
-            yield ("report_to",), "report_to names 'none' and others"
 
     @property
     def site_lengths(self) -> dict[Site, int]:
@@ -290,9 +234,7 @@ class TrainConfig(Config):
         >>> TrainConfig(report_to="wandb,all").trackers
         ('trackio', 'wandb', 'tensorboard', 'mlflow')
         """
-        if "all" in self.report_to:
-            return _TRACKERS
-        return tuple(name for name in _TRACKERS if name in self.report_to)
+        return tuple(name for name in _TRACKERS if {name, "all"} & set(self.report_to))
 
     @property
     def trains_prefix(self) -> bool:
