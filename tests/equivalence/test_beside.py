@@ -24,10 +24,9 @@ from prefixtune.training.beside import Beside
 from prefixtune.training.data import tokenize
 from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
 from prefixtune.training.prepare import prepare
-from prefixtune.training.schedule import optimizer_steps
+from prefixtune.training.schedule import optimizer_steps, vary
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.together import RunGroup, begin_together, train_together
-from prefixtune.training.variation import vary
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 

@@ -774,7 +774,7 @@ EXAMPLES = [Example("source", ("target",))]
 @pytest.mark.parametrize(
     ("name", "sites", "words"),
     [
-        ("gpt2", "cross", "'tiny-gpt2' is of kind 'decoder' and has no site cross"),
+        ("gpt2", "cross", "'tiny-gpt2' has no site cross"),
         ("gpt2", "decoder=3,encoder=2", "has no site encoder"),
         (
             "longt5-local",

@@ -316,6 +316,6 @@ def test_nothing_is_written_where_one_of_several_documents_does_not_fit(
 ) -> None:
     long = [{"question": "Where is it? " * 20}]
     own = two_documents(options, write_rows, tmp_path, fox=[{"question": "Where?"}], owl=long)
-    with pytest.raises(DataError, match="have no room"):
+    with pytest.raises(DataError, match="free for a text"):
         quiet(tiny_backbone("llama", max_position_embeddings=256), **own)
     assert not Path(options["output"]).exists()

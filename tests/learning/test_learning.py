@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import prefixtune.training.checkpoint
+import prefixtune.prefix.file
 import prefixtune.training.loop
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
@@ -348,18 +348,18 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
-    original, calls = prefixtune.training.checkpoint.save_file, []
+    original, calls = prefixtune.prefix.file.save_file, []
 
-    def full(tensors: Any, path: Any, metadata: Any) -> None:
+    def full(path: Any, *stored: Any) -> None:
         calls.append(1)
         # The start, and two steps.
         if len(calls) > 3:
             Path(path).write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        original(tensors, path, metadata)
+        original(path, *stored)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.training.checkpoint, "save_file", full)
+        patch.setattr(prefixtune.prefix.file, "save_file", full)
         with pytest.raises(PrefixError, match="No space left on device") as error:
             train(config, backbone=backbone, examples=SHARED)
     assert "free some space" in error.value.hint

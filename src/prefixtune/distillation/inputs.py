@@ -16,8 +16,6 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.run_folder import check_unused
 from prefixtune.utils.files import check_writable
 
-__all__ = ["CONFIG_FILE", "Job", "Question", "check_output", "num_asked", "read_jobs"]
-
 CONFIG_FILE = "distill.toml"
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
 _MOST_BYTES = 2**24
@@ -101,10 +99,7 @@ def check_output(folder: Path) -> None:
     """
     check_unused(folder)
     if (folder / CONFIG_FILE).exists():
-        raise ConfigError(
-            f"{str(folder)!r} already holds a distillation.",
-            hint="go on with --resume (resume=True), choose another --output (output), or delete it.",
-        )
+        raise ConfigError(f"{str(folder)!r} already holds a distillation.", hint="give --resume, or another --output.")
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -140,16 +135,10 @@ def _find_documents(path: str) -> list[Path]:
         return [root]
     files = sorted(file for file in root.iterdir() if file.suffix.lower() in _TEXT_ENDINGS and file.is_file())
     if not files:
-        raise DataError(
-            f"the folder {path!r} has no document: no file that ends with {', '.join(_TEXT_ENDINGS)}.",
-            hint="name a file, or a folder with one text file per document.",
-        )
+        raise DataError(f"{path!r} holds no file that ends with {', '.join(_TEXT_ENDINGS)}.", hint="name a text file.")
     twice = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
     if twice:
-        raise DataError(
-            f"the folder {path!r} has two documents of the name {twice[0]!r}.",
-            hint="rename one: each memory gets a folder of its document's name.",
-        )
+        raise DataError(f"the folder {path!r} has two documents {twice[0]!r}.", hint="rename one.")
     return files
 
 
@@ -166,40 +155,24 @@ def _questions_file(path: str, document: Path, several: bool) -> Path:
     root = Path(path)
     if not root.is_dir():
         if several:
-            raise DataError(
-                f"{path!r} is one file, but there are several documents.",
-                hint="name a folder with a file of questions per document, such as NAME.jsonl for NAME.txt.",
-            )
+            raise DataError(f"{path!r} is one file for several documents.", hint="name a folder with a file for each.")
         return root
     files = [root / f"{document.stem}{ending}{end}" for ending in FORMATS for end in ("", ".gz")]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise DataError(
-            f"the folder {path!r} has no questions of {document.name!r}.",
-            hint=f"write {document.stem}.jsonl with rows of question and answer.",
-        )
+        raise DataError(f"the folder {path!r} has no questions of {document.name!r}.", hint="write a file of its name.")
     return found
 
 
 def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
-    """Refuse answers that only some questions have, and a teacher where there are answers.
+    """Refuse a teacher where all questions have answers; where some have none, the teacher writes these.
 
     Raises:
         ConfigError: Both are there.
-        DataError: Some questions have answers, and others have none.
     """
-    given = [question for job in jobs for question in job.questions]
-    missing = next((question for question in given if question.answer is None), None)
-    if missing is not None and any(question.answer is not None for question in given):
-        raise DataError(
-            f"some questions have answers, but {missing.question!r} has none.",
-            hint="give all questions an answer, or none: then the teacher writes them.",
-        )
-    if given and missing is None and config.teacher:
-        raise ConfigError(
-            f"teacher is {config.teacher!r}, but the questions have answers already.",
-            hint="leave --teacher out, or give questions without answers.",
-        )
+    answered = [question.answer is not None for job in jobs for question in job.questions]
+    if config.teacher and answered and all(answered):
+        raise ConfigError(f"teacher is {config.teacher!r}, but the questions have answers.", hint="leave one out.")
 
 
 # --- questions and inputs ---------------------------------------------------------------------------------------------
@@ -228,8 +201,5 @@ def _as_questions(examples: Sequence[Example], path: str | Path) -> tuple[Questi
     for number, example in enumerate(examples, start=1):
         if len(example.messages) > 1 or not example.source:
             what = f"has {len(example.messages)} messages" if example.source else "is a text alone"
-            raise DataError(
-                f"input {number} of {path} {what}; the teacher is asked one question at a time.",
-                hint="give questions: rows with prompt or question, and perhaps an answer.",
-            )
+            raise DataError(f"input {number} of {path} {what}.", hint="give single questions, and perhaps answers.")
     return tuple(Question(example.source, target) for example in examples for target in (example.targets or (None,)))

@@ -14,22 +14,25 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.distillation.chunks import with_chunks
 from prefixtune.distillation.config import KINDS, SELF, DistillConfig
 from prefixtune.distillation.inputs import Job, Question, num_asked
-from prefixtune.distillation.labels import LABELS_FILE, label_examples, read_labels, write_labels
-from prefixtune.distillation.memory import START_FILE, Memory, check_student, plan_memory
+from prefixtune.distillation.memory import START_FILE, Memory, check_student, plan_memory, with_chunks
 from prefixtune.distillation.questions import hold_out, make_questions
 from prefixtune.distillation.reader import Reader
-from prefixtune.distillation.teacher import Teacher, load_teacher, teacher_files
-from prefixtune.distillation.wording import check_view, choose_wording, encode_questions, without_false_ends
+from prefixtune.distillation.teacher import (
+    LABELS_FILE,
+    Teacher,
+    label_examples,
+    load_teacher,
+    read_labels,
+    write_labels,
+)
+from prefixtune.distillation.wording import check_view, choose_wording, encode_questions, without_ends
 from prefixtune.errors import CheckpointError, DataError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.utils.console import Console, Progress
 from prefixtune.utils.files import atomic_path, write_text
-
-__all__ = ["Preparation", "read_questions", "sources_of", "stage", "write_questions"]
 
 _QUESTIONS_FILE = "questions.jsonl"
 _DECISIVE = (
@@ -115,9 +118,8 @@ class Preparation:
         made = [question for question in answered[: len(questions)] if question.answer]
         if not made:
             raise DataError(
-                f"the teacher {self._teacher.name!r} answers none of the {len(questions)} questions{memory.title} with "
-                "a word.",
-                hint="give answers with the questions, another --teacher, or --ask chat.",
+                f"the teacher {self._teacher.name!r} answers no question{memory.title} with a word.",
+                hint="give answers, another --teacher, or --ask chat.",
             )
         if left_out := len(questions) - len(made):
             self._console.info(f"{left_out} of {len(questions)} questions{memory.title} got no answer and are left out")
@@ -176,7 +178,8 @@ class Preparation:
         length = self._config.prefix_length or load_prefix(self._config.init_prefix).length()
         taught = encode_questions(self._student, memory.taught, memory.wording, length)
         questions = [*memory.questions, *memory.taught]
-        examples = without_false_ends(self._student, [*data.train.examples, *taught], questions, memory.wording)
+        examples = [*data.train.examples, *taught]
+        examples = without_ends(self._student, examples, questions, memory.wording, ended=False)
         vocabulary = int(self._student.model.get_output_embeddings().weight.shape[0])
 
         def make(temporary: Path) -> None:
@@ -203,7 +206,7 @@ def sources_of(config: DistillConfig, job: Job, student: Backbone) -> list[Any]:
     settings = [getattr(config, name) for name in _DECISIVE]
     asked = [[question.question, question.answer] for question in (*job.questions, *job.test)]
     model = [student.fingerprint, student.dtype_name]
-    return [settings, job.text, asked, len(job.questions), model, teacher_files(config.teacher)]
+    return [settings, job.text, asked, len(job.questions), model]
 
 
 def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:
@@ -221,10 +224,7 @@ def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:
     note = path.with_name(f"{path.name}.made_from")
     if path.exists() and note.exists():
         if note.read_text(encoding="utf-8") != key:
-            raise CheckpointError(
-                f"{str(path)!r} was made from another text, other questions, options or teacher.",
-                hint="give what it was begun with, or start again in another --output.",
-            )
+            raise CheckpointError(f"{str(path)!r} was made from other inputs.", hint="give those, or another --output.")
         return key
     with atomic_path(path) as temporary:
         make(temporary)

@@ -16,8 +16,6 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
 
-__all__ = ["asking_tokens", "hold_out", "make_questions"]
-
 _ROUNDS = 3
 """How often the model is asked again where its questions were unusable or known."""
 _MOST_CHARS = 300
@@ -78,10 +76,7 @@ def make_questions(
                     made.setdefault(key, question)
             on_batch(len(made))
     if not made:
-        raise DataError(
-            "no question was made from the document.",
-            hint="give a longer text or other --kinds, or write --questions FILE.",
-        )
+        raise DataError("no question was made of the document.", hint="give a longer text, or write --questions FILE.")
     return list(made.values())
 
 

@@ -11,14 +11,12 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample, encode_prompts
 from prefixtune.distillation.inputs import Question
-from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_end
+from prefixtune.distillation.wording import Wording, encode_questions, without_ends
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.score import score_targets
-
-__all__ = ["Progress", "Reader"]
 
 _MOST_POSITIONS = 16_384
 """That a pass of questions has together with its copies of what is in view."""
@@ -124,11 +122,7 @@ class Reader:
             examples: The questions with answers, as tokens.
             questions: The same.
         """
-        counts = count_endings(self.backbone, questions, self.wording)
-        scored = [
-            without_end(example, count) if question.ended else example
-            for example, question, count in zip(examples, questions, counts, strict=True)
-        ]
+        scored = without_ends(self.backbone, examples, questions, self.wording, ended=True)
         parts = [
             score_targets(self.backbone, view, [scored[index] for index in indices], len(indices)).sum(0)
             for view, indices in self.by_view(questions)

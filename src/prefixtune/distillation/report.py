@@ -10,10 +10,9 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import format_of
-from prefixtune.distillation.chunks import text_bytes
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import num_asked
-from prefixtune.distillation.memory import Memory
+from prefixtune.distillation.memory import Memory, text_bytes
 from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher
 from prefixtune.distillation.wording import encode_questions

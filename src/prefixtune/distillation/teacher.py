@@ -1,26 +1,36 @@
-"""The teacher: another model, a prefix, or the student itself with a text in view."""
+"""The teacher: another model, a prefix, or the student with a text in view; and its likeliest tokens as labels."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.load import load_backbone
+from prefixtune.backbone.loss import label_logits
 from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.batching import collate
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.reader import Reader
-from prefixtune.distillation.wording import Wording, in_view
+from prefixtune.distillation.inputs import Question
+from prefixtune.distillation.reader import Progress, Reader
+from prefixtune.distillation.wording import Wording, count_endings, in_view
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.file import read_verified, save_file
+from prefixtune.prefix.header import FORMAT_VERSION
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
 
-__all__ = ["Teacher", "check_same_tokens", "load_teacher", "teacher_files"]
+LABELS_FILE = "teacher.safetensors"
+"""The teacher's labels in a run's folder, of what is trained on and, behind it, of what is held out."""
+_LABELS = "prefixtune_teacher"
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,12 @@ def _prefix_teacher(config: DistillConfig, path: Path, student: Backbone) -> Tea
     prefix = load_prefix(path, student)
     if config.document or config.prompt:
         raise ConfigError(
-            f"the teacher {config.teacher!r} is a prefix, and a document or a prompt would stand in its place.",
-            hint="name a model or a run of another method, or leave --document and --prompt out.",
+            f"the teacher {config.teacher!r} is a prefix, in whose place the text would stand.",
+            hint="name a model or a run of another method.",
         )
     if prefix.head is not None:
         raise ConfigError(
-            f"the teacher {config.teacher!r} gives labels by a head, and writes no text to learn from.",
-            hint="name a prefix that generates, or train one for the labels (`prefixtune train --classifier`).",
+            f"the teacher {config.teacher!r} has a head, and writes no text.", hint="name a prefix that generates."
         )
     return Teacher(student, config.teacher, prefix, read_text_format(prefix.header))
 
@@ -91,23 +100,79 @@ def check_same_tokens(student: Backbone, teacher: Backbone) -> None:
     Raises:
         BackboneError: They do, or it is.
     """
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or student.eos_id != teacher.eos_id:
+    own, other = ((one.kind, one.eos_id, one.tokenizer.get_vocab()) for one in (student, teacher))
+    if own != other:
         raise BackboneError(
-            f"the teacher {teacher.name!r} has another tokenizer than {student.name!r}, or another end token.",
-            hint="choose a teacher of the same family; its likeliest tokens are the student's labels.",
-        )
-    if student.kind != teacher.kind:
-        raise BackboneError(
-            f"the teacher {teacher.name!r} is of kind {teacher.kind!r}, but {student.name!r} of kind {student.kind!r}.",
-            hint="choose a teacher of the same kind.",
+            f"the teacher {teacher.name!r} has another kind, tokenizer or end token than {student.name!r}.",
+            hint="choose one of the same family.",
         )
 
 
-def teacher_files(teacher: str) -> list[tuple[str, int, str]]:
-    """Name, size and a hash of the last megabyte of a teacher's files of weights, where it is on this machine."""
-    path, found = Path(teacher), list[tuple[str, int, str]]()
-    for part in [] if not teacher else [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        with open(part, "rb") as file:
-            file.seek(max(part.stat().st_size - 2**20, 0))
-            found.append((part.name, part.stat().st_size, hashlib.sha256(file.read()).hexdigest()))
-    return found
+@torch.no_grad()
+def label_examples(
+    teacher: Reader,
+    examples: Sequence[TokenizedExample],
+    questions: Sequence[Question],
+    vocabulary: int,
+    on_batch: Progress = lambda done: None,
+) -> list[TokenizedExample]:
+    """The examples with the teacher's likeliest tokens at each of their labels.
+
+    The tokens that end an answer are certain labels, unless the teacher was trained with this wording: another does not
+    say where an answer ends.
+
+    Args:
+        teacher: Who is asked.
+        examples: The questions with their answers as tokens.
+        questions: The same.
+        vocabulary: The student's number of logits; a larger teacher may have more, padded ones.
+        on_batch: Called with the number of examples that are done.
+
+    Raises:
+        BackboneError: The teacher's numbers are not finite.
+    """
+    counts = count_endings(teacher.backbone, questions, teacher.wording)
+    labelled: dict[int, TokenizedExample] = {}
+    for view, indices in teacher.by_view(questions):
+        logits = label_logits(teacher.backbone, view, collate(teacher.backbone, [examples[index] for index in indices]))
+        soft = SoftLabels.from_logits(logits[:, :vocabulary].float()).to(torch.device("cpu"))
+        if not soft.is_valid(vocabulary):
+            raise BackboneError(
+                f"the teacher {teacher.backbone.name!r} gives numbers that are not finite.",
+                hint="choose another --dtype.",
+            )
+        for index, labels in zip(
+            indices, soft.split([len(examples[index].targets[0]) for index in indices]), strict=True
+        ):
+            is_certain = questions[index].ended and not teacher.wording.tuned
+            closed = _close(labels, examples[index].targets[0], counts[index] if is_certain else 0)
+            labelled[index] = replace(examples[index], soft_targets=(closed,))
+        on_batch(len(labelled))
+    return [labelled[index] for index in range(len(examples))]
+
+
+def _close(labels: SoftLabels, target: Sequence[int], closing: int) -> SoftLabels:
+    """A target's labels, of which the last `closing` are certain."""
+    if not closing:
+        return labels
+    kept = len(target) - closing
+    certain = SoftLabels.from_labels(torch.tensor(target[kept:]), labels.k)
+    return SoftLabels.cat([SoftLabels(labels.ids[:kept], labels.log_probs[:kept]), certain])
+
+
+def write_labels(path: Path, examples: Sequence[TokenizedExample]) -> None:
+    """Write the labels of examples to a file."""
+    labels = SoftLabels.cat([part for example in examples for part in example.soft_targets])
+    tensors = {"ids": labels.ids, "log_probs": labels.log_probs}
+    save_file(path, tensors, _LABELS, {"format_version": FORMAT_VERSION})
+
+
+def read_labels(path: Path, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """The examples with their labels from a file.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    tensors, _ = read_verified(path, _LABELS, "holds no labels of a teacher", "delete it, and resume.")
+    parts = SoftLabels(tensors["ids"], tensors["log_probs"]).split([len(example.targets[0]) for example in examples])
+    return [replace(example, soft_targets=(labels,)) for example, labels in zip(examples, parts, strict=True)]

@@ -19,17 +19,6 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
-__all__ = [
-    "Wording",
-    "check_view",
-    "choose_wording",
-    "count_endings",
-    "encode_questions",
-    "in_view",
-    "without_end",
-    "without_false_ends",
-]
-
 _PLAIN = {
     "document": ("Question: {source}\nAnswer:", " {target}\n"),
     "prompt": ("Input: {source}\nOutput:", " {target}\n"),
@@ -139,8 +128,7 @@ def _single_turn(backbone: Backbone, text_format: TextFormat) -> Wording:
     """
     if end_ids(backbone, text_format):
         raise ConfigError(
-            f"the chat template ends an answer with {text_format.end!r}, which is not the end token {backbone.end!r} "
-            f"of {backbone.name!r}, so that the teacher's answers would not end here.",
+            f"the chat template ends an answer with {text_format.end!r}, the model with {backbone.end!r}.",
             hint="choose --ask plain.",
         )
     literal = literal_format(backbone, text_format)
@@ -158,8 +146,7 @@ def _chat_wording(backbone: Backbone) -> Wording:
     turn = whole.removeprefix(system)
     if turn == whole or turn.count("{source}") != 1:
         raise ConfigError(
-            f"the chat template of {backbone.name!r} has no system message that stands apart from the user's.",
-            hint="use --ask plain.",
+            f"the chat template of {backbone.name!r} keeps no system message apart.", hint="use --ask plain."
         )
     bare = _render(backbone, [("user", "{source}")], prompt=True)
     return Wording(turn, "{target}", chat=True, bare=bare if bare.count("{source}") == 1 else "")
@@ -239,12 +226,17 @@ def without_end(example: TokenizedExample, count: int) -> TokenizedExample:
     return replace(example, targets=(target[:kept],), soft_targets=soft)
 
 
-def without_false_ends(
-    backbone: Backbone, examples: Sequence[TokenizedExample], questions: Sequence[Question], wording: Wording
+def without_ends(
+    backbone: Backbone,
+    examples: Sequence[TokenizedExample],
+    questions: Sequence[Question],
+    wording: Wording,
+    *,
+    ended: bool,
 ) -> list[TokenizedExample]:
-    """The questions' examples, of which those whose answer was cut have no end to be learned."""
+    """The questions' examples, of which those whose answer has ended, or those whose answer was cut, lose their end."""
     counts = count_endings(backbone, questions, wording)
     return [
-        example if question.ended else without_end(example, count)
+        without_end(example, count) if question.ended is ended else example
         for example, question, count in zip(examples, questions, counts, strict=True)
     ]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prefixtune.errors import CheckpointError, PrefixError, causes, first_line
 from prefixtune.prefix.header import HEADER_BYTES, dump_header, read_header
+from prefixtune.utils.files import atomic_path
 
 HEADER_KEY = "prefixtune"
 """The key of a prefix's header in the file's metadata."""
@@ -101,6 +102,18 @@ def save_file(path: str | Path, tensors: dict[str, Tensor], key: str, header: Ma
         table = {"__metadata__": dict(sorted(table.pop("__metadata__").items())), **table}
         file.seek(8)
         file.write(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
+
+
+def save_verified(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
+    """Store tensors and a header, atomically, as `read_verified` reads them.
+
+    Raises:
+        CheckpointError: The header could not be read again.
+        PrefixError: The file cannot be written; one that was there is untouched.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(Path(path)) as temporary:
+        save_file(temporary, stored, key, header)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:

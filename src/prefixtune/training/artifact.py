@@ -17,7 +17,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.data.encoding import default_format
 from prefixtune.errors import BackboneError, CheckpointError
-from prefixtune.prefix.file import read_verified, save_file
+from prefixtune.prefix.file import read_verified, save_verified
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.header import check_header
 from prefixtune.prefix.hub import HUB
@@ -25,11 +25,9 @@ from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.config import DEFAULT_SIZES, TrainConfig
 from prefixtune.training.data import TrainData
-from prefixtune.training.early_stopping import TrainState, finite_or_none
 from prefixtune.training.run_folder import PREFIX_FILE, WEIGHTS_FILE
-from prefixtune.training.tuning import freeze_tuned, load_tuned_weights, tune, tuned_weights
-from prefixtune.training.variation import variation_facts
-from prefixtune.utils.files import atomic_path
+from prefixtune.training.schedule import TrainState, finite_or_none, variation_facts
+from prefixtune.training.tuning import freeze_tuned, load_tuned_weights, tune
 
 _WEIGHTS = "prefixtune_weights"
 
@@ -114,28 +112,24 @@ def save_artifact(config: TrainConfig, backbone: Backbone, prefix: Prefix | None
         save_prefix(folder / PREFIX_FILE, Prefix(prefix.layers, header, prefix.head), dtype=dtype)
         return
     size = config.method_size or DEFAULT_SIZES[config.method]
-    weights = {name: tensor.to(dtype) for name, tensor in tuned_weights(backbone).items()}
+    weights = {name: tensor.detach().to(dtype) for name, tensor in backbone.adapter_parameters.items()}
     save_weights(folder / WEIGHTS_FILE, weights, {**header, "method_size": size})
 
 
 # --- the weights of other methods ------------------------------------------------------------------------------------
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+def save_weights(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Store what a method other than a prefix trained: tensors by the model's own names, and a header.
 
     Raises:
         CheckpointError: A tensor holds NaN or infinity.
         PrefixError: The file cannot be written.
     """
-    path = Path(path)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    broken = [name for name, tensor in stored.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CheckpointError(f"{broken[0]!r} for {str(path)!r} holds NaN or infinity.", hint="train it again.")
-    with atomic_path(path) as temporary:
-        save_file(temporary, stored, _WEIGHTS, header)
-    return path
+    save_verified(path, tensors, _WEIGHTS, header)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,8 +160,7 @@ def load_tuned(path: str | Path, **options: Any) -> tuple[Backbone, TextFormat]:
     backbone = load_backbone(options.pop("name_or_path", None) or origin["name"], **options)
     if not fingerprints_match(str(origin["fingerprint"]), backbone.fingerprint):
         raise BackboneError(
-            f"{str(path)!r} was trained from {origin['name']!r} with other weights than {backbone.name!r}.",
-            hint="load the backbone that its header names.",
+            f"{str(path)!r} was trained from other weights.", hint="load the backbone that its header names."
         )
     backbone = tune(backbone, header["method"], header["method_size"])
     load_tuned_weights(backbone, tensors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import is_quantized
 from prefixtune.errors import CheckpointError, ConfigError, first_line
-from prefixtune.prefix.file import read_verified, save_file
+from prefixtune.prefix.file import read_verified, save_verified
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.early_stopping import TrainState
-from prefixtune.training.run_folder import EARLIER_STATE_FILE, STATE_FILE
-from prefixtune.utils.files import atomic_path
+from prefixtune.training.run_folder import STATE_FILE
+from prefixtune.training.schedule import TrainState
 
 _STATE = "prefixtune_state"
 _OTHERWISE = "start again in another --output."
@@ -76,17 +74,7 @@ def save_state(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[s
     Raises:
         PrefixError: The file cannot be written; the previous state is untouched.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(Path(path)) as temporary:
-        save_file(temporary, stored, _STATE, facts)
-
-
-def store(folder: Path, tensors: Mapping[str, Tensor], facts: Facts, *, keep_earlier: bool = False) -> None:
-    """Store a run's state in its folder; the one before stays beside it if it is wanted."""
-    path = folder / STATE_FILE
-    if keep_earlier and path.exists():
-        os.replace(path, folder / EARLIER_STATE_FILE)
-    save_state(path, tensors, facts.model_dump())
+    save_verified(path, tensors, _STATE, facts)
 
 
 def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -176,9 +164,7 @@ def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint |
     try:
         facts = Facts(**values)
     except (ValidationError, TypeError) as error:
-        names = {str(fault["loc"][0]) for fault in error.errors()} if isinstance(error, ValidationError) else {"facts"}
-        what = f"{str(path)!r} lacks {', '.join(sorted(names))}, or has a wrong value there."
-        raise CheckpointError(what, hint=_OTHERWISE) from error
+        raise CheckpointError(f"{str(path)!r} has wrong facts: {first_line(error)}", hint=_OTHERWISE) from error
     stored, given = facts.config, config.to_dict()
     changed = [
         f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
@@ -188,7 +174,7 @@ def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint |
     if changed:
         raise ConfigError(
             f"the run in {config.output!r} was started with other options: {', '.join(changed)}.",
-            hint="resume with the same options, or start from its prefix in another --output (--init-prefix).",
+            hint="resume with the same, or give --init-prefix and another --output.",
         )
     return Checkpoint(path, tensors, facts)
 
@@ -210,5 +196,5 @@ def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str)
         raise ConfigError(
             f"the run in {str(checkpoint.path.parent)!r} was started with another backbone, dtype or data: not with "
             f"{'; '.join(others)}.",
-            hint="give it what it was started with, or start again in another --output.",
+            hint="give it those, or start again in another --output.",
         )

@@ -15,8 +15,7 @@ from prefixtune.data import TASKS, Example, ExampleLike, as_examples, find_form,
 from prefixtune.data.chat import chat_format, has_chat_template
 from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
-from prefixtune.data.forms import FORMS, Form, detect_form, example_form
-from prefixtune.data.forms import describe_data as describe_file
+from prefixtune.data.forms import Form, example_form
 from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens
@@ -27,9 +26,6 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import resolve_site_lengths
 from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
 from prefixtune.utils.console import Console
-
-_MANY = 20_000
-"""From so many examples on, a message tells that they are tokenized."""
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 
@@ -82,17 +78,14 @@ def read_data(
     elif config.hold_out:
         train, dev = _hold_out(config, train)
     if config.patience and not dev:
-        raise ConfigError(
-            f"patience is {config.patience}, but patience needs a development file to evaluate on.",
-            hint="set dev (--dev FILE), or patience to 0.",
-        )
+        raise ConfigError(f"patience is {config.patience} without development data.", hint="set dev (--dev FILE).")
     kind = _task_kind(config)
     if kind == "generation":
         for name in ("classifier", "label_words"):
             if getattr(config, name) != config.default(name):
                 raise ConfigError(
-                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels: it generates.",
-                    hint="use --task classification (task) for data with labels, or leave it out.",
+                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
+                    hint="use --task classification.",
                 )
     else:
         choose_labels(kind, None, train, dev, by=config.classifier, words=config.words_by_label)
@@ -129,8 +122,8 @@ def _read(config: TrainConfig, given: Sequence[ExampleLike] | None, split: str) 
         )
     if not any(example.targets for example in examples):
         raise DataError(
-            f"the {what} data has {len(examples):,} examples, and none has a target to learn.",
-            hint="name the column or template of the targets (--target), or give another file.",
+            f"the {what} data has {len(examples):,} examples, and none has a target.",
+            hint="name its column (--target), or give another file.",
         )
     return examples
 
@@ -143,39 +136,13 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
     """
     sources, ids = distinct_sources(train), source_ids(train)
     if len(sources) < 2:
-        raise DataError(
-            f"hold_out is {config.hold_out:g}, but there is only one training source.",
-            hint="give more data or a development file, or set hold_out to 0.",
-        )
+        raise DataError(f"hold_out is {config.hold_out:g}, but there is only one training source.", hint="set it to 0.")
     count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
     drawn = random.Random(f"{config.seed}/hold_out").sample(range(len(sources)), count)
     held = {ids[sources[index]] for index in drawn}
     dev = [example for one, example in zip(ids, train, strict=True) if one in held]
     left = [example for one, example in zip(ids, train, strict=True) if one not in held]
     return left, limit_targets(dev, config.dev_limit)
-
-
-def describe_inputs(
-    config: TrainConfig, train: Sequence[Example], dev: Sequence[Example], *, given: tuple[bool, bool] = (False, False)
-) -> list[str]:
-    """One line for each file that was read by its form, and one for what is held out.
-
-    Args:
-        config: As `settle_form` returns it.
-        train: To train on, in full.
-        dev: To choose the best prefix by.
-        given: Whether these were not read from files.
-    """
-    lines = []
-    if config.form and not given[0]:
-        lines.append(describe_file(FORMS[config.form], train, config.train, train[0].fields))
-        if config.dev and dev and not given[1]:
-            found = detect_form(dev[0].fields, config.dev, prefer=config.form)
-            lines.append(describe_file(found, dev, config.dev, dev[0].fields))
-    if config.hold_out and dev and not config.dev and not given[1]:
-        sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
-        lines.append(f"{sources} held out of training to choose the best prefix by (hold_out)")
-    return lines
 
 
 # --- examples -> tokens ----------------------------------------------------------------------------------------------
@@ -233,7 +200,7 @@ def tokenize(
         examples: To train on.
         dev_examples: To choose the best prefix by.
         stored_start: How the run that is resumed describes its start; None: it begins.
-        console: Says so where the examples are many; None: nothing does.
+        console: Says where texts are learned in windows; None: nothing does.
 
     Raises:
         CheckpointError: The start to resume from is not in the data.
@@ -251,24 +218,16 @@ def tokenize(
         return examples if labels is None else with_label_words(examples, labels)
 
     def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
-        if console is not None and len(examples) > _MANY:
-            console.info(f"tokenizing {len(examples):,} examples ...")
-        limits: dict[str, Any] = {
-            "prefix_length": prefix_length,
-            "max_length": config.max_length,
-            "on_too_long": config.on_too_long,
-        }
+        limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
         if labels is not None and by_head:
-            return encode_labelled(backbone, examples, labels, text_format, **limits)
-        return encode_examples(backbone, worded(examples), text_format, **limits)
+            return encode_labelled(backbone, examples, labels, text_format, prefix_length=prefix_length, **limits)
+        return encode_examples(backbone, worded(examples), text_format, prefix_length=prefix_length, **limits)
 
     plan = None
     if config.initialization == "examples" and config.trains_prefix:
         if by_head:
             raise ConfigError(
-                "initialization is 'examples', but a head learns labels, which are no text that an example could end "
-                "with.",
-                hint="use classifier = 'words', or start from words.",
+                "initialization is 'examples', but a head learns labels.", hint="use classifier = 'words'."
             )
         plan = plan_examples(config, backbone, text_format, worded(examples), lengths, stored_start)
         lengths = plan.site_lengths
@@ -300,7 +259,7 @@ def _choose_labels(
     if backbone.kind == "encoder":
         raise ConfigError(
             f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
-            hint="use --task classification or tagging, or choose a model that generates.",
+            hint="choose a model that generates, or --task classification or tagging.",
         )
     return None
 
@@ -357,10 +316,7 @@ def choose_template(
     template = "" if config.chat_template == "none" else config.chat_template
     chats = backbone.kind == "decoder" and not for_labels
     if template and not chats:
-        raise ConfigError(
-            f"chat_template is {template!r}, but only decoder-only models read chats, and for no labels.",
-            hint="leave chat_template out.",
-        )
+        raise ConfigError(f"chat_template is {template!r}, but only decoders read chats.", hint="leave it out.")
     if template == MODEL_TEMPLATE and not has_chat_template(backbone):
         raise ConfigError(f"chat_template is 'model', but {backbone.name!r} has none.", hint=hint)
     if template not in ("", MODEL_TEMPLATE):
@@ -375,10 +331,7 @@ def choose_template(
     if own and chats and has_messages and has_chat_template(backbone):
         template = MODEL_TEMPLATE
     if config.system and not template:
-        raise ConfigError(
-            "system is given, but there is no chat template that could write it.",
-            hint="give one (--chat-template model, or FILE).",
-        )
+        raise ConfigError("system is given, but no chat template.", hint="give one (--chat-template).")
     return template
 
 

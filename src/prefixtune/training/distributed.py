@@ -48,7 +48,8 @@ class ProcessGroup:
         """The values, each summed over the processes."""
         if self.size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self._communication_device)
+        device = self.device if distributed.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
         distributed.all_reduce(total)
         return tuple(total.tolist())
 
@@ -67,10 +68,6 @@ class ProcessGroup:
     def barrier(self) -> None:
         """Wait until all processes have come here."""
         self.all_reduce(0.0)
-
-    @property
-    def _communication_device(self) -> torch.device:
-        return torch.device(self.device if distributed.get_backend() == "nccl" else "cpu")
 
 
 SINGLE_PROCESS = ProcessGroup()
@@ -117,14 +114,16 @@ def _names_several() -> bool:
     Raises:
         ConfigError: It says so only in part.
     """
-    size = os.environ.get("WORLD_SIZE") or "1"
-    hint = "start it with torchrun or accelerate launch, or unset WORLD_SIZE."
-    if not re.fullmatch("[1-9][0-9]{0,8}", size):
-        raise ConfigError(f"WORLD_SIZE is {size!r}, but must be a number of processes.", hint=hint)
-    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-    if int(size) > 1 and not distributed.is_initialized() and not all(map(os.environ.get, names)):
-        raise ConfigError(f"WORLD_SIZE is {size}, but {', '.join(names)} are not all set.", hint=hint)
-    return int(size) > 1
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    size, *others = (os.environ.get(name, "") for name in names)
+    if size in ("", "1"):
+        return False
+    if not re.fullmatch("[1-9][0-9]{0,8}", size) or not (all(others) or distributed.is_initialized()):
+        raise ConfigError(
+            f"WORLD_SIZE is {size!r}, but it is no number of processes, or {', '.join(names[1:])} are not all set.",
+            hint="start it with torchrun or accelerate launch, or unset WORLD_SIZE.",
+        )
+    return True
 
 
 def shard_model(model: Any) -> None:
@@ -140,9 +139,7 @@ def shard_model(model: Any) -> None:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
     outermost = [stack for stack in stacks if not any(stack is not o and stack in set(o.modules()) for o in stacks)]
     if not outermost:
-        raise BackboneError(
-            f"{type(model).__name__} has no stack of layers to split.", hint="train it without --shard."
-        )
+        raise BackboneError(f"{type(model).__name__} has no stack of layers.", hint="train it without --shard.")
     for stack in outermost:
         for layer in stack:
             fully_shard(layer)

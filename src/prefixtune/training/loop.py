@@ -9,6 +9,7 @@ configuration and the step's index, so that a resumed run continues exactly.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,16 +32,21 @@ from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
 from prefixtune.training.beside import SELF, Beside, check_beside
-from prefixtune.training.checkpoint import Checkpoint, check_same_run, load_tensors, state_facts, state_tensors, store
+from prefixtune.training.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    load_tensors,
+    save_state,
+    state_facts,
+    state_tensors,
+)
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
-from prefixtune.training.early_stopping import TrainState
-from prefixtune.training.run_folder import Event
-from prefixtune.training.schedule import count_steps, learning_rate, optimizer_steps
+from prefixtune.training.run_folder import EARLIER_STATE_FILE, STATE_FILE, Event
+from prefixtune.training.schedule import TrainState, count_steps, learning_rate, optimizer_steps, variation_facts, vary
 from prefixtune.training.score import divided, evaluation_loss, local_batch
 from prefixtune.training.silence import general_of_step
-from prefixtune.training.variation import variation_facts, vary
 
 MOST_POSITIONS = 8192
 """Most tokens that go through the backbone at once, unless a single example has more: memory does not grow with the
@@ -216,7 +222,6 @@ class TrainLoop:
             "num_targets": data.train.num_targets,
             "num_cut": data.train.num_truncated,
             "num_dropped_turns": data.train.num_dropped_turns,
-            "num_unpacked": data.train.num_unpacked,
             "num_dev_targets": 0 if data.dev is None else data.dev.num_targets,
             "num_trained": sum(parameter.numel() for parameter in self.trained),
             "num_stored": sum(tensor.numel() for tensor in stored),
@@ -425,12 +430,11 @@ class TrainLoop:
         """Store the state to resume from."""
         if not self.processes.is_main:
             return
-        store(
-            Path(self.config.output),
-            state_tensors(self.encoder, self.weights, self.optimizer),
-            state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization),
-            keep_earlier=self.config.beside == SELF,
-        )
+        path = Path(self.config.output) / STATE_FILE
+        if self.config.beside == SELF and path.exists():
+            os.replace(path, path.with_name(EARLIER_STATE_FILE))
+        facts = state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization)
+        save_state(path, state_tensors(self.encoder, self.weights, self.optimizer), facts.model_dump())
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a stored state.

@@ -10,18 +10,18 @@ from typing import Any, TypeVar, get_args
 
 from prefixtune.attention.forward import gradient_checkpointing
 from prefixtune.attention.layout import passes_gradients
-from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantized
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.lora import has_adapter
 from prefixtune.data import ExampleLike
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.data.forms import FORMS, describe_data
 from prefixtune.errors import ConfigError
 from prefixtune.training.beside import SELF, Beside, load_others, with_questions
 from prefixtune.training.checkpoint import read_checkpoint
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, describe_inputs, read_data, settle_form, tokenize
+from prefixtune.training.data import TrainData, read_data, settle_form, tokenize
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sharded, shard_model
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.run import Run
@@ -89,8 +89,11 @@ def prepare(
         if checkpoint is None and processes.is_main:
             check_unused(Path(config.output))
         train, dev = read_data(config, examples, dev_examples)
-        for line in describe_inputs(config, train, dev, given=(examples is not None, dev_examples is not None)):
-            console.info(line)
+        if config.form and examples is None:
+            console.info(describe_data(FORMS[config.form], train, config.train, train[0].fields))
+        if config.hold_out and dev_examples is None and not config.dev:
+            sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
+            console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
         if backbone is None:
             console.info(f"loading {config.backbone} ...")
             loaded = load_for(config, processes)
@@ -128,15 +131,9 @@ def _check_options(config: TrainConfig, processes: ProcessGroup, *, shares_passe
         ConfigError: One does not.
     """
     if config.shard and (processes.size == 1 or not config.trains_prefix):
-        raise ConfigError(
-            "shard splits a frozen backbone among several processes.",
-            hint="start them with torchrun or accelerate launch, and train a prefix.",
-        )
+        raise ConfigError("shard splits the backbone of a prefix.", hint="start several processes with torchrun.")
     if config.beside == SELF and not shares_passes:
-        raise ConfigError(
-            "beside is 'self', the other runs that train together, but this run trains alone.",
-            hint="give several files to --together, or name a folder of prefixes.",
-        )
+        raise ConfigError("beside is 'self', but this run trains alone.", hint="give files to --together.")
 
 
 # --- the backbone ----------------------------------------------------------------------------------------------------
@@ -172,28 +169,17 @@ def check_given(config: TrainConfig, backbone: Backbone) -> None:
         ConfigError: There are some; or its weights are not those that were loaded: an earlier run trained them.
     """
     if backbone.adapter_parameters:
-        raise ConfigError(
-            f"weights of the backbone {backbone.name!r} are set to train, or were trained by an earlier run.",
-            hint="load it again, for each such run.",
-        )
+        raise ConfigError(f"weights of {backbone.name!r} were trained by an earlier run.", hint="load it again.")
     device, model = backbone.device, backbone.model
-    # Some models compute attention by `eager` alone, whatever is asked for.
-    attends_so = not getattr(model, "_supports_sdpa", True) or ATTENTIONS[config.attention] == (
-        model.config._attn_implementation
-    )
     differs = {
         "dtype": config.dtype not in ("auto", backbone.dtype_name),
         "device": config.device not in ("auto", device.type, str(device)),
-        "attention": config.attention != TrainConfig.default("attention") and not attends_so,
         "quantize": bool(config.quantize) and not is_quantized(model),
         "adapter": bool(config.adapter) and not has_adapter(model),
         "shard": config.shard and not is_sharded(model),
     }
     if faults := [f"{name} is {getattr(config, name)!r}" for name, is_so in differs.items() if is_so]:
-        raise ConfigError(
-            f"the backbone {backbone.name!r} is used as it was loaded, which was otherwise: {'; '.join(faults)}.",
-            hint="leave these options out, or give them to load_backbone.",
-        )
+        raise ConfigError(f"the backbone was loaded otherwise: {'; '.join(faults)}.", hint="leave these options out.")
 
 
 def check_passes_gradients(backbone: Backbone) -> None:
@@ -203,10 +189,7 @@ def check_passes_gradients(backbone: Backbone) -> None:
         ConfigError: They are of `quantize = "int4"` on a GPU.
     """
     if not passes_gradients(backbone.model):
-        raise ConfigError(
-            f"quantize is 'int4', but on a GPU no gradient passes through the 4-bit weights of {backbone.name!r}.",
-            hint="train with quantize = 'int8' (--quantize int8); the prefix also goes with int4 weights afterwards.",
-        )
+        raise ConfigError("on a GPU no gradient passes through 4-bit weights.", hint="train with --quantize int8.")
 
 
 def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
@@ -217,16 +200,9 @@ def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
     """
     check_passes_gradients(backbone)
     if config.prefix_dropout and backbone.kind == "encoder-decoder" and set(config.site_lengths) == {"decoder"}:
-        raise ConfigError(
-            "prefix_dropout hides positions at the sites encoder and cross of an encoder-decoder, but sites is "
-            f"{config.sites!r}.",
-            hint="train one of these sites, too, or set prefix_dropout to 0.",
-        )
+        raise ConfigError(f"prefix_dropout hides nothing where sites is {config.sites!r}.", hint="set it to 0.")
     if config.form == "text" and backbone.kind != "decoder":
-        raise ConfigError(
-            f"{backbone.name!r} is an {backbone.kind}, which does not go on with a text, but the data is texts alone.",
-            hint="choose a decoder-only model, or give sources and targets.",
-        )
+        raise ConfigError(f"{backbone.name!r} does not go on with a text.", hint="choose a decoder-only model.")
 
 
 def _with_general(config: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
@@ -270,8 +246,6 @@ def _build_loop(
         )
         return TrainLoop(config, backbone, data, encoder, start.description, processes)
     if data.has_head:
-        raise ConfigError(
-            f"method {config.method!r} trains no head.", hint="use classifier = 'words', or method = 'prefix'."
-        )
+        raise ConfigError(f"method {config.method!r} trains no head.", hint="use classifier = 'words'.")
     backbone = tune(backbone, config.method, config.method_size, seed=config.seed)
     return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)

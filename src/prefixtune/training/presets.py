@@ -11,6 +11,7 @@ from typing import Any
 from prefixtune.errors import ConfigError
 
 Values = Mapping[str, Any]
+_ZERO = ("0", "0.0")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
     if method not in runs:
         raise ConfigError(
             f"there is no preset {name!r} for the task {task!r} with the method {method!r}.",
-            hint="`prefixtune data --tasks` names the tasks, and docs/training.md the presets.",
+            hint="see `prefixtune data --tasks`.",
         )
     return dict(runs[method])
 
@@ -81,26 +82,14 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
     """
     left = dict(values)
     start = values.get("initialization")
-    wanted_start = given.get("initialization", start if _is_zero(given.get("init_examples", 0)) else "examples")
+    wanted_start = given.get("initialization", start if str(given.get("init_examples", 0)) in _ZERO else "examples")
     if wanted_start != start:
         # Examples and a prefix have a length of their own.
         has_length = wanted_start in ("examples", "prefix")
         for name in ("initialization", "init_examples", *(("init_text", "prefix_length") if has_length else ())):
             left.pop(name, None)
     wanted = {"dev": "", "hold_out": 0, **values, **given}
-    has_dev = bool(wanted["dev"]) or not _is_zero(wanted["hold_out"])
-    if not has_dev or _is_zero(given.get("eval_every")):
+    has_dev = bool(wanted["dev"]) or str(wanted["hold_out"]) not in _ZERO
+    if not has_dev or str(given.get("eval_every")) in _ZERO:
         left.pop("patience", None)
     return left
-
-
-def _is_zero(value: Any) -> bool:
-    """Whether a number, or its text, is zero.
-
-    >>> _is_zero("0.0"), _is_zero(0), _is_zero("x"), _is_zero(None)
-    (True, True, False, False)
-    """
-    try:
-        return value is not None and float(value) == 0
-    except (TypeError, ValueError):
-        return False

@@ -62,7 +62,6 @@ def _describe(event: Event) -> str:
     notes = {
         "num_cut": "{} sources truncated to fit",
         "num_dropped_turns": "{:,} turns at the end of conversations left out to fit",
-        "num_unpacked": "the turns of {:,} conversations computed separately",
     }
     targets = ", ".join([targets, *(text.format(event[name]) for name, text in notes.items() if event.get(name))])
     counts = f"{event['num_trained']:,} parameters train, {event['num_stored']:,} are stored"
@@ -70,21 +69,16 @@ def _describe(event: Event) -> str:
 
 
 def _describe_prefix(event: Event) -> str:
-    """The prefix at the start of a run: its length, where it starts, and what varies from step to step."""
+    """The prefix at the start of a run: its length, and where it starts."""
     length, start = event.get("prefix_length", 0), event["initialization"]
     if not length:
         return ""
     source = _START_NAMES.get(start["kind"], start["kind"])
     if chosen := start.get("examples"):
-        source = f"{len(chosen)} {'solved examples' if len(chosen) > 1 else 'solved example'}"
-    if head := start.get("head"):
-        source += " and its head" if head == "continued" else ", whose head is for other labels and is left out"
-    parts = [f"starts from {source}, P = {length}"]
-    if event.get("nested"):
-        parts.append("every length trains")
-    if event.get("prefix_dropout"):
-        parts.append(f"{event['prefix_dropout']:.0%} of it hidden at a time")
-    if beside := event.get("beside"):
-        most = min(beside["most"], beside["others"])
-        parts.append(f"up to {most} of {beside['others']} others beside it in {1 - beside['alone']:.0%} of the samples")
-    return ", ".join(parts) + "; "
+        source = f"{len(chosen)} solved {'examples' if len(chosen) > 1 else 'example'}"
+    if start.get("head") == "left out":
+        source += ", whose head is for other labels and is left out"
+    nested = ", every length trains" if event.get("nested") else ""
+    beside = f", up to {event['beside']['others']} others beside it" if event.get("beside") else ""
+    hidden = f", {event['prefix_dropout']:.0%} of it hidden at a time" if event.get("prefix_dropout") else ""
+    return f"starts from {source}, P = {length}{nested}{hidden}{beside}; "

@@ -15,21 +15,12 @@ from typing import Any, Self
 
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training import run_folder
 from prefixtune.training.checkpoint import Checkpoint
 from prefixtune.training.loop import TrainLoop
-from prefixtune.training.run_folder import (
-    EARLIER_STATE_FILE,
-    EVENTS_FILE,
-    PREFIX_FILE,
-    STATE_FILE,
-    WEIGHTS_FILE,
-    Event,
-    read_events,
-    write_config,
-    write_log,
-)
+from prefixtune.training.run_folder import Event, read_events
 from prefixtune.training.trackers import Tracker, report, tracking
-from prefixtune.utils.files import append_line
+from prefixtune.utils.files import append_line, write_text
 
 
 @dataclass(frozen=True)
@@ -99,21 +90,21 @@ class Run:
         checkpoint, self.checkpoint = self.checkpoint, None
         if checkpoint is not None:
             loop.resume(checkpoint)
-            self.events = read_events(self.folder / EVENTS_FILE, loop.state.step)
+            self.events = read_events(self.folder / run_folder.EVENTS_FILE, loop.state.step)
             # All processes have read the log before the first one changes it.
             loop.processes.barrier()
         self.folder.mkdir(parents=True, exist_ok=True)
         # Before anything else is written: a tracker that does not start leaves no run behind.
         self._trackers = self._open.enter_context(tracking(loop))
         if is_main:
-            write_log(loop.config, self.events)
+            write_text(self.folder / run_folder.EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in self.events))
             if checkpoint is None:
-                write_config(loop.config)
+                write_text(self.folder / run_folder.CONFIG_FILE, loop.config.to_toml())
                 # From now on, even a kill can be resumed from.
                 loop.save()
-            elif checkpoint.path.name == EARLIER_STATE_FILE:
-                os.replace(checkpoint.path, self.folder / STATE_FILE)
-        self._log = partial(append_line, self.folder / EVENTS_FILE)
+            elif checkpoint.path.name == run_folder.EARLIER_STATE_FILE:
+                os.replace(checkpoint.path, self.folder / run_folder.STATE_FILE)
+        self._log = partial(append_line, self.folder / run_folder.EVENTS_FILE)
 
     def train(self, stop: threading.Event, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
         """Train to the end.
@@ -143,7 +134,7 @@ class Run:
     def result(self) -> TrainResult:
         """What the run leaves, once the first process has written it."""
         loop, trains_prefix = self.loop, self.loop.config.trains_prefix
-        path = self.folder / (PREFIX_FILE if trains_prefix else WEIGHTS_FILE)
+        path = self.folder / (run_folder.PREFIX_FILE if trains_prefix else run_folder.WEIGHTS_FILE)
         loop.processes.barrier()
         return TrainResult(
             load_prefix(path) if trains_prefix else None,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.training.config import TrainConfig
-from prefixtune.utils.files import write_text
 from prefixtune.utils.folders import expand_home
 
 CONFIG_FILE, EVENTS_FILE, STATE_FILE = "config.toml", "events.jsonl", "state.safetensors"
@@ -30,49 +27,26 @@ def check_unused(folder: Path) -> None:
     Raises:
         ConfigError: It does.
     """
-    others = "choose another --output (output), or delete it."
-    if any((folder / name).exists() for name in (STATE_FILE, EARLIER_STATE_FILE)):
-        raise ConfigError(f"{str(folder)!r} already holds a run.", hint=f"go on with --resume (resume=True), {others}")
-    if any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
-        raise ConfigError(f"{str(folder)!r} already holds a run, without a state to go on from.", hint=others)
+    found = {name for name in (STATE_FILE, EARLIER_STATE_FILE, PREFIX_FILE, WEIGHTS_FILE) if (folder / name).exists()}
+    if found:
+        resume = "go on with --resume (resume=True), " if found & {STATE_FILE, EARLIER_STATE_FILE} else ""
+        hint = f"{resume}choose another --output (output), or delete it."
+        raise ConfigError(f"{str(folder)!r} already holds a run.", hint=hint)
 
 
 def stored_config(output: str | Path) -> Path:
     """The configuration that the run in a folder was started with.
 
     Raises:
-        CheckpointError: The folder holds no run.
+        CheckpointError: The folder holds no state to go on from.
     """
-    path = expand_home(output) / CONFIG_FILE
-    _check_any(path)
-    return path
-
-
-def check_begun(output: str | Path) -> None:
-    """Refuse a folder without a state to go on from.
-
-    Raises:
-        CheckpointError: It has none.
-    """
-    _check_any(*(Path(output) / name for name in (STATE_FILE, EARLIER_STATE_FILE)))
-
-
-def _check_any(*paths: Path) -> None:
-    if not any(path.exists() for path in paths):
+    folder = expand_home(output)
+    if not any((folder / name).exists() for name in (STATE_FILE, EARLIER_STATE_FILE)):
         raise CheckpointError(
-            f"there is no run to resume in {str(paths[0].parent)!r}.",
+            f"there is no run to resume in {str(folder)!r}.",
             hint="name its folder with --output (output), or start it without --resume (resume).",
         )
-
-
-def write_config(config: TrainConfig) -> None:
-    """Store the configuration in the run's folder."""
-    write_text(Path(config.output) / CONFIG_FILE, config.to_toml())
-
-
-def write_log(config: TrainConfig, events: Sequence[Event]) -> None:
-    """Replace the log in the run's folder."""
-    write_text(Path(config.output) / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in events))
+    return folder / CONFIG_FILE
 
 
 def read_events(path: Path, step: int | None = None) -> list[Event]:

@@ -16,7 +16,7 @@ from prefixtune.training.loop import TrainLoop
 from prefixtune.training.prepare import Teach, prepare
 from prefixtune.training.progress import show_training
 from prefixtune.training.run import TrainResult, stop_requests
-from prefixtune.training.run_folder import Event, check_begun, stored_config
+from prefixtune.training.run_folder import Event, stored_config
 from prefixtune.training.together import train_together
 from prefixtune.utils.console import Console
 
@@ -78,7 +78,7 @@ def train(
     if isinstance(backbone, str | os.PathLike):
         config, backbone = config.replace(backbone=os.fspath(backbone)), None
     if resume:
-        check_begun(config.output)
+        stored_config(config.output)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))

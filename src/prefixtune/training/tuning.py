@@ -70,10 +70,7 @@ def tune(backbone: Backbone, method: str, size: int = 0, *, seed: int = 0) -> Ba
         model.requires_grad_(True)
     elif method == "lora":
         if has_adapter(model):
-            raise BackboneError(
-                f"{backbone.name!r} holds a LoRA adapter, whose place the new one would take.",
-                hint="merge it into its base model first.",
-            )
+            raise BackboneError(f"{backbone.name!r} holds a LoRA adapter already.", hint="merge it first.")
         with quiet_transformers():
             add_adapter(model, size, seed=seed)
     else:
@@ -108,15 +105,7 @@ def decoder_layers(backbone: Backbone) -> list[Any]:
             counts = [sum(module in set(layer.modules()) for module in attention_layers) for layer in layers]
             if sum(counts) == len(attention_layers) and max(counts) == 1:
                 return list(layers)
-    raise BackboneError(
-        f"{backbone.name!r} has no list of layers with one attention layer in each.",
-        hint="use method = 'prefix', 'lora' or 'full'.",
-    )
-
-
-def tuned_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """The trained parameters as they are now, by name."""
-    return {name: parameter.detach() for name, parameter in backbone.adapter_parameters.items()}
+    raise BackboneError(f"{backbone.name!r} has no plain list of layers.", hint="use another method.")
 
 
 @torch.no_grad()
@@ -129,10 +118,7 @@ def load_tuned_weights(backbone: Backbone, tensors: Mapping[str, Tensor]) -> Non
     own = backbone.adapter_parameters
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: parameter.shape for name, parameter in own.items()}:
-        raise BackboneError(
-            f"the trained weights do not fit {backbone.name!r}: names or shapes differ.",
-            hint="load the backbone that their header names.",
-        )
+        raise BackboneError(f"the trained weights do not fit {backbone.name!r}.", hint="load the header's backbone.")
     for name, parameter in own.items():
         parameter.copy_(tensors[name])
 
@@ -145,8 +131,5 @@ def freeze_tuned(backbone: Backbone) -> Backbone:
     for parameter in backbone.adapter_parameters.values():
         parameter.data = parameter.data.to(backbone.dtype)
         parameter.requires_grad_(False)
-    for module in backbone.model.modules():
-        if isinstance(module, Bottleneck):
-            module.to(backbone.dtype)
     tuned = fingerprint(backbone.model, backbone.geometry)
     return dataclasses.replace(backbone, compute_dtype=None, fingerprint=tuned)

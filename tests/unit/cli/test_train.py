@@ -11,7 +11,6 @@ from command_line import call
 from prefixtune.errors import CheckpointError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
-from prefixtune.training.run_folder import write_config
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> TrainConfig:
@@ -47,7 +46,8 @@ def test_a_preset_gives_way_to_what_the_user_gives(
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = TrainConfig(output=str(tmp_path), prefix_length=3)
-    write_config(config)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    (tmp_path / "state.safetensors").touch()
     resumed = printed(capsys, "--resume", "--output", tmp_path, "--max-steps", "9")
     assert resumed == config.replace(max_steps=9)
     with pytest.raises(CheckpointError, match="nowhere"):

@@ -16,7 +16,6 @@ from prefixtune.data.forms import FORMS, describe_data, make_example
 from prefixtune.data.registry import TASKS, find_form, read_data
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
-from prefixtune.training.data import describe_inputs, settle_form
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello. "}
 HI = (Message("user", "Hi"),)
@@ -261,12 +260,8 @@ def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
     assert (asked.source, asked.targets) == ("Hi", ("Hello.", "Hi."))
 
 
-def test_a_development_file_has_the_training_form_if_it_fits_and_else_its_own(tmp_path: Path) -> None:
+def test_a_file_has_the_preferred_form_if_it_fits_and_else_its_own(tmp_path: Path) -> None:
     train = jsonl(tmp_path / "qa.jsonl", {"question": "Who?", "answer": "Mira"})
-    dev = write(tmp_path / "dev.csv", "prompt,completion\nHow high?,3 m\n")
-    config = settle_form(TrainConfig(train=str(train), dev=str(dev)))
-    lines = describe_inputs(config, read_task("records", train), read_task("records", dev))
-    assert ["questions and answers" in lines[0], "prompts and completions" in lines[1]] == [True, True]
     both = jsonl(tmp_path / "both.jsonl", {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."})
     config = TrainConfig(train=str(both), dev=str(both), form="prompt")
     forms = [read_data("records", path, prefer=config.form).form for path in (both, train)]

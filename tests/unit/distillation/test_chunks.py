@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import prefixtune.distillation.chunks as module
+import prefixtune.distillation.memory as module
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.distillation.chunks import chunk_length, split_document, with_chunks
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import Job, Question
+from prefixtune.distillation.memory import chunk_length, split_document, with_chunks
 from prefixtune.distillation.wording import Wording
 from prefixtune.errors import DataError
 

@@ -15,9 +15,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.inputs import Question
-from prefixtune.distillation.labels import label_examples, read_labels, write_labels
 from prefixtune.distillation.reader import Reader
-from prefixtune.distillation.teacher import Teacher, check_same_tokens
+from prefixtune.distillation.teacher import Teacher, check_same_tokens, label_examples, read_labels, write_labels
 from prefixtune.distillation.wording import Wording, encode_questions
 from prefixtune.errors import BackboneError, CheckpointError
 

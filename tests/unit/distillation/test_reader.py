@@ -16,7 +16,7 @@ from prefixtune.distillation.config import QuestionKind
 from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.questions import hold_out, make_questions
 from prefixtune.distillation.reader import Reader
-from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_false_ends
+from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_ends
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
@@ -41,7 +41,7 @@ def test_the_end_of_a_target_is_counted_in_it(backbone: Backbone, target: str, c
 
 def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
     asked = [Question("Where?", "Ashby", ended=ended) for ended in (True, False)]
-    whole, cut = without_false_ends(backbone, encode_questions(backbone, asked, WORDING, 4), asked, WORDING)
+    whole, cut = without_ends(backbone, encode_questions(backbone, asked, WORDING, 4), asked, WORDING, ended=False)
     assert whole.targets[0][-1] == backbone.eos_id
     assert cut.targets[0] == whole.targets[0][:-2]
     # The tiny model writes no end within so few tokens.

@@ -58,7 +58,6 @@ def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any]
     ("values", "message"),
     [
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
-        ({"attention": "eager"}, "attention is 'eager'"),
         ({"quantize": "int8"}, "quantize is 'int8'"),
         ({"adapter": "folder"}, "adapter is 'folder'"),
         ({"shard": True}, "shard is True"),

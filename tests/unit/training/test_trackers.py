@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import prefixtune as pt
 from prefixtune.errors import ConfigError
 from prefixtune.training import trackers
 from prefixtune.training.trackers import Tracker

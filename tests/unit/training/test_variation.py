@@ -10,7 +10,7 @@ import pytest
 
 import prefixtune as pt
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.training.variation import dropped_positions, nested_lengths, vary
+from prefixtune.training.schedule import dropped_positions, nested_lengths, vary
 
 GROUPS = [TokenizedExample((1, 2), ((3,),), hidden=(0, 7)) for _ in range(12)]
 

@@ -22,16 +22,9 @@ from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.geometry import Site, spell_lengths
 from prefixtune.prefix.prefix import Prefix, check_fits, content_hash
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.starts import words
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
-from prefixtune.training.starts.words import (
-    Start,
-    by_site,
-    check_words_fit,
-    from_text,
-    from_words,
-    read_init_text,
-    text_ids,
-)
+from prefixtune.training.starts.words import Start, by_site, from_words
 
 VALUE_SCALE = 4.0
 """How much larger a step of the values is than one of the keys, with reparameterization `scaled`."""
@@ -49,26 +42,13 @@ def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping
         ConfigError: Its sites or lengths are not those of the run.
     """
     check_fits(prefix, backbone.geometry, backbone.name)
-    _check_lengths(prefix.lengths, by_site(backbone, prefix_length))
-    return prefix.to(torch.float32)
-
-
-def lengths_from(wanted: Mapping[Site, int], actual: Mapping[Site, int]) -> dict[Site, int]:
-    """P of each site of a run that starts from a prefix: what the run gives it, or else (0) that of the prefix."""
-    return {site: length or actual.get(site, 0) for site, length in wanted.items()}
-
-
-def _check_lengths(actual: Mapping[Site, int], wanted: Mapping[Site, int]) -> None:
-    """Refuse a start with other positions than the run trains.
-
-    Raises:
-        ConfigError: Its sites or lengths are others.
-    """
+    actual, wanted = prefix.lengths, by_site(backbone, prefix_length)
     if actual != wanted:
         raise ConfigError(
             f"the prefix to start from has length {spell_lengths(actual)}, but the run has {spell_lengths(wanted)}.",
-            hint=f"set prefix_length, or sites, to {spell_lengths(actual)}, or cut the prefix first.",
+            hint="set prefix_length, or sites, to its length.",
         )
+    return prefix.to(torch.float32)
 
 
 def resolve_site_lengths(
@@ -91,21 +71,20 @@ def resolve_site_lengths(
     lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
     if config.initialization == "text":
         stored = (stored_start or {}).get("tokens")
-        tokens = stored if isinstance(stored, int) and stored > 0 else len(text_ids(config, backbone))
+        tokens = stored if isinstance(stored, int) and stored > 0 else len(words.text_ids(config, backbone))
         lengths = {site: length or tokens for site, length in lengths.items()}
     if config.initialization == "prefix" and not all(lengths.values()):
         known = (stored_start or {}).get("lengths") or load_prefix(config.init_prefix, backbone).lengths
-        lengths = lengths_from(lengths, known)
-        _check_lengths(known, lengths)
+        lengths = {site: length or known.get(site, 0) for site, length in lengths.items()}
     missing = [site for site in lengths if site not in backbone.geometry]
     if missing:
         notes = "".join(f" ({note})" for note in backbone.layout.notes)
         raise ConfigError(
-            f"{backbone.name!r} is of kind {backbone.kind!r} and has no site {', '.join(missing)}{notes}.",
+            f"{backbone.name!r} has no site {', '.join(missing)}{notes}.",
             hint=f"choose from {', '.join(backbone.geometry)}.",
         )
     if config.initialization == "words":
-        check_words_fit(backbone, lengths)
+        words.check_words_fit(backbone, lengths)
     return lengths
 
 
@@ -139,12 +118,16 @@ def build_encoder(
     """
     torch.manual_seed(config.seed)
     lengths = resolve_site_lengths(config, backbone, stored_start) if plan is None else plan.site_lengths
-    if plan is not None:
-        start = start_from_plan(config, backbone, plan)
-    elif stored_start is not None:
+    if stored_start is not None:
         start = Start(None, dict(stored_start))
+    elif plan is not None:
+        start = start_from_plan(config, backbone, plan)
     else:
         start = _start(config, backbone, lengths, questions)
+    like = None
+    if config.reparameterization == "scaled" and start.prefix is None:
+        # A random start moves in steps of the size of some words' keys and values.
+        like = from_words(backbone, TrainConfig.default("init_text"), dict.fromkeys(lengths, _WORDS))
     encoder = PrefixEncoder(
         config.reparameterization,
         {site: backbone.geometry[site] for site in lengths},
@@ -154,8 +137,8 @@ def build_encoder(
         start=start.prefix,
         head=(len(head_labels), backbone.head_size) if head_labels else None,
         value_scale=VALUE_SCALE,
-        like=_like(config, backbone, lengths) if start.prefix is None else None,
-        sinks=_sinks(backbone, start),
+        like=like,
+        sinks=_sinks(backbone, plan) if plan is not None and stored_start is None else {},
     )
     if config.reparameterization == "mlp" and start.prefix is not None:
         start = replace(start, description={**start.description, "relative_fit_error": fit(encoder, start.prefix)})
@@ -177,15 +160,12 @@ def _start(
     """The start of a prefix by the run's `initialization`."""
     kind = config.initialization
     if kind == "examples":
-        raise ConfigError(
-            "initialization is 'examples', but the run's training examples are not known here.",
-            hint="train with `prefixtune train`, or start from words.",
-        )
+        raise ConfigError("initialization is 'examples', but there are none here.", hint="start from words.")
     if kind == "words":
-        text, description = read_init_text(config.init_text)
+        text, description = words.read_init_text(config.init_text)
         return Start(from_words(backbone, text, lengths), {"kind": kind, **description})
     if kind == "text":
-        return from_text(config, backbone, lengths, questions)
+        return words.from_text(config, backbone, lengths, questions)
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
         facts = {"file": Path(config.init_prefix).name, "hash": content_hash(given), "lengths": given.lengths}
@@ -193,18 +173,9 @@ def _start(
     return Start(None, {"kind": kind})
 
 
-def _like(config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int]) -> Prefix | None:
-    """Some words' keys and values, where a random start moves in steps of their size."""
-    if config.reparameterization != "scaled":
-        return None
-    return from_words(backbone, TrainConfig.default("init_text"), dict.fromkeys(lengths, _WORDS))
-
-
-def _sinks(backbone: Backbone, start: Start) -> dict[Site, list[int]]:
-    """By site: the positions at which texts begin that were computed alone; where there is one text, 0."""
-    if not start.blocks or start.prefix is None:
-        return {}
-    firsts = [first for first, _ in start.blocks.values()]
+def _sinks(backbone: Backbone, plan: ExamplePlan) -> dict[Site, list[int]]:
+    """By site: the positions at which the examples begin, each of which was computed alone."""
+    firsts = [first for first, _ in plan.blocks.values()]
     # An encoder-decoder's decoder starts from words.
     return {site: firsts for site in backbone.geometry if backbone.kind == "decoder" or site != "decoder"}
 

@@ -40,9 +40,6 @@ _BATCH = 16
 _DECODER_LENGTH = 10
 """P of an encoder-decoder's decoder, where no length is given: its own start is words."""
 
-Rows = Sequence[tuple[int, ...]]
-"""Token ids of examples."""
-
 
 @dataclass(frozen=True)
 class SolvedExample:
@@ -73,14 +70,12 @@ class ExamplePlan:
         lengths: Positions of each in the prefix.
         site_lengths: P by site.
         description: What the header says of the start.
-        is_resumed: The start itself is in the state to resume from, and is not computed.
     """
 
     chosen: tuple[SolvedExample, ...]
     lengths: tuple[int, ...]
     site_lengths: dict[Site, int]
     description: dict[str, Any]
-    is_resumed: bool = False
 
     @property
     def blocks(self) -> dict[int, tuple[int, int]]:
@@ -94,29 +89,19 @@ class ExamplePlan:
 
 
 def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Refuse more examples to start from than there are, or none beside it, before a backbone loads.
+    """Refuse more examples to start from than there are, or only one, before a backbone loads.
 
     Raises:
-        ConfigError: There are fewer different sources with a target; or there is only one, which no example of it sees.
+        ConfigError: There are fewer different sources with a target.
     """
     if config.initialization != "examples" or not config.trains_prefix:
         return
-    available = len(distinct_sources(examples))
-    if config.form == "text":
-        fault = "initialization is 'examples', but texts alone are no solved examples."
-    elif available == 1:
-        fault = (
-            "every training example is hidden from the whole prefix: there is one training source, and an example does "
-            "not see itself in the prefix, so that nothing would be learned."
+    available = 0 if config.form == "text" else len(distinct_sources(examples))
+    if available < max(config.init_examples, 2):
+        raise ConfigError(
+            f"initialization by init_examples needs {max(config.init_examples, 2)} different sources, not {available}.",
+            hint="start from words.",
         )
-    elif available < config.init_examples:
-        fault = (
-            f"init_examples is {config.init_examples}, but there are {available} training examples with different "
-            "sources."
-        )
-    else:
-        return
-    raise ConfigError(fault, hint="give more examples or a smaller number, or start from words or from a text.")
 
 
 def plan_examples(
@@ -147,9 +132,8 @@ def plan_examples(
     sites = [site for site in readers if site in site_lengths]
     if not sites:
         raise ConfigError(
-            f"initialization is 'examples', which are at {' and '.join(readers)} in an encoder-decoder, but sites "
-            f"names {', '.join(site_lengths)}.",
-            hint="add one of them to sites, or start from words.",
+            f"initialization is 'examples', which are at {' and '.join(readers)}, but sites is {config.sites!r}.",
+            hint="add one of them.",
         )
     limits = [site_lengths[site] for site in sites if site_lengths[site]]
     # An encoder reads each alone, and gives a prefix no position.
@@ -172,7 +156,7 @@ def plan_examples(
         "lengths": list(lengths),
         "prefix_length": sum(lengths),
     }
-    return ExamplePlan(tuple(chosen), lengths, by_site, dict(description), is_resumed=stored is not None)
+    return ExamplePlan(tuple(chosen), lengths, by_site, dict(description))
 
 
 def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
@@ -199,8 +183,7 @@ def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: i
     indices = stored.get("examples")
     if not isinstance(indices, list) or not indices or not all(type(i) is int and 0 <= i < available for i in indices):
         raise CheckpointError(
-            f"the run in {config.output!r} starts from training examples that are not in this data.",
-            hint="give it the same files, or start again in another --output.",
+            f"the run in {config.output!r} starts from examples not in this data.", hint="give it the same files."
         )
     return indices
 
@@ -235,10 +218,12 @@ def _choose(
     if len(indices) > sample:
         indices = sorted(random.Random(f"{config.seed}/candidates").sample(indices, sample))
     limit = position_limit(backbone, 0, config.max_length)
-    # An encoder-decoder reads source and target apart.
-    taken = max if backbone.kind == "encoder-decoder" else sum
+    # An encoder-decoder reads source and target apart in training, and both as one text here.
+    taken, longest = (max if backbone.kind == "encoder-decoder" else sum), backbone.max_positions or UNBOUNDED
     solved = _solve(backbone, text_format, examples, indices)
-    candidates = [one for one in solved if taken((len(one.prompt), len(one.target))) <= limit]
+    candidates = [
+        one for one in solved if taken((len(one.prompt), len(one.target))) <= limit and len(one.row) <= longest
+    ]
     chosen: list[SolvedExample] = []
     left = UNBOUNDED if compacts else room
     for index in farthest_first(source_states(backbone, candidates)) if candidates else []:
@@ -296,7 +281,9 @@ def farthest_first(states: Float[Tensor, "N d"]) -> list[int]:
 # --- keys and values -------------------------------------------------------------------------------------------------
 
 
-def from_examples(backbone: Backbone, rows: Rows, *, lengths: Sequence[int] | None = None) -> Prefix:
+def from_examples(
+    backbone: Backbone, rows: Sequence[tuple[int, ...]], *, lengths: Sequence[int] | None = None
+) -> Prefix:
     """The keys and values that the frozen model computes for some texts, each alone.
 
     In a decoder-only model a text has its own positions, those after the texts before it; in an encoder, whose texts
@@ -326,27 +313,14 @@ def from_examples(backbone: Backbone, rows: Rows, *, lengths: Sequence[int] | No
 
 
 def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) -> Start:
-    """The start of a run: the examples where the model reads sources, words at an encoder-decoder's decoder.
-
-    Raises:
-        DataError: A text is longer than the model reads at once.
-    """
-    if plan.is_resumed:
-        return Start(None, plan.description, plan.blocks)
+    """The start of a run: the examples where the model reads sources, words at an encoder-decoder's decoder."""
     rows = [example.row for example in plan.chosen]
-    longest, allowed = max(map(len, rows)), backbone.max_positions
-    # With a decoder-only model, that is checked with the texts behind them.
-    if allowed is not None and longest > allowed:
-        raise DataError(
-            f"an example with its target takes {longest} of the {allowed} positions of {backbone.name!r}.",
-            hint="start from words, or leave long examples out.",
-        )
     layers = dict(from_examples(backbone, rows, lengths=plan.lengths).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
         length = plan.site_lengths["decoder"]
         words = read_init_text(config.init_text)[0]
         layers["decoder"] = from_words(backbone, words, {"decoder": length}).layers["decoder"]
-    return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description, plan.blocks)
+    return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description)
 
 
 def hide_own_blocks(

@@ -6,7 +6,7 @@ Real words matter most with little data (Li & Liang 2021, section 7.4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.streams import read_text
-from prefixtune.errors import BackboneError, ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.routing import nearest
@@ -46,13 +46,10 @@ class Start:
     Attributes:
         prefix: In float32; None: random numbers.
         description: What the header says of it: its `kind` and more.
-        blocks: By index of a training example that the prefix was made from: the positions `[first, stop)` of its
-            block in the prefix.
     """
 
     prefix: Prefix | None
     description: dict[str, Any]
-    blocks: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict[Site, int]:
@@ -67,14 +64,10 @@ def read_init_text(init_text: str) -> tuple[str, dict[str, Any]]:
         DataError: The file is missing, empty, too large, or no UTF-8 text.
     """
     if not init_text.startswith("@"):
-        if len(init_text) <= _MAX_STORED:
-            return init_text, {"text": init_text}
-        return init_text, {"text": init_text[:_MAX_STORED], "characters": len(init_text)}
+        return init_text, {"text": init_text[:_MAX_STORED]}
     path = Path(init_text[1:])
     if path.is_dir() or not init_text[1:]:
-        raise DataError(
-            f"init_text is {init_text!r}, but a file is needed after @.", hint="write it as in --init-text @prompt.txt."
-        )
+        raise DataError(f"init_text is {init_text!r}, but a file is needed after @.", hint="name one.")
     return read_text(path, max_bytes=MAX_TEXT_BYTES, needed="one word"), {"file": path.name}
 
 
@@ -131,8 +124,8 @@ def check_words_fit(backbone: Backbone, lengths: Mapping[Site, int]) -> None:
     longest, allowed = max(lengths.values()), backbone.max_positions
     if allowed is not None and longest > allowed:
         raise ConfigError(
-            f"a prefix of {longest:,} cannot start from words: {backbone.name!r} reads at most {allowed:,} tokens.",
-            hint="choose a shorter --prefix-length, or --initialization random.",
+            f"a prefix of {longest:,} cannot start from words: {backbone.name!r} reads at most {allowed:,}.",
+            hint="choose a shorter one, or --initialization random.",
         )
 
 
@@ -153,8 +146,7 @@ def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
         wanted = f"sites is {config.sites!r}" if config.sites else f"prefix_length is {config.prefix_length}"
         raise DataError(
             f"{name} has {len(ids):,} tokens, but {wanted}.",
-            hint="give a smaller --prefix-length (0: as long as the text), or --initialization words, which repeats "
-            "them.",
+            hint="give a smaller --prefix-length, or --initialization words.",
         )
     return ids
 
@@ -180,8 +172,8 @@ def from_text(
         questions: About the text, with their answers, for `match`.
 
     Raises:
-        ConfigError: The text has no token, or more tokens than the model has positions; or its keys turn with the
-            position, but cannot be turned back.
+        BackboneError: Its keys turn with the position, but cannot be turned back.
+        ConfigError: The text has no token, or more tokens than the model has positions.
         DataError: Its file cannot be read; or it has fewer tokens than P, or more pieces.
     """
     ids = text_ids(config, backbone)
@@ -192,7 +184,6 @@ def from_text(
     if config.compaction == "cut" or len(ids) == longest:
         whole = _compute(backbone, ids[:longest])
         return Start(take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description)
-    _check_turns(config, backbone)
     count = -(-len(ids) // piece_length(backbone))
     if count > min(lengths.values()):
         raise DataError(
@@ -218,21 +209,6 @@ def from_text(
     return Start(side_by_side(parts), description)
 
 
-def _check_turns(config: TrainConfig, backbone: Backbone) -> None:
-    """Refuse to compact where keys would have to be turned back, but cannot be.
-
-    Raises:
-        ConfigError: They cannot.
-    """
-    try:
-        _ = backbone.rotation
-    except BackboneError as error:
-        raise ConfigError(
-            f"compaction {config.compaction!r} cannot turn the kept keys back: {error.message}",
-            hint="give --compaction cut, which reads the text's first P tokens alone.",
-        ) from error
-
-
 def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
     """The keys and values of a text.
 
@@ -243,6 +219,6 @@ def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
     if limit is not None and len(ids) > limit:
         raise ConfigError(
             f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {limit:,}.",
-            hint="shorten it, or give --compaction cut, which reads its first P tokens alone.",
+            hint="shorten it, or give --compaction cut.",
         )
     return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
