@@ -25,6 +25,7 @@ from prefixtune.distillation.teacher import (
     label_examples,
     load_teacher,
     read_labels,
+    teacher_files,
     write_labels,
 )
 from prefixtune.distillation.wording import check_view, choose_wording, encode_questions, without_ends
@@ -206,7 +207,7 @@ def sources_of(config: DistillConfig, job: Job, student: Backbone) -> list[Any]:
     settings = [getattr(config, name) for name in _DECISIVE]
     asked = [[question.question, question.answer] for question in (*job.questions, *job.test)]
     model = [student.fingerprint, student.dtype_name]
-    return [settings, job.text, asked, len(job.questions), model]
+    return [settings, job.text, asked, len(job.questions), model, teacher_files(config.teacher)]
 
 
 def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,3 +177,13 @@ def read_labels(path: Path, examples: Sequence[TokenizedExample]) -> list[Tokeni
     tensors, _ = read_verified(path, _LABELS, "holds no labels of a teacher", "delete it, and resume.")
     parts = SoftLabels(tensors["ids"], tensors["log_probs"]).split([len(example.targets[0]) for example in examples])
     return [replace(example, soft_targets=(labels,)) for example, labels in zip(examples, parts, strict=True)]
+
+
+def teacher_files(teacher: str) -> list[tuple[str, int, str]]:
+    """Name, size and a hash of the last megabyte of a teacher's files of weights, where it is on this machine."""
+    path, found = Path(teacher), list[tuple[str, int, str]]()
+    for part in [] if not teacher else [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with open(part, "rb") as file:
+            file.seek(max(part.stat().st_size - 2**20, 0))
+            found.append((part.name, part.stat().st_size, hashlib.sha256(file.read()).hexdigest()))
+    return found

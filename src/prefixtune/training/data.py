@@ -324,7 +324,7 @@ def choose_template(
             raise ConfigError(f"chat_template is {template!r}, which is no file.", hint=hint)
         template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
         # Its length.
-        TextFormat(chat_template=template)
+        TextFormat.from_dict({"chat_template": template})
         # Named by the user, so that what the run makes can be used at once.
         allow_template(template, remember=True)
     own = not (config.chat_template or config.prompt_format or config.target_format)

@@ -184,6 +184,8 @@ def from_text(
     if config.compaction == "cut" or len(ids) == longest:
         whole = _compute(backbone, ids[:longest])
         return Start(take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description)
+    # Keys that cannot be turned back are refused.
+    _ = backbone.rotation
     count = -(-len(ids) // piece_length(backbone))
     if count > min(lengths.values()):
         raise DataError(
