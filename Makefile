@@ -87,6 +87,7 @@ check: $(VENV)/.checked  ## formatting, lint, types, import layers, dependencies
 	$(BIN)/lint-imports
 	$(BIN)/deptry src
 	$(BIN)/python -m tools.measures
+	$(BIN)/python -m tools.english
 
 system:  ## Debian's Java (for METEOR, CIDEr, ROUGE-L) and Chromium and nginx (to test pages and replicas), where they are missing
 	@command -v java >/dev/null || $(call apt,default-jre-headless,METEOR and CIDEr are left out)

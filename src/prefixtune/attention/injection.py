@@ -1,7 +1,7 @@
 """What a call of the model carries down to its attention layers: the prefixes, and how a row is made up.
 
 Layers in transformers' registry find it in a context variable (see `registry.attend`). Disentangled attention (DeBERTa)
-does not go through the registry: hooks lengthen what such a layer reads by P positions, replace the keys and values
+does not go through the registry. Hooks lengthen what such a layer reads by P positions, replace the keys and values
 that it projects from these by those of the prefix, and cut the P positions off its output. The layer's own code
 computes the attention. A prefix has no position: it is at distance 0 from every token.
 """

@@ -153,7 +153,7 @@ def label_examples(
 
 
 def _close(labels: SoftLabels, target: Sequence[int], closing: int) -> SoftLabels:
-    """A target's labels, of which the last `closing` are certain."""
+    """A target's labels; the last `closing` of them are certain."""
     if not closing:
         return labels
     kept = len(target) - closing

@@ -1,6 +1,6 @@
 """Other prefixes that stand beside the one that trains, so that it can be joined later.
 
-Each sample sees the own prefix alone, or with others that are drawn for it. All of them stand at the same positions,
+Each sample sees its run's prefix alone, or with others that are drawn for it. All of them stand at the same positions,
 right before the text: their order means nothing, and each is as near as it is alone. Gradients reach every part that
 trains: it learns to answer, and to be silent where another answers (after Cartridges at Scale, arXiv 2606.04557). Who
 stands beside is a function of the seed, the step and the sample.
@@ -36,7 +36,7 @@ SELF = "self"
 """The runs that train together."""
 
 ALONE_RATE = 0.4
-"""Share of the samples that see the own prefix alone."""
+"""Share of the samples that see their run's prefix alone."""
 ALL_RATE = 0.7
 """Of the other samples, share of those that see all others; the rest see a random number of them."""
 _OWN_PER_QUESTION = 3
@@ -152,7 +152,7 @@ class Beside:
         return tuple(sorted({*needed, *rng.sample(more, max(count - len(needed), 0))}))
 
     def join(self, front: Front, own: Prefix) -> Prefix:
-        """What is in front: the own prefix, and behind it the others as they are now."""
+        """What is in front: the run's prefix, and behind it the others as they are now."""
         part = own[: front.length]
         if not front.company:
             return part

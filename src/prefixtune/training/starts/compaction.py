@@ -1,7 +1,7 @@
 """Fewer positions that do the work of many: a text's keys and values, compacted to P positions.
 
-`match` follows Attention Matching ("Fast KV Compaction via Attention Matching", arXiv 2602.16284): keys are chosen, and
-then a bias for the score of each and its value are solved for in closed form, so that reference queries get what the
+`match` follows Attention Matching ("Fast KV Compaction via Attention Matching", arXiv 2602.16284): keys are chosen.
+Then a bias for the score of each, and its value, are solved for in closed form, so that reference queries get what the
 whole text gave them. A plain prefix holds no bias: it is put into the keys, along a direction that all queries of a
 head have nearly the same product with.
 """
