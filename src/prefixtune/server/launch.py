@@ -48,9 +48,11 @@ def run(config: ServeConfig, console: Console) -> int:
         ConfigError: The folder of prefixes is missing or cannot be read, or the address is in use.
         BackboneError: The model cannot be loaded or served.
     """
-    if not os.access(config.prefixes, os.R_OK | os.X_OK):
-        message = f"the folder of prefixes {config.prefixes!r} is missing or cannot be read."
-        raise ConfigError(message, hint="create it, and put prefix files there, as NAME.safetensors.")
+    try:
+        os.listdir(config.prefixes)
+    except OSError as error:
+        message = f"the folder of prefixes {config.prefixes!r} cannot be read: {error.strerror}."
+        raise ConfigError(message, hint="create it, and put prefix files there, as NAME.safetensors.") from None
     with _bind(config) as listener, contextlib.closing(_load(config, console)) as state:
         configure_logging(config.log_level)
         _report_start(state, console, listener)

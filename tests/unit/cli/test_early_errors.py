@@ -54,7 +54,7 @@ MISTAKES = [
     ("chat --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "nowhere.safetensors"),
     ("distill --backbone model --document nowhere.txt --questions nothere.jsonl --output run", ".jsonl"),
-    ("explain nowhere.safetensors", "nowhere.safetensors"),
+    ("explain nowhere.safetensors --data nowhere.jsonl", "nowhere.safetensors"),
     ("length --backbone model --train rows.jsonl", "--dev"),
     ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "nowhere.safetensors"),
     ("export p.safetensors --to llama.cpp --output file/x", "file/x"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -200,25 +199,6 @@ def test_a_byte_order_mark_on_stdin_is_no_text(
     monkeypatch.setattr("sys.argv", ["prefixtune", "generate", "--prefix", prefixes[1], "--json", *SHORT])
     assert main() == 0
     assert [json.loads(line)["text"] for line in lines_of(capsys.readouterr().out)] == ["ab", "cd"]
-
-
-def test_a_run_folder_means_its_prefix_and_its_adapter(
-    prefixes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Loaded(Exception):
-        pass
-
-    def load(*_: Any, adapter: str | None = None, **__: Any) -> None:
-        raise Loaded(adapter)
-
-    prefix = load_prefix(prefixes[1])
-    prefix.header["adapter"] = "adapter"
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    save_prefix(tmp_path / "run" / "prefix.safetensors", prefix)
-    monkeypatch.setattr("prefixtune.backbone.load.load_backbone", load)
-    for name in (tmp_path / "run", tmp_path / "run" / "prefix.safetensors"):
-        with pytest.raises(Loaded, match=re.escape(str(tmp_path / "run" / "adapter"))):
-            main(["generate", "a text", "--prefix", str(name), *SHORT])
 
 
 def test_print_config_shows_the_settings_that_result(prefixes: list[str], capsys: Any, no_loading: None) -> None:
