@@ -140,7 +140,7 @@ def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, fold
     out, err = run(*flags, "--data", str(test), "--output", str(folder / "partly"))
     assert f"warning: 1 of 4 test sources (25.0%) are also in the training set {data!r}" in err
     stored = json.loads((folder / "partly" / "evaluation.json").read_text())
-    assert stored["overlap"] == {"count": 1, "share": 0.25, "num_examples": 4, "train": data}
+    assert stored["overlap"] == {"count": 1, "num_examples": 4, "train": data}
     _, reported = run("report", str(folder / "partly"), "--output", str(folder / "partly.html"))
     assert "1 of 4 test sources (25.0%) are also in the training set" in reported
     test.write_text("".join(json.dumps(row) + "\n" for row in other))

@@ -236,4 +236,4 @@ def test_the_command_trains_files_together(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [str(tmp_path / n / "prefix.safetensors") for n in ("one", "two")]
     assert main(["train", "--together", *files, "--output", "x"]) == 2
-    assert "--output cannot go with --together" in capsys.readouterr().err
+    assert "--output" in capsys.readouterr().err

@@ -125,6 +125,8 @@ class Engine(Limits):
         Raises:
             PrefixError: As `add`.
         """
+        if not isinstance(request, Request):
+            raise RequestError(f"{type(request).__name__} is no request.", hint="pass a `prefixtune.Request`.")
         super().check(request)
         for needed, cache in zip(self.runner.positions(request), self.runner.caches, strict=True):
             if needed > cache.num_positions:

@@ -164,7 +164,9 @@ def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint |
     try:
         facts = Facts(**values)
     except (ValidationError, TypeError) as error:
-        raise CheckpointError(f"{str(path)!r} has wrong facts: {first_line(error)}", hint=_OTHERWISE) from error
+        wrong = error.errors()[0]["loc"] if isinstance(error, ValidationError) else ()
+        where = ".".join(map(str, wrong)) or first_line(error)
+        raise CheckpointError(f"{str(path)!r} lacks {where}, or has a wrong value there.", hint=_OTHERWISE) from error
     stored, given = facts.config, config.to_dict()
     changed = [
         f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"

@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AttentionInterface
 
 from patching import replace_everywhere
-from prefixtune.attention.injection import batch_prefixes, current_injection, prefilled_cache
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, prefilled_cache
 from prefixtune.attention.layout import using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
-from prefixtune.attention.packing import Visibility, sees
+from prefixtune.attention.packed import packed_attention
+from prefixtune.attention.packing import Packing, Visibility, sees
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor.examine import examine
-from zoo import make_model
+from tiny_config import tiny_config
+from zoo import make_model, random_model
 
 Make = Callable[..., Any]
 
@@ -57,6 +60,10 @@ def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Ca
     return patched
 
 
+def drop_prefix(arguments: dict[str, Any]) -> None:
+    arguments["injection"] = Injection({})
+
+
 def see_everything(arguments: dict[str, Any]) -> None:
     arguments["attention_mask"] = torch.ones(
         1, 1, arguments["query"].shape[2], arguments["key"].shape[2], dtype=torch.bool
@@ -71,10 +78,16 @@ def see_everything(arguments: dict[str, Any]) -> None:
     ("name", "left_out"),
     [
         ("llama", set()),
+        ("mistral", set()),
+        ("deepseek_v3", {PREFILLED}),  # generation injects
         ("lfm2", {PREFILLED, PACKED}),  # rows are padded besides
+        ("stablelm", set()),  # the prefix travels beside the call
         ("gemma3n_text", set()),  # layers share a prefix
+        ("bart", {PREFILLED}),
         ("t5", {PREFILLED}),
+        ("longt5-local", {PREFILLED, PACKED}),  # the encoder attends through code of its own
         ("bert", {PREFILLED, PACKED, CACHED}),
+        ("modernbert", {PREFILLED, PACKED, CACHED}),
     ],
 )
 def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
@@ -84,8 +97,13 @@ def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -
     assert all(one.passed and one.difference < 1e-4 and not one.error for one in found)
 
 
-def test_half_precision_is_examined_in_float32(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = Backbone.from_model(tiny_models("t5").to(torch.bfloat16), None, "t5")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("gpt2", torch.float16), *((name, torch.bfloat16) for name in ("mistral", "t5", "bert"))]
+)
+def test_half_precision_is_examined_in_float32(
+    name: str, dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.from_model(tiny_models(name).to(dtype), None, name)
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in backbone.model.state_dict().items()}
     assert all(one.difference < 1e-4 for one in examine(backbone.model, backbone.layout))
     after = backbone.model.state_dict()
@@ -96,6 +114,15 @@ def test_half_precision_is_examined_in_float32(tiny_models: Make, monkeypatch: p
     found = examine(backbone.model, backbone.layout)
     assert all(one.passed for one in found)
     assert max(one.difference for one in found) > 1e-4
+
+
+def test_copies_take_half_of_the_free_memory_at_most(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models("llama").to(torch.bfloat16)
+    needed = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    for free, exact in ((2 * needed, True), (needed, False)):
+        monkeypatch.setattr(examine_module, "free_memory", lambda device, free=free: free)
+        assert examine_module.computes_exactly(model, torch.device("cpu")) is exact
+        assert not examine_module.computes_exactly(model, torch.device("mps"))
 
 
 def test_nothing_is_left_changed(tiny_backbone: Make) -> None:
@@ -129,6 +156,19 @@ def test_an_error_is_a_failed_comparison(tiny_backbone: Make, monkeypatch: pytes
 # --- faults of attention ---------------------------------------------------------------------------------------------
 
 
+def test_another_attention_function(tiny_backbone: Make) -> None:
+    backbone = tiny_backbone("llama")
+    backbone.model.set_attn_implementation("sdpa")
+    assert GRADIENT in failed(backbone)
+
+
+def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    layer = backbone.model.model.layers[1]
+    monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
+    assert GRADIENT in failed(backbone)
+
+
 def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = batch_prefixes
 
@@ -146,6 +186,42 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
     assert failed(tiny_backbone("bert")) == {GRADIENT}
 
 
+def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_attention
+
+    def cut(packing: Any, site: str, prefixes: Any, *args: Any) -> Any:
+        detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefixes]
+        return packed(packing, site, detached, *args)
+
+    replace_everywhere(monkeypatch, packed_attention, cut)
+    assert failed(tiny_backbone("llama")) == {GRADIENT}
+    assert failed(tiny_backbone("t5")) == {GRADIENT}
+
+
+def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(arguments: dict[str, Any]) -> None:
+        if current_injection.get().layers:
+            see_everything(arguments)
+
+    backbone = tiny_backbone("llama")
+    patch_attention(monkeypatch, attend_changed_at("decoder", change))
+    assert {PREFILLED, PADDED, PACKED, CACHED} <= failed(backbone)
+
+
+@pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
+def test_a_dead_site(site: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("t5")
+    patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
+    assert GRADIENT in failed(backbone)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at("decoder", see_everything))
+    assert {PADDED, PACKED, CACHED} <= failed(backbone)
+
+
 # --- faults of batches -----------------------------------------------------------------------------------------------
 
 
@@ -159,9 +235,12 @@ def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.Mo
     assert failed(tiny_backbone("llama")) == {PADDED}
 
 
-def test_padded_sources_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("bart")
-    patch_attention(monkeypatch, attend_changed_at("encoder", see_everything))
+@pytest.mark.parametrize(("site", "name"), [("encoder", "bart"), ("cross", "t5")])
+def test_padded_sources_that_are_seen(
+    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(name)
+    patch_attention(monkeypatch, attend_changed_at(site, see_everything))
     assert {PADDED, CACHED} <= failed(backbone)
 
 
@@ -177,10 +256,24 @@ def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.Mo
     assert failed(tiny_backbone("llama")) == {PACKED}
 
 
+def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = Packing.sizes
+
+    def turned(self: Packing, site: str) -> Any:
+        ours, theirs = sizes(self, site)
+        return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
+
+    monkeypatch.setattr(Packing, "sizes", turned)
+    assert failed(tiny_backbone("bart")) == {PACKED}
+
+
 # --- faults of caches ------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_with_another_rows_prefix(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_with_another_rows_prefix(
+    dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefilled = prefilled_cache
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -191,10 +284,20 @@ def test_a_cache_with_another_rows_prefix(tiny_models: Make, monkeypatch: pytest
         return cache, visible
 
     replace_everywhere(monkeypatch, prefilled_cache, wrong)
-    assert failed(Backbone.from_model(tiny_models("llama").to(torch.bfloat16), None, "llama")) == {PREFILLED, CACHED}
+    assert failed(Backbone.from_model(tiny_models("llama").to(dtype), None, "llama")) == {PREFILLED, CACHED}
 
 
 def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
     assert failed(tiny_backbone("mistral")) == {PREFILLED, CACHED}
     assert failed(tiny_backbone("llama")) == set()
+
+
+def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer: Any) -> None:
+    """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
+    backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
+    model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))
+    layers = {layer.self_attn: ("decoder", index) for index, layer in enumerate(model.model.layers)}
+    model.set_attn_implementation(ATTENTION)
+    found = examine(model, replace(backbone.layout, layer_of=layers))
+    assert PREFILLED in {one.name for one in found if not one.passed}
