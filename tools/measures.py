@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tools.pages import ROOT
 
-LIMIT = 29_970
+LIMIT = 26_194
 """Most lines of code in src: the figure of the last change that made it smaller. It is lowered, and never raised; from
 26,000 on it stays there."""
 
