@@ -152,7 +152,7 @@ def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_whe
     assert queue.get(job.id).status == "queued"
     reached = step(data, job)
 
-    assert start("--idle-seconds", "15").wait(180) == 0
+    assert start("--idle-seconds", "5").wait(180) == 0
     assert queue.get(job.id).status == "succeeded"
     told = [event.message for event in JobEvents(data.job(job.id)).read()]
     assert f"Training goes on at step {reached}/{STEPS}." in told
