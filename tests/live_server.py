@@ -93,8 +93,10 @@ def generate_alone(backbone: Any, prefixes: Path, prompt: list[int], name: str |
 class HttpClient:
     """Sends requests to a URL."""
 
+    key = ""
+
     def __init__(self, url: str) -> None:
-        self.url, self.key = url, ""
+        self.url = url
 
     def request(
         self, method: str, path: str, body: Any = None, *, key: str = "", headers: Mapping[str, str] | None = None

@@ -81,9 +81,9 @@ def test_every_module_imports_without_the_extras(machine: Machine) -> None:
     out, _ = machine.run("python", "-c", IMPORTS)
     missing = json.loads(out)
     optional = {"fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "python_multipart", "vllm", "lm_eval"}
-    optional |= {"datasets"}
+    optional |= {"datasets", "dbos"}
     assert set(missing.values()) <= optional
-    packages = ("prefixtune.server.", "prefixtune.interop.vllm.", "prefixtune.interop.lm_eval.")
+    packages = ("prefixtune.server.", "prefixtune.jobs.", "prefixtune.interop.vllm.", "prefixtune.interop.lm_eval.")
     assert all(name.startswith(packages) for name in missing)
 
 

@@ -310,7 +310,10 @@ def test_a_prefix_of_other_weights_is_refused(server: Server):
 
 def test_a_vllm_that_dies_is_started_again_once(server: Server):
     """Last: it ends the server."""
-    stream = server.complete("p10", server.backbone.encode(PROMPTS[2]), stream=True, max_tokens=300)
+    # Without a bias it could end before the kill.
+    going_on = {str(server.backbone.eos_id): -100}
+    ids = server.backbone.encode(PROMPTS[2])
+    stream = server.complete("p10", ids, stream=True, max_tokens=300, logit_bias=going_on)
     next(iter(stream))
     server.vllm().kill()
     with pytest.raises(openai.APIError):
