@@ -316,7 +316,7 @@ def test_a_vllm_that_dies_is_started_again_once(server: Server):
     stream = server.complete("p10", ids, stream=True, max_tokens=300, logit_bias=going_on)
     next(iter(stream))
     server.vllm().kill()
-    with pytest.raises(openai.APIError):
+    with stream, pytest.raises(openai.APIError):
         list(stream)
     assert server.get("/readyz")[0] == 503
     with pytest.raises(openai.InternalServerError) as refused:
