@@ -1,7 +1,7 @@
 """What a prefix does to requests about other things, and how it learns to leave them alone.
 
 A share of the training is general requests with the bare model as teacher ("data mixing" of Cartridges++, 2026). The
-requests, and the answers of those that are trained on, were written by SmolLM2-135M-Instruct
+requests were written by hand, and the answers of those that are trained on by SmolLM2-135M-Instruct
 (`research/memories/general.py`).
 """
 
