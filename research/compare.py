@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +20,7 @@ from prefixtune.evaluation.metrics import measure, randomize
 from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Evaluation, OutputRow
 from research.study import Cell, Study, cells
 
-__all__ = ["compare", "load"]
+__all__ = ["compare", "compare_over_sizes", "load"]
 
 
 def load(study: Study) -> pd.DataFrame:
@@ -42,26 +43,57 @@ def compare(study: Study, metric: str) -> pd.DataFrame:
         Rows with `point`, `size`, `samples`, `difference` (the point minus the first, the mean), `low` and `high` (its
         95 % interval), `p_value`, and `corrected`.
     """
-    from scipy import stats
-    from statsmodels.stats.multitest import multipletests
-
     runs, first = load(study), next(iter(study.points))
     rows = []
     for size in study.sizes:
         table = runs[runs["size"] == size].pivot(index="sample", columns="point", values=metric)
         for point in [point for point in study.points if point != first and {point, first} <= {*table.columns}]:
             differences = (table[point] - table[first]).dropna()
-            low = high = p_value = math.nan
-            if len(differences) > 1 and differences.std() < 1e-12:
-                low = high = differences.mean()
-            elif len(differences) > 1:
-                test = stats.ttest_1samp(differences, 0.0)
-                (low, high), p_value = test.confidence_interval(), test.pvalue
-            elif len(differences) == 1:
+            low, high, p_value = _test(differences)
+            if len(differences) == 1:
                 p_value = _by_item(study, metric, *(Cell(name, size, differences.index[0]) for name in (point, first)))
             rows.append((point, size, len(differences), differences.mean(), low, high, p_value))
-    columns = ["point", "size", "samples", "difference", "low", "high", "p_value"]
-    found = pd.DataFrame(rows, columns=columns)
+    return _corrected(rows, ["point", "size"])
+
+
+def compare_over_sizes(study: Study, metric: str) -> pd.DataFrame:
+    """Every point against the first one, by the mean over all sizes: one difference for each sample.
+
+    Samples that are not done at every size are left out.
+
+    Returns:
+        As `compare`, without `size`.
+    """
+    runs, first = load(study), next(iter(study.points))
+    table = runs.pivot(index="sample", columns=["point", "size"], values=metric)
+    rows = []
+    for point in study.points:
+        columns = [(name, size) for name in (point, first) for size in study.sizes]
+        if point == first or not {*columns} <= {*table.columns}:
+            continue
+        whole = table[columns].dropna()
+        differences = whole[point].mean(axis=1) - whole[first].mean(axis=1)
+        rows.append((point, len(differences), differences.mean(), *_test(differences)))
+    return _corrected(rows, ["point"])
+
+
+def _test(differences: pd.Series[float]) -> tuple[float, float, float]:
+    """Student's interval of the mean, and the p-value; not numbers for fewer than two samples."""
+    from scipy import stats
+
+    if len(differences) > 1 and differences.std() < 1e-12:
+        return differences.mean(), differences.mean(), math.nan
+    if len(differences) > 1:
+        test = stats.ttest_1samp(differences, 0.0)
+        return (*test.confidence_interval(), test.pvalue)
+    return math.nan, math.nan, math.nan
+
+
+def _corrected(rows: list[tuple[Any, ...]], names: list[str]) -> pd.DataFrame:
+    """The rows, with p-values corrected over all of them."""
+    from statsmodels.stats.multitest import multipletests
+
+    found = pd.DataFrame(rows, columns=[*names, "samples", "difference", "low", "high", "p_value"])
     found = found[found["samples"] > 0].reset_index(drop=True)
     # A question without an answer is one that was asked.
     corrected = multipletests(found["p_value"].fillna(1.0), method="holm")[1] if len(found) else []

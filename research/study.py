@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import statistics
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,10 @@ class Study(BaseModel):
         test: The test set.
         sizes: Numbers of training targets; 0: all.
         samples: How often each point is run: each time on another sample, with another seed.
+        first_sample: The number of the first sample. It seeds the draw, so other numbers are other samples.
+        rate_samples: Samples that learning rates are chosen on, by the mean loss; none: the first sample.
+        pairs: Draw single pairs of a source and a target, not sources with all their targets.
+        steps: Steps by size, over the points' `max_steps`.
         dev_limit: Development sources of a sample; 0: all.
         test_limit: Test sources, a fixed sample; 0: all.
         try_steps: Steps of the runs that a learning rate is chosen by; 0: as many as the point's.
@@ -69,6 +74,10 @@ class Study(BaseModel):
     test: str
     sizes: list[int] = [0]
     samples: int = Field(1, ge=1)
+    first_sample: int = 0
+    rate_samples: list[int] = []
+    pairs: bool = False
+    steps: dict[int, int] = {}
     dev_limit: int = 0
     test_limit: int = 0
     try_steps: int = 0
@@ -128,7 +137,10 @@ class Cell:
 def cells(study: Study) -> list[Cell]:
     """All runs; each point once before any is repeated, so that a study that is cut short has them all."""
     return [
-        Cell(point, size, sample) for sample in range(study.samples) for size in study.sizes for point in study.points
+        Cell(point, size, study.first_sample + number)
+        for number in range(study.samples)
+        for size in study.sizes
+        for point in study.points
     ]
 
 
@@ -177,6 +189,8 @@ def run_cell(study: Study, cell: Cell) -> str:
 def _train_and_score(study: Study, cell: Cell, folder: Path) -> None:
     """Train and score a run, or what is left of it."""
     settings = study.settings_of(cell.point)
+    if cell.size in study.steps:
+        settings["max_steps"] = study.steps[cell.size]
     rates = settings.pop("learning_rates", [])
     trains = settings.get("method") != "none"
     if not trains:
@@ -218,9 +232,14 @@ def _train(study: Study, cell: Cell, config: pt.TrainConfig) -> dict[str, Any]:
     if not resume:
         # It was stopped before its first save.
         shutil.rmtree(folder, ignore_errors=True)
+    examples = study.read("train")
+    if study.pairs:
+        examples = [
+            dataclasses.replace(example, targets=(target,)) for example in examples for target in example.targets
+        ]
     result = pt.train(
         config,
-        examples=sample_targets(study.read("train"), cell.size, f"train/{cell.sample}"),
+        examples=sample_targets(examples, cell.size, f"train/{cell.sample}"),
         dev_examples=sample(study.read("dev"), study.dev_limit, "dev"),
         resume=resume,
         progress=False,
@@ -236,7 +255,7 @@ def _train(study: Study, cell: Cell, config: pt.TrainConfig) -> dict[str, Any]:
 
 
 def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: Sequence[float]) -> float:
-    """The rate with the lowest development loss, of runs on the first sample; what was tried is kept in `rates/`.
+    """The rate with the lowest development loss, of runs on `rate_samples`; what was tried is kept in `rates/`.
 
     Raises:
         TrainingError: No run reached its end.
@@ -252,15 +271,19 @@ def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: S
             tried = {**settings, "learning_rate": rate}
             if study.try_steps:
                 tried |= {"max_steps": study.try_steps, "eval_every": study.try_steps}
-            config = _config(study, tried, folder / f"{cell.group}-{rate:g}", seed=0)
-            try:
-                losses[str(rate)] = _train(study, dataclasses.replace(cell, sample=0), config)["dev_loss"]
-            except TrainingError as error:
-                print(f"{cell.group} at {rate:g}: {error}", flush=True)
-                losses[str(rate)] = None
+            found: list[float | None] = []
+            for number in study.rate_samples or [study.first_sample]:
+                config = _config(study, tried, folder / f"{cell.group}-{rate:g}", seed=number)
+                try:
+                    found.append(_train(study, dataclasses.replace(cell, sample=number), config)["dev_loss"])
+                except TrainingError as error:
+                    print(f"{cell.group} at {rate:g}: {error}", flush=True)
+                    found.append(None)
+                shutil.rmtree(config.output, ignore_errors=True)
+            reached = [loss for loss in found if loss is not None]
+            losses[str(rate)] = statistics.fmean(reached) if len(reached) == len(found) else None
             # Whole or not at all, whenever the process is killed.
             write_text(path, json.dumps(losses) + "\n")
-            shutil.rmtree(config.output, ignore_errors=True)
     finite = {rate: loss for rate in rates if (loss := losses[str(rate)]) is not None}
     if not finite:
         raise TrainingError(f"no run of {cell.group} reached its end.", hint="give lower learning_rates.")

@@ -12,7 +12,7 @@ import pytest
 from prefixtune.errors import DataError
 from prefixtune.utils import files
 from research import study as module
-from research.compare import compare, load
+from research.compare import compare, compare_over_sizes, load
 from research.study import Cell, Study, cells, read_study, run, run_on_ray
 from research.tables import main
 from zoo import make_model, make_tokenizer
@@ -108,10 +108,10 @@ def test_a_kill_leaves_no_half_of_the_rates(study: Study, monkeypatch: pytest.Mo
     assert path.read_text() == before
 
 
-def store(study: Study, scores: dict[str, tuple[float, ...]], outputs: tuple[str, ...] = ()) -> None:
+def store(study: Study, scores: dict[str, tuple[float, ...]], outputs: tuple[str, ...] = (), size: int = 8) -> None:
     for point, values in scores.items():
-        for number, value in enumerate(values):
-            folder = Path(study.output) / Cell(point, 8, number).name
+        for number, value in enumerate(values, study.first_sample):
+            folder = Path(study.output) / Cell(point, size, number).name
             folder.mkdir(parents=True)
             (folder / "evaluation.json").write_text(json.dumps({"scores": {"bleu": {"score": value}}}))
             rows = [{"number": n, "references": ["a b c d e"], "output": text} for n, text in enumerate(outputs)]
@@ -130,6 +130,32 @@ def test_differences_are_paired_and_corrected(study: Study) -> None:
     assert lora["corrected"] == pytest.approx(2 * 0.0742, abs=2e-4)
     assert (bare["low"], bare["high"]) == (0.0, 0.0)
     assert bare["p_value"] != bare["p_value"], "there is no chance to test"
+
+
+def test_a_claim_over_sizes_is_tested_on_the_means_of_each_sample(study: Study) -> None:
+    study.samples, study.first_sample, study.sizes = 4, 100, [8, 16]
+    store(study, {"prefix": (10.0, 20.0, 30.0, 40.0), "lora": (10.0, 21.0, 33.0, 48.0)})
+    # The last sample is not done at this size: it does not count.
+    store(study, {"prefix": (0.0, 0.0, 0.0, 0.0), "lora": (2.0, 3.0, 3.0)}, size=16)
+    (lora,) = compare_over_sizes(study, "bleu").to_dict("records")
+    assert (lora["point"], lora["difference"], lora["samples"]) == ("lora", 2.0, 3)
+    assert (lora["low"], lora["high"]) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert lora["corrected"] == lora["p_value"] == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_rates_are_chosen_on_samples_that_do_not_count(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study.first_sample, study.rate_samples = 100, [90, 91]
+    losses = {(1e-3, 90): 1.0, (1e-3, 91): 4.0, (1e-2, 90): 3.0, (1e-2, 91): 1.5}
+    tried = []
+
+    def train(study: Study, cell: Cell, config: Any) -> dict[str, Any]:
+        tried.append((config.learning_rate, cell.sample, config.seed))
+        return {"dev_loss": losses[config.learning_rate, cell.sample]}
+
+    monkeypatch.setattr(module, "_train", train)
+    assert [cell.sample for cell in cells(study)] == [100] * 3 + [101] * 3
+    assert module._choose_rate(study, cells(study)[0], {}, [1e-3, 1e-2]) == 1e-2
+    assert tried == [(1e-3, 90, 90), (1e-3, 91, 91), (1e-2, 90, 90), (1e-2, 91, 91)]
 
 
 def test_one_sample_is_compared_item_by_item(study: Study) -> None:
