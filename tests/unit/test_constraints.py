@@ -1,7 +1,5 @@
 """constraints.txt pins, with hashes and without addresses, what the package needs."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path
@@ -14,7 +12,7 @@ TEXT = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 PINS = re.findall(r"^\S.*(?:\n    --hash=\S.*)*", re.sub(r"^#.*\n", "", TEXT, flags=re.MULTILINE), flags=re.MULTILINE)
 
 
-def test_every_line_is_a_version_with_hashes() -> None:
+def test_every_line_is_a_version_with_hashes():
     assert len(PINS) > 50
     for pin in PINS:
         requirement, *hashes = re.sub(r"\\\n", "\n", pin).split("\n")
@@ -25,8 +23,8 @@ def test_every_line_is_a_version_with_hashes() -> None:
     assert len(TEXT) < 1_000_000
 
 
-def test_the_dependencies_are_pinned_within_their_bounds() -> None:
-    pinned: dict[str, list[Requirement]] = {}
+def test_the_dependencies_are_pinned_within_their_bounds():
+    pinned = {}
     for pin in PINS:
         requirement = Requirement(pin.split("\\\n")[0])
         pinned.setdefault(canonicalize_name(requirement.name), []).append(requirement)

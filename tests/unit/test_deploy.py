@@ -1,14 +1,11 @@
 """The files of deploy/: their commands have options that there are, and what they name elsewhere is there."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,11 +14,11 @@ from prefixtune.cli.main import command_options
 from prefixtune.server.settings import ServeConfig
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
 UNITS = sorted(DEPLOY.glob("*.service"))
 
 
-def check(command: list[str]) -> Any:
+def check(command):
     """The options of a command line, without its file."""
     name, *words = command
     options = command_options()[name]
@@ -34,13 +31,13 @@ def check(command: list[str]) -> Any:
     return options.read(given)
 
 
-def unit_commands(path: Path) -> list[list[str]]:
+def unit_commands(path):
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     return [shlex.split(line) for line in re.findall(r"^ExecStart=(.*)$", text, flags=re.MULTILINE)]
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
-def test_a_unit_starts_a_command_that_there_is(path: Path) -> None:
+def test_a_unit_starts_a_command_that_there_is(path):
     (command,) = unit_commands(path)
     program = command.index("/opt/prefixtune/bin/prefixtune")
     if program:
@@ -53,13 +50,13 @@ def test_a_unit_starts_a_command_that_there_is(path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
-def test_systemd_understands_a_unit(path: Path) -> None:
+def test_systemd_understands_a_unit(path):
     done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, timeout=60)
     faults = [line for line in done.stderr.splitlines() if path.name in line and "is not executable" not in line]
     assert faults == []
 
 
-def test_every_setting_of_the_configuration_is_one(tmp_path: Path) -> None:
+def test_every_setting_of_the_configuration_is_one(tmp_path):
     text = (DEPLOY / "serve.toml").read_text(encoding="utf-8")
     # What is commented out, too: a line with a key, or a table.
     whole = re.sub(r"^# (?=\w+ = |\[keys)", "", text, flags=re.MULTILINE)
@@ -71,7 +68,7 @@ def test_every_setting_of_the_configuration_is_one(tmp_path: Path) -> None:
     assert (config.train_workers, config.keys["acme"].max_jobs, config.keys["prometheus"].metrics) == (0, 10, True)
 
 
-def test_the_image_starts_a_server() -> None:
+def test_the_image_starts_a_server():
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     (entry,), (command,) = (
         re.findall(rf"^{word} (\[.*\])$", text, flags=re.MULTILINE) for word in ("ENTRYPOINT", "CMD")
@@ -82,7 +79,7 @@ def test_the_image_starts_a_server() -> None:
     )
 
 
-def test_server_and_workers_share_folders_and_a_database() -> None:
+def test_server_and_workers_share_folders_and_a_database():
     services = COMPOSE["services"]
     server, worker = (check(services[name]["command"]) for name in ("server", "worker"))
     assert server.train_workers == 0
@@ -93,7 +90,7 @@ def test_server_and_workers_share_folders_and_a_database() -> None:
     assert {volumes[server.prefixes], volumes[server.data_folder]} <= COMPOSE["volumes"].keys()
 
 
-def test_the_password_is_in_no_command() -> None:
+def test_the_password_is_in_no_command():
     for service in ("server", "worker"):
         (shell, flag, script, name) = COMPOSE["services"][service]["entrypoint"]
         assert (shell, flag, name) == ("/bin/sh", "-c", "prefixtune")

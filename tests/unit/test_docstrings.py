@@ -1,7 +1,5 @@
 """Examples in docstrings say what happens."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import re
@@ -16,7 +14,7 @@ FILES = [path for path in sorted(SOURCE.rglob("*.py")) if ">>> " in path.read_te
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_examples_in_docstrings(path: Path):
+def test_examples_in_docstrings(path):
     name = ".".join(["prefixtune", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
     found = doctest.testmod(importlib.import_module(name))
     assert found.failed == 0

@@ -4,8 +4,6 @@
 Slow: each of some forty writes of a run fails once, and the run goes on from what is left.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -20,7 +18,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 
 
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs a C compiler and LD_PRELOAD")
-def test_whatever_fails_files_are_old_or_new_and_the_error_is_one_line(tmp_path: Path) -> None:
+def test_whatever_fails_files_are_old_or_new_and_the_error_is_one_line(tmp_path):
     library, work = tmp_path / "faults.so", tmp_path / "work"
     subprocess.run([str(COMPILER), "-shared", "-fPIC", "-o", str(library), str(TESTS / "faults.c"), "-ldl"], check=True)
     work.mkdir()

@@ -1,11 +1,7 @@
 """Time of work on outside text: it grows with the length of the text, and not with its square."""
 
-from __future__ import annotations
-
 import contextlib
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -31,7 +27,7 @@ TEXTS = {
     "signs": lambda n: "i\u0307" * (n // 2),
     "one word": lambda n: "x" * n,
 }
-WORK: dict[str, Callable[[str], object]] = {
+WORK = {
     "join_lines": join_lines,
     "parse_mr": parse_mr,
     "parse_mr's value": lambda text: parse_mr(f"name[{text}"),
@@ -42,7 +38,7 @@ WORK: dict[str, Callable[[str], object]] = {
 }
 
 
-def seconds(do: Callable[[str], object], text: str) -> float:
+def seconds(do, text):
     """The least of three times of this process; refusing the text is work, too."""
     times = []
     for _ in range(3):
@@ -55,7 +51,7 @@ def seconds(do: Callable[[str], object], text: str) -> float:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("work", WORK)
-def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str) -> None:
+def test_time_grows_with_the_length_and_not_with_its_square(work, text):
     short, long = (seconds(WORK[work], TEXTS[text](size)) for size in (SIZE, 4 * SIZE))
     # Linear: 4 times; quadratic: 16 times. What takes next to no time is no danger, whatever the noise.
     assert long < max(10 * short, 0.25), f"{short:.4f} s, then {long:.4f} s"
@@ -68,24 +64,24 @@ def test_time_grows_with_the_length_and_not_with_its_square(work: str, text: str
         ("a \r b", "a b"), (" \n ", ""), ("a \x0b\n\x0c b", "a b"), ("a\u00a0\nb", "a b"),
     ],
 )  # fmt: skip
-def test_line_breaks_become_one_space_each(text: str, joined: str) -> None:
+def test_line_breaks_become_one_space_each(text, joined):
     assert join_lines(text) == joined
 
 
-def test_a_name_of_many_parts_is_refused_at_once() -> None:
+def test_a_name_of_many_parts_is_refused_at_once():
     begun = time.perf_counter()
     with pytest.raises(ConfigError):
         split_joined("+".join("a" * 100_000))
     assert time.perf_counter() - begun < 2
 
 
-def test_a_path_with_a_zero_is_a_wrong_value() -> None:
+def test_a_path_with_a_zero_is_a_wrong_value():
     for options in ({"output": "a\0b"}, {"train": "a\0b"}, {"sites": "a\0b"}):
         with pytest.raises(ConfigError):
             TrainConfig(**options)
 
 
-def test_a_header_of_many_columns_is_read_at_once(tmp_path: Path) -> None:
+def test_a_header_of_many_columns_is_read_at_once(tmp_path):
     path = tmp_path / "wide.csv"
     columns = [f"c{number}" for number in range(20_000)]
     path.write_text(",".join(columns) + "\n" + ",".join("1" for _ in columns) + "\n", encoding="utf-8")

@@ -1,7 +1,5 @@
 """The package as a whole: a quick import, and tests that are all run."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -11,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_importing_is_quick_and_configurations_need_no_extra() -> None:
+def test_importing_is_quick_and_configurations_need_no_extra():
     """Nothing heavy before it is used; a server's configuration needs neither torch nor the server's own packages."""
     script = (
         "import sys, prefixtune as pt; pt.TrainConfig(), pt.ServeConfig(); "
@@ -21,19 +19,18 @@ def test_importing_is_quick_and_configurations_need_no_extra() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_readme_names_every_extra() -> None:
+def test_the_readme_names_every_extra():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     listed = re.search(r"Extras: (.*?); everything else", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert listed is not None
     assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(extras)
 
 
-def test_a_citation_is_of_this_version() -> None:
+def test_a_citation_is_of_this_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own() -> None:
+def test_every_test_is_run_by_make_test_or_by_a_target_of_its_own():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     plain = [ROOT / path for path in settings["testpaths"]]
     others = re.findall(r"(?:pytest|PYTEST\)) .*?(tests/\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))

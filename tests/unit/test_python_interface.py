@@ -3,13 +3,10 @@
 The calls run in a process of their own, without the tests' checks of types, as a user's do: see `python_calls`.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,12 +14,11 @@ CALLS = Path(__file__).resolve().parents[1] / "python_calls.py"
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def calls(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calls")
     done = subprocess.run([sys.executable, CALLS, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    given: dict[str, Any] = json.loads(done.stdout)
-    return given
+    return json.loads(done.stdout)
 
 
 ALIKE = (
@@ -33,20 +29,20 @@ ALIKE = (
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_what_users_have_is_taken(calls: dict[str, Any], name: str) -> None:
+def test_what_users_have_is_taken(calls, name):
     assert calls[name] == calls["generate"]
 
 
-def test_a_text_format_may_be_a_dict(calls: dict[str, Any]) -> None:
+def test_a_text_format_may_be_a_dict(calls):
     assert calls["a text format"] == calls["a text format as a dict"]
     assert calls["a text format"] != calls["bare"], "the format must show"
 
 
-def test_one_target_is_one(calls: dict[str, Any]) -> None:
+def test_one_target_is_one(calls):
     assert calls["Example: one target"]["value"] == ["two words"]
 
 
-def test_prefixes_of_several_kinds_and_none(calls: dict[str, Any]) -> None:
+def test_prefixes_of_several_kinds_and_none(calls):
     with_prefix, bare = calls["generate"]["value"], calls["bare"]["value"]
     assert with_prefix != bare, "the prefix must show"
     for name in ("several prefixes", "several prefixes, ready-made"):
@@ -74,26 +70,26 @@ OBJECTS = ("train_together", "PrefixModel: a pair", "PrefixModel: a name")
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_training_takes_what_users_have(calls: dict[str, Any], name: str) -> None:
+def test_training_takes_what_users_have(calls, name):
     losses, has_prefix, _ = calls["train"]["value"]
     assert len(losses) == 2
     assert has_prefix
     assert calls[name]["value"][:2] == [losses, has_prefix]
 
 
-def test_training_shows_its_progress_unless_it_is_switched_off(calls: dict[str, Any]) -> None:
+def test_training_shows_its_progress_unless_it_is_switched_off(calls):
     shown = calls["train"]["value"][2]
     assert "4 targets of 2 sources" in shown
     assert "training: 2/2" in shown
     assert calls["train: silent"]["value"][2] == ""
 
 
-def test_a_run_goes_on_with_its_own_configuration(calls: dict[str, Any]) -> None:
+def test_a_run_goes_on_with_its_own_configuration(calls):
     assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 2}
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_other_functions_take_what_users_have(calls: dict[str, Any], name: str) -> None:
+def test_other_functions_take_what_users_have(calls, name):
     assert calls[name] == {"value": 2}
 
 
@@ -130,14 +126,14 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_what_is_wrong_gets_one_line(calls: dict[str, Any], name: str) -> None:
+def test_what_is_wrong_gets_one_line(calls, name):
     kind, words = MESSAGES[name]
     assert calls[name].get("error") == kind, calls[name]
     assert words in calls[name]["text"]
     assert "\n" not in calls[name]["text"]
 
 
-def test_every_call_is_checked(calls: dict[str, Any]) -> None:
+def test_every_call_is_checked(calls):
     shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
     shown |= {"several prefixes", "several prefixes, ready-made"}
     shown |= {"Example: one target", "a text format", "a text format as a dict", "train", *TRAININGS, *OBJECTS}

@@ -1,11 +1,7 @@
 """The backbone: what is read from it, its fingerprint, and every model that is refused."""
 
-from __future__ import annotations
-
 import copy
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +18,7 @@ SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "q
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
+def folder(tmp_path, tiny_models, tiny_tokenizer):
     """A tiny model in transformers' format."""
     path = tmp_path / "tiny"
     tiny_models("llama").save_pretrained(path)
@@ -30,7 +26,7 @@ def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
     return path
 
 
-def test_the_geometry_is_found_by_running_it(family: str, backbone: Any):
+def test_the_geometry_is_found_by_running_it(family, backbone):
     heads, size = SHAPES[family]
     assert backbone.geometry == {"decoder": (LayerShape(heads, size, size),) * 3}
     assert backbone.hidden_size == 32
@@ -38,7 +34,7 @@ def test_the_geometry_is_found_by_running_it(family: str, backbone: Any):
     assert family in repr(backbone)
 
 
-def test_it_comes_frozen_and_without_dropout(backbone: Any):
+def test_it_comes_frozen_and_without_dropout(backbone):
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert not any(module.training for module in backbone.model.modules())
     rates = [module.p for module in backbone.model.modules() if isinstance(module, torch.nn.Dropout)]
@@ -48,7 +44,7 @@ def test_it_comes_frozen_and_without_dropout(backbone: Any):
 # --- the fingerprint -------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_does_not_depend_on_the_dtype(tiny_backbone: Any):
+def test_the_fingerprint_does_not_depend_on_the_dtype(tiny_backbone):
     backbone = tiny_backbone("llama")
     model = copy.deepcopy(backbone.model)
     for dtype in (torch.bfloat16, torch.float16):
@@ -58,8 +54,8 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(tiny_backbone: Any):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_weights_too_small_for_float16_do_not_change_the_fingerprint(stored: torch.dtype):
-    def printed(dtype: torch.dtype) -> str:
+def test_weights_too_small_for_float16_do_not_change_the_fingerprint(stored):
+    def printed(dtype):
         return "x:" + sample_weights([("w", len(weights))], lambda _, index: weights.to(stored).to(dtype)[index])
 
     for size in (1e-4, 1e-5, 1e-6, 1e-7, 1e-9):
@@ -72,7 +68,7 @@ def test_weights_too_small_for_float16_do_not_change_the_fingerprint(stored: tor
         assert not fingerprints_match(printed(torch.float32), half)
 
 
-def test_a_fine_tune_of_one_layer_changes_the_fingerprint(tiny_backbone: Any):
+def test_a_fine_tune_of_one_layer_changes_the_fingerprint(tiny_backbone):
     backbone = tiny_backbone("llama")
     model = copy.deepcopy(backbone.model)
     with torch.no_grad():
@@ -80,7 +76,7 @@ def test_a_fine_tune_of_one_layer_changes_the_fingerprint(tiny_backbone: Any):
     assert not fingerprints_match(backbone.fingerprint, fingerprint(model, backbone.geometry))
 
 
-def test_another_model_has_another_fingerprint(tiny_backbone: Any):
+def test_another_model_has_another_fingerprint(tiny_backbone):
     one = tiny_backbone("llama")
     assert one.fingerprint == tiny_backbone("llama").fingerprint
     for other in (
@@ -92,7 +88,7 @@ def test_another_model_has_another_fingerprint(tiny_backbone: Any):
 
 
 @pytest.mark.parametrize("text", ["", "x:!!!", "x:AAA"])
-def test_what_is_no_fingerprint_matches_nothing(text: str, tiny_backbone: Any):
+def test_what_is_no_fingerprint_matches_nothing(text, tiny_backbone):
     assert not fingerprints_match(text, tiny_backbone("gpt2").fingerprint)
     assert not fingerprints_match(text, tiny_backbone("gpt2").fingerprint.partition(":")[0] + ":")
 
@@ -100,7 +96,7 @@ def test_what_is_no_fingerprint_matches_nothing(text: str, tiny_backbone: Any):
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_loaded(folder: Path, tiny_backbone: Any, assert_same: Any):
+def test_a_folder_is_loaded(folder, tiny_backbone, assert_same):
     backbone = load_backbone(folder, device="cpu")
     expected = tiny_backbone("llama")
     assert backbone.name == str(folder)
@@ -113,14 +109,14 @@ def test_a_folder_is_loaded(folder: Path, tiny_backbone: Any, assert_same: Any):
     assert fingerprints_match(half.fingerprint, backbone.fingerprint)
 
 
-def test_pickled_weights_are_not_loaded(folder: Path, tiny_models: Any):
+def test_pickled_weights_are_not_loaded(folder, tiny_models):
     (folder / "model.safetensors").unlink()
     torch.save(tiny_models("llama").state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(BackboneError, match="cannot load the backbone"):
         load_backbone(folder)
 
 
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path):
+def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(BackboneError, match="is neither a folder of a model") as error:
         load_backbone(tmp_path / "none")
     assert error.value.hint
@@ -134,7 +130,7 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path):
         load_backbone(folder)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
+def test_a_tokenizer_without_an_end_token_is_refused(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("eos_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -142,7 +138,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
         load_backbone(folder)
 
 
-def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch):
+def test_the_embedded_backbone_must_be_prepared(monkeypatch):
     monkeypatch.setattr("prefixtune.backbone.checkpoint.pretrained_folder", lambda _: None)
     with pytest.raises(BackboneError, match="not prepared on this machine") as error:
         load_backbone()
@@ -152,23 +148,23 @@ def test_the_embedded_backbone_must_be_prepared(monkeypatch: pytest.MonkeyPatch)
 # --- checkpoints that lack weights -----------------------------------------------------------------------------------
 
 
-def edit_weights(folder: Path, change: Any) -> None:
+def edit_weights(folder, change):
     """Pass the tensors of a stored model through a function."""
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def without(*parts: str) -> Any:
+def without(*parts):
     return lambda tensors: {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
 
 
-def store(folder: Path, model: Any, tokenizer: Any) -> Path:
+def store(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_missing_weights_are_refused_by_name(folder: Path):
+def test_missing_weights_are_refused_by_name(folder):
     edit_weights(folder, without("lm_head"))
     with pytest.raises(BackboneError, match=r": lm_head\.weight\.") as error:
         load_backbone(folder, device="cpu")
@@ -178,13 +174,13 @@ def test_missing_weights_are_refused_by_name(folder: Path):
         load_backbone(folder, device="cpu")
 
 
-def test_tied_weights_are_not_missing(tiny_models: Any, tiny_tokenizer: Any, tmp_path: Path):
+def test_tied_weights_are_not_missing(tiny_models, tiny_tokenizer, tmp_path):
     model = tiny_models("bart", tie_word_embeddings=True)
     loaded = load_backbone(store(tmp_path, model, tiny_tokenizer), device="cpu")
     assert torch.equal(loaded.model.get_output_embeddings().weight, model.get_input_embeddings().weight)
 
 
-def test_a_missing_pooler_is_left_out(tiny_models: Any, enclosing_tokenizer: Any, tmp_path: Path):
+def test_a_missing_pooler_is_left_out(tiny_models, enclosing_tokenizer, tmp_path):
     kind = "bert"
     expected = load_backbone(store(tmp_path / "whole", tiny_models(kind), enclosing_tokenizer), device="cpu")
     folder = store(tmp_path / "part", tiny_models(kind), enclosing_tokenizer)
@@ -199,7 +195,7 @@ def test_a_missing_pooler_is_left_out(tiny_models: Any, enclosing_tokenizer: Any
         load_backbone(folder, device="cpu")
 
 
-def test_weights_without_a_use_are_listed(tiny_models: Any, enclosing_tokenizer: Any, tmp_path: Path):
+def test_weights_without_a_use_are_listed(tiny_models, enclosing_tokenizer, tmp_path):
     model = transformers.RobertaForMaskedLM(tiny_models("roberta").config)
     backbone = load_backbone(store(tmp_path, model, enclosing_tokenizer), device="cpu")
     assert "lm_head.dense.weight" in backbone.unused_weights
@@ -224,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_cannot_carry_a_prefix_is_refused(name: str, tiny_tokenizer: Any):
+def test_a_model_that_cannot_carry_a_prefix_is_refused(name, tiny_tokenizer):
     model = transformers.AutoModelForCausalLM.from_config(REFUSED[name]())
     with pytest.raises(BackboneError) as error:
         Backbone.from_model(model, tiny_tokenizer, name)

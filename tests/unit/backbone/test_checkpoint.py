@@ -1,22 +1,18 @@
 """Where a checkpoint's files are."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.errors import BackboneError
 
 
-def test_a_model_of_the_hub_is_brought_to_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_the_hub_is_brought_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name))
     assert checkpoint_folder("owner/name") == tmp_path / "owner" / "name"
     (tmp_path / "config.json").write_text("{}")
     assert checkpoint_folder(str(tmp_path)) == tmp_path
 
-    def unreachable(name: str, **_: object) -> str:
+    def unreachable(name, **_):
         raise FileNotFoundError(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)

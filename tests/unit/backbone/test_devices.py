@@ -1,7 +1,5 @@
 """The device that a backbone is loaded on, and the dtype that `auto` means there."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from prefixtune.errors import ConfigError
     ("cuda", "mps", "chosen"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_takes_what_there_is(cuda: bool, mps: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_there_is(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -27,7 +25,7 @@ def test_auto_takes_what_there_is(cuda: bool, mps: bool, chosen: str, monkeypatc
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:2", "no such"])
-def test_devices_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_there(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")
@@ -36,7 +34,7 @@ def test_devices_that_are_not_there(device: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_bfloat16_is_taken_only_where_it_is_real(real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_taken_only_where_it_is_real(real, monkeypatch):
     expected = torch.bfloat16 if real else torch.float32
     # A card that emulates bfloat16 says yes unless it is asked about that.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or real)

@@ -1,19 +1,12 @@
 """Backbones are told apart without their weights, and alike on every machine."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-
-import pytest
 
 from prefixtune.backbone.identity import backbone_identity, public_name
 from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 
 
-def test_a_folder_is_the_same_wherever_it_lies_and_whether_or_not_it_has_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_the_same_wherever_it_lies_and_whether_or_not_it_has_weights(tmp_path, monkeypatch):
     first = tmp_path / "a" / "model"
     first.mkdir(parents=True)
     (first / "config.json").write_text("{}")
@@ -31,7 +24,7 @@ def test_a_folder_is_the_same_wherever_it_lies_and_whether_or_not_it_has_weights
     assert len({identity, *(backbone_identity(str(other)) for other in others)}) == 3
 
 
-def test_an_embedded_backbone_and_a_hub_id_are_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedded_backbone_and_a_hub_id_are_their_names(tmp_path, monkeypatch):
     identities = [backbone_identity(name) for name in (DEFAULT_BACKBONE, "org/model", "org/other")]
     assert len(set(identities)) == 3
     # The embedded one is used even where a folder has its name.
@@ -40,7 +33,7 @@ def test_an_embedded_backbone_and_a_hub_id_are_their_names(tmp_path: Path, monke
     assert backbone_identity(DEFAULT_BACKBONE) == identities[0]
 
 
-def test_a_name_for_others_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_for_others_is_no_path(tmp_path, monkeypatch):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny.gguf").touch()
     monkeypatch.chdir(tmp_path / "tiny")

@@ -1,15 +1,11 @@
 """The packaged backbone, without its download: a tiny GGUF file in a tiny wheel stands for the real one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import socket
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +17,11 @@ from prefixtune.errors import BackboneError, PrefixError
 MEMBER = "tiny_model/tiny.gguf"
 
 
-def sha256(path: Path) -> str:
+def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make_wheel(folder: Path, content: bytes = b"not really a model") -> tuple[Path, Pretrained]:
+def make_wheel(folder, content=b"not really a model"):
     """Write a wheel with one member, and the description with its right checksums."""
     wheel = folder / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -41,24 +37,24 @@ def make_wheel(folder: Path, content: bytes = b"not really a model") -> tuple[Pa
     return wheel, item
 
 
-def write_files(item: Pretrained, gguf: Path, target: Path) -> None:
+def write_files(item, gguf, target):
     """Stand for the conversion."""
     (target / "model.safetensors").write_bytes(gguf.read_bytes() * 2)
     (target / "config.json").write_text("{}")
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def wheel(tmp_path, home, monkeypatch):
     """A known model "tiny" whose conversion is instant and whose download is refused."""
     wheel, item = make_wheel(tmp_path)
 
-    def refuse(item: Pretrained, folder: Path, report: Any) -> Path:
+    def refuse(item, folder, report):
         raise AssertionError("no download was asked for")
 
     monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
@@ -67,14 +63,14 @@ def wheel(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return wheel
 
 
-def visible(home: Path) -> list[str]:
+def visible(home):
     """What lies in the cache besides the lock file."""
     folder = home / "pretrained"
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
 
 
-def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
+def test_prepare_once_then_only_look(home, wheel, monkeypatch):
+    lines = []
     assert pretrained_folder("tiny") is None
     folder = prepare("tiny", wheel=wheel, report=lines.append)
     assert folder == home / "pretrained" / "tiny" == pretrained_folder("tiny")
@@ -95,7 +91,7 @@ def test_prepare_once_then_only_look(home: Path, wheel: Path, monkeypatch: pytes
         lambda folder: (folder / "prepared.json").write_text('{"format": 1, "gguf_sha256": "0"}'),
     ],
 )
-def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: Any) -> None:
+def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel, spoil):
     folder = prepare("tiny", wheel=wheel)
     spoil(folder)
     assert pretrained_folder("tiny") is None
@@ -104,22 +100,22 @@ def test_a_damaged_folder_counts_as_missing_and_is_replaced(wheel: Path, spoil: 
     assert json.loads((folder / "prepared.json").read_text())["name"] == "tiny"
 
 
-def test_a_changed_wheel_is_refused(home: Path, wheel: Path) -> None:
+def test_a_changed_wheel_is_refused(home, wheel):
     wheel.write_bytes(wheel.read_bytes() + b"x")
     with pytest.raises(BackboneError, match=r"tiny_model.* has SHA-256"):
         prepare("tiny", wheel=wheel)
     assert visible(home) == []
 
 
-def test_a_missing_wheel_and_an_unknown_name(home: Path, wheel: Path) -> None:
+def test_a_missing_wheel_and_an_unknown_name(wheel):
     with pytest.raises(BackboneError, match="no wheel file"):
         prepare("tiny", wheel=wheel.with_name("missing.whl"))
     with pytest.raises(BackboneError, match="no packaged model 'smollm2-135n'"):
         prepare("smollm2-135n")
 
 
-def test_an_interrupted_preparation_leaves_nothing(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(item: Pretrained, gguf: Path, target: Path) -> None:
+def test_an_interrupted_preparation_leaves_nothing(home, wheel, monkeypatch):
+    def fail(item, gguf, target):
         write_files(item, gguf, target)
         raise OSError(28, "No space left on device")
 
@@ -130,10 +126,10 @@ def test_an_interrupted_preparation_leaves_nothing(home: Path, wheel: Path, monk
     assert pretrained_folder("tiny") is None
 
 
-def test_looking_uses_no_network_and_no_transformers(home: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_uses_no_network_and_no_transformers(wheel, monkeypatch):
     prepare("tiny", wheel=wheel)
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+    def refuse(*args, **kwargs):
         raise AssertionError("network or process used")
 
     monkeypatch.setattr(socket, "socket", refuse)
@@ -161,28 +157,28 @@ assert asked == "tiny-model==1.0 --hash=sha256:{sha256}" + chr(10), asked
 class Programs:
     """A fake pip of this Python and a fake uv, in place of the real ones."""
 
-    def __init__(self, folder: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder, wheel, monkeypatch):
         self.folder, self.wheel, self.monkeypatch = folder, wheel, monkeypatch
         self.log = folder / "log"
         monkeypatch.setenv("PYTHONPATH", str(folder / "packages"))
         monkeypatch.setenv("PATH", str(folder / "path"))
         monkeypatch.delenv("UV", raising=False)
 
-    def _write(self, path: Path, name: str, does: str) -> Path:
+    def _write(self, path, name, does):
         path.parent.mkdir(parents=True, exist_ok=True)
         does = does.format(wheel=str(self.wheel), sha256=sha256(self.wheel)) if "{" in does else does
         path.write_text(FAKE.format(python=sys.executable, log=str(self.log), name=name, does=does))
         path.chmod(0o755)
         return path
 
-    def pip(self, does: str = GIVES_THE_MODEL) -> None:
+    def pip(self, does=GIVES_THE_MODEL):
         main = self._write(self.folder / "packages" / "pip" / "__main__.py", "pip", does)
         (main.parent / "__init__.py").touch()
 
-    def uv(self, does: str = GIVES_THE_MODEL) -> None:
+    def uv(self, does=GIVES_THE_MODEL):
         self.monkeypatch.setenv("UV", str(self._write(self.folder / "path" / "uv", "uv", does)))
 
-    def calls(self) -> list[list[Any]]:
+    def calls(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
 
@@ -191,16 +187,14 @@ class TestFetch:
     """The download, with fakes of pip and uv."""
 
     @pytest.fixture
-    def programs(self, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    def programs(self, tmp_path, home, monkeypatch):
         wheel, item = make_wheel(tmp_path)
         monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
         monkeypatch.setattr(packaged, "convert_gguf", write_files)
         return Programs(tmp_path, wheel, monkeypatch)
 
     @pytest.mark.parametrize("program", ["pip", "uv"])
-    def test_one_exact_wheel_is_asked_for_with_the_users_settings(
-        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str
-    ) -> None:
+    def test_one_exact_wheel_is_asked_for_with_the_users_settings(self, home, programs, monkeypatch, program):
         getattr(programs, program)()
         monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
         folder = prepare("tiny")
@@ -213,9 +207,7 @@ class TestFetch:
         assert visible(home) == ["tiny"]
 
     @pytest.mark.parametrize(("program", "does"), [("pip", "sys.exit(3)"), ("uv", "time.sleep(60)")])
-    def test_failure_is_an_error_with_a_way_out(
-        self, home: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, program: str, does: str
-    ) -> None:
+    def test_failure_is_an_error_with_a_way_out(self, home, programs, monkeypatch, program, does):
         getattr(programs, program)(does)
         monkeypatch.setattr(packaged, "MAX_SECONDS", 0.5)
         with pytest.raises(BackboneError, match=program) as caught:
@@ -227,13 +219,13 @@ class TestFetch:
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] + ': ' + message['content'] }}</s>{% endfor %}"
 
 
-def byte_alphabet() -> list[str]:
+def byte_alphabet():
     from tokenizers import pre_tokenizers
 
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def write_tiny_gguf(path: Path) -> None:
+def write_tiny_gguf(path):
     """Write a one-layer LLaMA with a byte-level tokenizer of 256 bytes, 2 merges and 2 special tokens."""
     import gguf
 
@@ -264,7 +256,7 @@ def write_tiny_gguf(path: Path) -> None:
     writer.add_chat_template(TEMPLATE)
     random = np.random.default_rng(0)
 
-    def add(name: str, *shape: int) -> None:
+    def add(name, *shape):
         writer.add_tensor(name, (random.standard_normal(shape) / 8).astype(np.float32))
 
     add("token_embd.weight", len(tokens), width)
@@ -284,9 +276,7 @@ def write_tiny_gguf(path: Path) -> None:
     writer.close()
 
 
-def test_the_real_conversion_of_a_tiny_model(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_real_conversion_of_a_tiny_model(tmp_path, home, monkeypatch, capfd):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,11 +1,5 @@
 """A model without its weights is described by one of its layers, so all of them must attend alike."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.backbone.load import load_backbone
@@ -14,8 +8,8 @@ from prefixtune.errors import BackboneError
 
 
 @pytest.fixture
-def stored(tiny_models: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Callable[[str], str]:
-    def store(family: str) -> str:
+def stored(tiny_models, tiny_tokenizer, tmp_path):
+    def store(family):
         tiny_models(family).save_pretrained(tmp_path / family)
         tiny_tokenizer.save_pretrained(tmp_path / family)
         return str(tmp_path / family)
@@ -24,7 +18,7 @@ def stored(tiny_models: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("family", ["llama"])
-def test_shapes_are_those_of_the_loaded_model(stored: Callable[[str], str], family: str) -> None:
+def test_shapes_are_those_of_the_loaded_model(stored, family):
     found, wanted = load_shapes(stored(family)), load_backbone(stored(family), dtype="float32", device="cpu")
     assert found.fingerprint == wanted.fingerprint
     assert found.geometry == wanted.geometry
@@ -32,6 +26,6 @@ def test_shapes_are_those_of_the_loaded_model(stored: Callable[[str], str], fami
 
 
 @pytest.mark.parametrize("family", ["smollm3"])
-def test_layers_that_attend_in_two_ways_are_refused(stored: Callable[[str], str], family: str) -> None:
+def test_layers_that_attend_in_two_ways_are_refused(stored, family):
     with pytest.raises(BackboneError):
         load_shapes(stored(family))

@@ -1,11 +1,6 @@
 """The benchmarks run with a tiny model, `make gpu`'s on a CPU, whose page says what there is, and what there is not."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-
-import pytest
 
 from bench import gpu, serve, train
 from bench.models import save_model
@@ -14,7 +9,7 @@ from tools.gpu_page import page
 PARTS = {"load", "train", "decode", "prompt"}
 
 
-def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training(tmp_path, monkeypatch):
     # Slow, as PEFT is imported; in this process, and with little data.
     monkeypatch.setattr(train, "isolated", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(train, "QUICK_SETTINGS", [(2, 1)])
@@ -27,7 +22,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["value"] is not None for row in rows)
 
 
-def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving(tmp_path, monkeypatch):
     """Slow, as a real server starts: its texts over HTTP are those of the engine in this process."""
     monkeypatch.setattr("bench.data.E2E", tmp_path / "none")
     folder, file = save_model("tiny", tmp_path / "model"), tmp_path / "out.json"
@@ -39,7 +34,7 @@ def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["same_texts"] == {"torch and process": 1.0, "torch-one and transformers": 1.0}
 
 
-def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_on_a_cpu(tmp_path, monkeypatch):
     # In this process: each new one would load torch again.
     monkeypatch.setattr(gpu, "isolated", lambda work, *arguments: work(*arguments))
     monkeypatch.setenv("PREFIXTUNE_SELF_CHECK", "0")
@@ -59,8 +54,8 @@ def test_every_part_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(row["what"] in shown for row in results["summary"])
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(plan: gpu.Plan) -> None:
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def fail(plan):
         raise MemoryError
 
     monkeypatch.setattr(gpu, "isolated", lambda work, *arguments: work(*arguments))
@@ -72,7 +67,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: p
     assert row["not_measured"]
 
 
-def test_without_a_gpu_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,7 @@
 """`prefixtune chat`: its answers are those of `generate`, and whatever is typed, the conversation goes on."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,17 +20,17 @@ CONFIG = GenerateConfig(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def backbone(model: Path) -> Any:
+def backbone(model):
     return load_backbone(model, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def prefixes(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def prefixes(backbone, tmp_path_factory):
     """`whole` reads conversations; `single` was trained on single texts."""
     folder = tmp_path_factory.mktemp("prefixes")
     text_format = asdict(TextFormat(prompt="Say {source}:", target=" {target}"))
@@ -48,10 +43,10 @@ def prefixes(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.fixture
-def answer_to(backbone: Any) -> Callable[..., str]:
+def answer_to(backbone):
     """The answer to messages of the user and the assistant in turn."""
 
-    def answer(*messages: str, prefix: Any = None) -> str:
+    def answer(*messages, prefix=None):
         rendered = "".join(f"[{('user', 'assistant')[i % 2]}]{text}</s>" for i, text in enumerate(messages))
         ids = backbone.tokenizer(f"{rendered}[assistant]")["input_ids"]
         (answered,) = generate_ids(backbone, [ids], [prefix], config=CONFIG)
@@ -60,22 +55,20 @@ def answer_to(backbone: Any) -> Callable[..., str]:
     return answer
 
 
-def chat(*arguments: object, lines: str, code: int = 0) -> tuple[list[Any], str]:
+def chat(*arguments, lines, code=0):
     """The objects and the messages of a conversation."""
     out, err = run("chat", *map(str, arguments), *SHORT, "--json", stdin=lines, code=code)
     return [json.loads(line) for line in out.splitlines()], err
 
 
-def test_the_model_reads_the_whole_conversation(model: Path, answer_to: Callable[..., str]) -> None:
+def test_the_model_reads_the_whole_conversation(model, answer_to):
     (first, second, again), _ = chat("--backbone", model, lines="Hello\nWho are you?\n/reset\nHello\n/exit\nmore\n")
     assert first == {"text": "Hello", "output": answer_to("Hello"), "prefix": None, "stopped": False, "room": None}
     assert second["output"] == answer_to("Hello", first["output"].strip(), "Who are you?")
     assert again == first
 
 
-def test_prefixes_are_switched(
-    model: Path, backbone: Any, prefixes: dict[str, Path], answer_to: Callable[..., str]
-) -> None:
+def test_prefixes_are_switched(model, backbone, prefixes, answer_to):
     whole, single = (load_prefix(prefixes[name], backbone) for name in ("whole", "single"))
     files = ("--prefix", prefixes["whole"], "--prefix", prefixes["single"])
     rows, _ = chat("--backbone", model, *files, lines="a\n/prefix single\nb\n/prefix none\nc\n")
@@ -89,9 +82,7 @@ def test_prefixes_are_switched(
     assert err.endswith("  whole\n* single\n  none\n")
 
 
-def test_a_prefix_of_conversations_reads_all_messages(
-    model: Path, backbone: Any, answer_to: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_prefix_of_conversations_reads_all_messages(model, backbone, answer_to, tmp_path):
     file = make_prefix(backbone, tmp_path / "talks.safetensors", 4, text_format=asdict(chat_format(backbone, "model")))
     prefix = load_prefix(file, backbone)
     (first, second), err = chat("--backbone", model, "--prefix", file, lines="Hello\nWho are you?\n")
@@ -106,14 +97,14 @@ def test_a_prefix_of_conversations_reads_all_messages(
     assert (json.loads(out)["messages"], json.loads(out)["output"]) == (rows, second["output"].strip())
 
 
-def test_mistakes_keep_the_conversation(model: Path, prefixes: dict[str, Path], answer_to: Callable[..., str]) -> None:
+def test_mistakes_keep_the_conversation(model, answer_to):
     lines = f"/rest\n/prefix x\n/save\n{'long ' * 300}\n  \na\udcff\na\n"
     rows, _ = chat("--backbone", model, lines=lines)
     assert ["error" in row for row in rows] == [True] * 5 + [False]
     assert rows[-1]["output"] == answer_to("a")
 
 
-def test_an_answer_gets_the_room_that_is_left(model: Path, backbone: Any) -> None:
+def test_an_answer_gets_the_room_that_is_left(model, backbone):
     long = "x" * (backbone.max_positions - 60)
     out, _ = run("chat", "--backbone", str(model), *SHORT[2:], "--json", "--max-new-tokens", "500", stdin=long)
     assert 6 < json.loads(out)["room"] < 60
@@ -123,7 +114,7 @@ def test_an_answer_gets_the_room_that_is_left(model: Path, backbone: Any) -> Non
     assert third == first
 
 
-def test_messages_are_saved(model: Path, tmp_path: Path) -> None:
+def test_messages_are_saved(model, tmp_path):
     file = tmp_path / "new" / "chat.jsonl"
     (row, wrong), _ = chat("--backbone", model, lines=f"Grüße\n/save {file}\n/save {tmp_path}\n")
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
@@ -134,11 +125,11 @@ def test_messages_are_saved(model: Path, tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == ["chat.jsonl"]
 
 
-def test_an_answer_can_be_stopped(backbone: Any) -> None:
+def test_an_answer_can_be_stopped(backbone):
     conversation = Conversation(backbone, {}, lambda _: CONFIG.replace(max_new_tokens=40))
-    pieces: list[str] = []
+    pieces = []
 
-    def stop(piece: str) -> None:
+    def stop(piece):
         pieces.append(piece)
         if len(pieces) == 2:
             raise KeyboardInterrupt

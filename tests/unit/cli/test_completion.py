@@ -1,10 +1,7 @@
 """`prefixtune --install-completion`: what bash completes with its script, and where it is written."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +13,7 @@ COMPLETE = (
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
-def test_bash_completes_commands_options_choices_and_files(tmp_path: Path) -> None:
+def test_bash_completes_commands_options_choices_and_files(tmp_path):
     script = tmp_path / "prefixtune.bash"
     run("--install-completion", "--shell", "bash", "--output", str(script))
     (tmp_path / "my-page.html").touch()

@@ -1,11 +1,7 @@
 """`prefixtune compose`: what they write, and that nothing is written where a file is wrong."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,17 +12,12 @@ from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 
 
 @pytest.fixture
-def folder(
-    tiny_backbone: Callable[..., Any],
-    random_prefix: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def folder(tiny_backbone, random_prefix, tmp_path, monkeypatch):
     """Prefixes of one tiny LLaMA (`old` as before headers had a rotation), and one of other weights."""
     llama, other = tiny_backbone("llama"), tiny_backbone("llama", seed=1)
     monkeypatch.chdir(tmp_path)
 
-    def save(name: str, backbone: Any, length: int, **facts: Any) -> None:
+    def save(name, backbone, length, **facts):
         header = make_header(backbone, **facts)
         prefix = Prefix(random_prefix(backbone, length).layers, header)
         save_prefix(f"{name}.safetensors", prefix)
@@ -41,7 +32,7 @@ def folder(
     return tmp_path
 
 
-def _error(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+def _error(arguments, capsys):
     """What is said of a wrong command, which writes nothing."""
     before = sorted(Path().iterdir())
     assert main(arguments.split()) == 2
@@ -49,7 +40,7 @@ def _error(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_joined_files_have_both_and_say_so(folder, capsys):
     command = "compose manual.safetensors style.safetensors --output both.safetensors --json"
     assert main(command.split()) == 0
     said = json.loads(capsys.readouterr().out)
@@ -64,13 +55,13 @@ def test_joined_files_have_both_and_say_so(folder: Path, capsys: pytest.CaptureF
 
 
 @pytest.fixture
-def loaded(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded(tiny_backbone, monkeypatch):
     """The names of the backbones that were loaded; each is the tiny LLaMA."""
     import prefixtune.backbone.load as loading
 
-    names: list[str] = []
+    names = []
 
-    def load(name: str, **options: Any) -> Any:
+    def load(name, **options):
         names.append(name)
         return tiny_backbone("llama")
 
@@ -78,14 +69,14 @@ def loaded(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -
     return names
 
 
-def test_an_older_files_backbone_is_run(folder: Path, loaded: list[str]) -> None:
+def test_an_older_files_backbone_is_run(folder, loaded):
     assert main(["compose", "old.safetensors", "old.safetensors", "--output", "both.safetensors"]) == 0
     assert main(["compose", "manual.safetensors", "old.safetensors", "--output", "known.safetensors"]) == 0
     assert loaded == ["tiny-llama"]
     assert read_artifact("both.safetensors").equal(concatenate([read_artifact("manual.safetensors")] * 2))
 
 
-def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cut_files(folder, capsys):
     assert main(["compose", "manual.safetensors", "--length", "2", "--output", "short.safetensors", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["prefix_length"], said["mode"], said["exact"]) == ({"decoder": 2}, "cut", True)
@@ -93,7 +84,7 @@ def test_cut_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_artifact("short.safetensors").equal(manual[:2])
 
 
-def test_what_does_not_belong_together_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_belong_together_is_refused(folder, capsys):
     for command in (
         "manual.safetensors other.safetensors",
         "manual.safetensors long.safetensors",

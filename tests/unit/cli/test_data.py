@@ -1,11 +1,6 @@
 """`prefixtune data` on the command line."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +11,7 @@ from prefixtune.training.presets import preset
 
 
 @pytest.fixture
-def words(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> list[str]:
+def words(tmp_path, tiny_models, tiny_tokenizer):
     """A command on a small file, with a backbone that has no weights."""
     tiny_models("llama").config.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
@@ -25,7 +20,7 @@ def words(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) 
     return ["data", str(tmp_path / "rows.jsonl"), "--backbone", str(tmp_path / "model")]
 
 
-def test_for_people_and_for_programs(words: list[str], tmp_path: Path) -> None:
+def test_for_people_and_for_programs(words, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     shown, _ = command_line.run(*words)
     assert "read as prompts and completions: examples 29, targets 29" in shown
@@ -36,7 +31,7 @@ def test_for_people_and_for_programs(words: list[str], tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
-def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_path: Path) -> None:
+def test_characters_that_steer_a_terminal_are_not_shown(words, tmp_path):
     row = {"prompt": "a\x1b[2J", "completion": "b\u202ec"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     shown = command_line.run(*words)[0]
@@ -50,9 +45,9 @@ def test_characters_that_steer_a_terminal_are_not_shown(words: list[str], tmp_pa
     assert "\x1b" not in shown
 
 
-def test_the_list_of_tasks_holds_what_a_program_needs() -> None:
+def test_the_list_of_tasks_holds_what_a_program_needs():
     listed = json.loads(command_line.run("data", "--tasks", "--json")[0])["tasks"]
-    tasks: dict[str, Any] = {task["name"]: task for task in listed}
+    tasks = {task["name"]: task for task in listed}
     assert list(tasks) == list(TASKS)
     assert tasks["webnlg"]["formats"] == [".xml", ".jsonl"]
     assert tasks["dart"]["presets"]["paper"]["prefix"] == preset("paper", "dart")

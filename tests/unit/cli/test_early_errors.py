@@ -1,10 +1,6 @@
 """Mistakes that need no model are reported before one loads, by every command."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,10 +20,10 @@ LLAMA = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """A folder with data, prefixes and what looks like a model; nobody may load it."""
 
-    def loaded(*given: Any, **more: Any) -> Any:
+    def loaded(*given, **more):
         pytest.fail("the backbone was loaded")
 
     replace_everywhere(monkeypatch, prefixtune.backbone.load.load_backbone, loaded)
@@ -74,9 +70,7 @@ MISTAKES = [
 ]
 
 
-def test_a_mistake_is_reported_before_the_model_loads_and_leaves_no_file(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_reported_before_the_model_loads_and_leaves_no_file(folder, capsys):
     before = sorted(folder.iterdir())
     for command, named in MISTAKES:
         assert main(command.split()) == 2, command
@@ -87,5 +81,5 @@ def test_a_mistake_is_reported_before_the_model_loads_and_leaves_no_file(
         assert sorted(folder.iterdir()) == before, command
 
 
-def test_every_command_has_a_mistake_in_the_table() -> None:
+def test_every_command_has_a_mistake_in_the_table():
     assert {command.split()[0] for command, _ in MISTAKES} == command_options().keys()

@@ -1,16 +1,12 @@
 """`prefixtune env`: what it says of a machine, and that it gives no secret away."""
 
-from __future__ import annotations
-
 import json
-
-import pytest
 
 import prefixtune
 from command_line import run
 
 
-def test_it_names_versions_devices_and_folders_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_names_versions_devices_and_folders_and_no_secret(monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_HOME", "/somewhere")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PREFIXTUNE_SERVE_ADMIN_KEY", "HTTPS_PROXY"):

@@ -1,9 +1,6 @@
 """What the command line says of mistakes: a line with a hint to people, JSON to programs."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +15,7 @@ from prefixtune.cli.main import main
         (["inspect", "/nowhere.safetensors", "--json"], "CheckpointError", "/nowhere.safetensors"),
     ],
 )
-def test_with_json_a_mistake_is_one_object_on_stderr(
-    arguments: list[str], kind: str, named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_with_json_a_mistake_is_one_object_on_stderr(arguments, kind, named, capsys):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -30,10 +25,8 @@ def test_with_json_a_mistake_is_one_object_on_stderr(
     assert named in error["error"]
 
 
-def test_an_interruption_is_json_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stopped(*given: object, **more: object) -> None:
+def test_an_interruption_is_json_too(tmp_path, monkeypatch, capsys):
+    def stopped(*given, **more):
         raise KeyboardInterrupt("the state is saved")
 
     monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", stopped)
@@ -50,10 +43,8 @@ def test_an_interruption_is_json_too(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ],
 )
-def test_too_little_memory_is_no_bug(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def too_large(*given: object, **more: object) -> None:
+def test_too_little_memory_is_no_bug(error, tmp_path, monkeypatch, capsys):
+    def too_large(*given, **more):
         raise error
 
     monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", too_large)
@@ -66,8 +57,8 @@ def test_too_little_memory_is_no_bug(
     assert "--batch-size" in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*given: object, **more: object) -> None:
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*given, **more):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("prefixtune.backbone.prefixes.load_prefix", broken)

@@ -1,12 +1,8 @@
 """`prefixtune evaluate`: how data is read with a trained prefix; outputs of any system, scored without a model."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,22 +21,22 @@ SOURCES = ["name : Aromi", "name : Blue Spice", "name : The Mill | near :  Aromi
 OUTPUTS = ["Aromi is a pub.", "Blue Spice is by the river.", "The Mill is near Aromi."]
 
 
-def save(path: Path, **header: Any) -> str:
+def save(path, **header):
     pair = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
     facts = {"backbone": {"name": "model", "kind": "decoder", "fingerprint": "a:b"}, "task": "records", **header}
     return str(save_prefix(path, Prefix({"decoder": (pair,)}, facts)))
 
 
-def write(path: Path, text: str) -> str:
+def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
 
 
-def as_lines(rows: list[dict[str, Any]]) -> str:
+def as_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Path) -> None:
+def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path):
     prefix = save(tmp_path / "p.safetensors", text_format={"source": "{name} is {food}", "target_template": "text"})
     data = write(tmp_path / "qa.jsonl", as_lines([{"question": "Who?", "answer": "Ann."}]))
     words = ("evaluate", "--prefix", prefix, "--data", data, "--print-config")
@@ -51,7 +47,7 @@ def test_a_form_is_read_with_a_prefix_that_was_trained_by_templates(tmp_path: Pa
     assert "questions and answers" in err
 
 
-def test_options_that_do_not_go_with_texts_alone_or_with_a_model(tmp_path: Path) -> None:
+def test_options_that_do_not_go_with_texts_alone_or_with_a_model(tmp_path):
     data = write(tmp_path / "texts.jsonl", '{"text": "one two"}\n')
     for option in (("--metrics", "bleu"), ("--instruction", "Go on."), ("--against", "x.txt")):
         with pytest.raises(ConfigError, match=option[0]):
@@ -62,22 +58,21 @@ def test_options_that_do_not_go_with_texts_alone_or_with_a_model(tmp_path: Path)
 
 
 @pytest.fixture
-def references(tmp_path: Path) -> str:
+def references(tmp_path):
     return write(tmp_path / "test.jsonl", as_lines(ITEMS))
 
 
 @pytest.fixture
-def outputs(tmp_path: Path) -> str:
+def outputs(tmp_path):
     return write(tmp_path / "outputs.txt", "".join(f"{line}\n" for line in OUTPUTS))
 
 
-def scored(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def scored(capsys, *arguments):
     assert call("evaluate", *arguments, "--json") == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    return json.loads(capsys.readouterr().out)
 
 
-def test_scores_agree_with_the_library(references: str, outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_agree_with_the_library(references, outputs, capsys):
     from prefixtune.evaluation.metrics import measure
 
     options = ("--task", "e2e", "--data", references, "--outputs", outputs)
@@ -90,9 +85,7 @@ def test_scores_agree_with_the_library(references: str, outputs: str, capsys: py
     assert other["scores"]["bleu"]["implementation"].endswith("protocol plain")
 
 
-def test_outputs_are_lines_or_json_lines_in_any_order(
-    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_are_lines_or_json_lines_in_any_order(references, outputs, tmp_path, capsys, monkeypatch):
     options = ("--task", "e2e", "--data", references, "--metrics", "bleu", "--outputs")
     wanted = scored(capsys, *options, outputs)
     rows = [
@@ -110,9 +103,7 @@ def test_outputs_are_lines_or_json_lines_in_any_order(
             call("evaluate", *options, *arguments)
 
 
-def test_a_second_system_intervals_and_the_report(
-    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_system_intervals_and_the_report(references, outputs, tmp_path, capsys):
     other = write(tmp_path / "other.txt", "Something.\nQuite.\nDifferent.\n")
     options = ["--task", "e2e", "--data", references, "--outputs", outputs, "--metrics", "ter"]
     options += ["--intervals", "--against", other, "--output", str(tmp_path / "scored")]
@@ -127,15 +118,12 @@ def test_a_second_system_intervals_and_the_report(
     assert call("evaluate", *options) == 0
     assert "approximate randomization" in capsys.readouterr().out
     stored = read_results(tmp_path / "scored")
-    assert stored.evaluation is not None
     assert stored.evaluation.summary()["against"] == against
     assert [row.output for row in stored.outputs] == OUTPUTS
     assert f"p = {found['p_value']:.4f}" in to_html(compose([stored]))
 
 
-def test_the_first_examples_or_all(
-    references: str, outputs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_first_examples_or_all(references, outputs, tmp_path, capsys):
     options = ("--task", "e2e", "--data", references, "--metrics", "ter", "--outputs")
     first = write(tmp_path / "first.txt", "".join(f"{line}\n" for line in OUTPUTS[:2]))
     for wrong in ((first,), (first, "--limit", "1")):
@@ -146,9 +134,7 @@ def test_the_first_examples_or_all(
     assert found == scored(capsys, *options, outputs, "--limit", "2"), "outputs may also be of all examples"
 
 
-def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(
-    references: str, outputs: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(references, outputs, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     options = ["--task", "e2e", "--data", references, "--outputs", outputs]
     result = scored(capsys, *options)
@@ -158,7 +144,7 @@ def test_without_java_default_metrics_are_left_out_and_asked_ones_refused(
         call("evaluate", *options, "--metrics", "bleu,meteor")
 
 
-def test_labels_and_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_and_tags(tmp_path, capsys):
     labels = write(tmp_path / "test.csv", "text,label\nsplendid,good\ndull,bad\nfine,good\n")
     options = ["--data", labels, "--outputs", write(tmp_path / "labels.txt", "good\ngood\ngood\n")]
     found = {name: one["score"] for name, one in scored(capsys, *options)["scores"].items()}

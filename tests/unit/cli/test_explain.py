@@ -1,11 +1,6 @@
 """`prefixtune explain`: the page, the figures and the JSON that it writes; what a stop leaves."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,12 +16,7 @@ TEXT_FORMAT = {"prompt": "{source} =", "target": " {target}", "source": "name", 
 
 
 @pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_models: Callable[..., Any],
-    tiny_tokenizer: Any,
-    random_prefix: Callable[..., Any],
-) -> Path:
+def folder(tmp_path_factory, tiny_models, tiny_tokenizer, random_prefix):
     """A model, two prefixes and some rows."""
     folder = tmp_path_factory.mktemp("explain")
     tiny_models("llama", max_position_embeddings=512).save_pretrained(folder / "model")
@@ -45,7 +35,7 @@ def folder(
     return folder
 
 
-def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_path: Path) -> None:
+def test_the_page_holds_every_view_and_the_numbers_are_json(folder, tmp_path):
     page, figures = tmp_path / "page.html", tmp_path / "figures"
     words = ["explain", str(folder / "a.safetensors"), "--data", str(folder / "rows.jsonl"), "--rows", "4"]
     words += ["--against", str(folder / "b.safetensors"), "--output", str(page), "--figures", str(figures)]
@@ -66,9 +56,7 @@ def test_the_page_holds_every_view_and_the_numbers_are_json(folder: Path, tmp_pa
     }
 
 
-def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
     backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
     style = tmp_path / "style.safetensors"
@@ -81,10 +69,8 @@ def test_data_of_joined_prefixes_are_read_as_the_joined_one_reads_them(
     assert (found["task"], found["prefix_length"]) == ("records", {"decoder": 5})
 
 
-def test_a_stopped_run_keeps_the_views_that_are_done(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(*_: Any, **__: Any) -> Iterator[View]:
+def test_a_stopped_run_keeps_the_views_that_are_done(folder, tmp_path, monkeypatch):
+    def stopped(*_, **__):
         yield View("loss", left_out="of no matter.")
         raise KeyboardInterrupt
 

@@ -1,12 +1,7 @@
 """`prefixtune export`: what it writes and prints, and what it refuses with exit code 2."""
 
-from __future__ import annotations
-
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,13 +10,9 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.prefix.prefix import Prefix, save_prefix
 
-Make = Callable[..., Any]
-
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_models: Make, tiny_tokenizer: Any, random_prefix: Make
-) -> Path:
+def trained(tmp_path_factory, tiny_models, tiny_tokenizer, random_prefix):
     """A prefix file that names its backbone's folder."""
     folder = tmp_path_factory.mktemp("trained")
     tiny_models("llama").save_pretrained(folder / "model")
@@ -31,11 +22,11 @@ def trained(
     return save_prefix(folder / "pubs.safetensors", Prefix(prefix.layers, make_header(backbone, task="e2e")))
 
 
-def export(trained: Path, *arguments: object) -> int:
+def export(trained, *arguments):
     return main(["export", str(trained), *map(str, arguments)])
 
 
-def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llama_cpp(trained, tmp_path, capsys):
     folder = tmp_path / "out"
     assert export(trained, "--to", "llama.cpp", "--output", folder, "--kv-type", "f32") == 0
     shown = capsys.readouterr()
@@ -48,7 +39,7 @@ def test_llama_cpp(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (result["kv_type"], result["folder"]) == ("f16", str(folder))
 
 
-def test_mistakes_exit_with_2(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_mistakes_exit_with_2(trained, tmp_path, monkeypatch, capsys):
     for arguments, named in ((("llamacpp",), "--to"), (("onnx", "--kv-type", "f16"), "--kv-type")):
         assert export(trained, "--output", tmp_path / "out", "--to", *arguments) == 2
         assert named in capsys.readouterr().err
@@ -58,7 +49,7 @@ def test_mistakes_exit_with_2(trained: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_written_over(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_not_written_over(trained, tmp_path, capsys):
     (tmp_path / "prefix.safetensors").write_text("mine")
     assert export(trained, "--to", "llama.cpp", "--output", tmp_path) == 2
     assert "loading" not in capsys.readouterr().err

@@ -1,13 +1,8 @@
 """`prefixtune generate`: what its texts are, what it takes, and what it refuses before the backbone loads."""
 
-from __future__ import annotations
-
 import io
 import json
 import tomllib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,7 +24,7 @@ SHORT = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", "--qu
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+def model(tmp_path_factory, tiny_models, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("model")
     tiny_models("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -37,12 +32,12 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_models: Callable[..., A
 
 
 @pytest.fixture(scope="module")
-def backbone(model: Path) -> Any:
+def backbone(model):
     return load_backbone(model, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def prefixes(backbone: Any, random_prefix: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def prefixes(backbone, random_prefix, tmp_path_factory):
     """Two prefixes, the first of the task e2e, which decodes with five beams and at least five tokens."""
     folder = tmp_path_factory.mktemp("prefixes")
     return [
@@ -57,30 +52,28 @@ def prefixes(backbone: Any, random_prefix: Callable[..., Any], tmp_path_factory:
 
 
 @pytest.fixture
-def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any, **__: Any) -> None:
+def no_loading(monkeypatch):
+    def load(*_, **__):
         raise AssertionError("the backbone was loaded before the options were checked")
 
     monkeypatch.setattr("prefixtune.backbone.load.load_backbone", load)
 
 
-def outputs(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+def outputs(capsys, *words):
     assert main(["generate", *words, *SHORT]) == 0
     return lines_of(capsys.readouterr().out)
 
 
-def lines_of(text: str) -> list[str]:
+def lines_of(text):
     # The tiny model writes characters that `splitlines` takes for line breaks.
     return text.removesuffix("\n").split("\n")
 
 
-def in_lines(texts: list[str]) -> list[str]:
+def in_lines(texts):
     return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
 
 
-def test_joined_prefixes_are_those_of_the_composed_file(
-    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_joined_prefixes_are_those_of_the_composed_file(backbone, random_prefix, tmp_path, capsys):
     files = {}
     # A + within the name of a file that exists is part of that name.
     for seed, name in enumerate(("manual", "c+style", "user")):
@@ -101,9 +94,7 @@ def test_joined_prefixes_are_those_of_the_composed_file(
     assert outputs(capsys, texts[1], "--prefix", named[1], "--stream")[0].strip() == written[mixes[1]].strip()
 
 
-def test_what_cannot_be_joined_is_said_before_the_model_loads(
-    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, no_loading: None, capsys: Any
-) -> None:
+def test_what_cannot_be_joined_is_said_before_the_model_loads(backbone, random_prefix, tmp_path, no_loading, capsys):
     header = make_header(backbone, task="records")
     most = header["rotation"]["max_positions"]
     files = [
@@ -115,9 +106,7 @@ def test_what_cannot_be_joined_is_said_before_the_model_loads(
         assert str(most) in capsys.readouterr().err
 
 
-def test_blank_lines_have_empty_results(
-    prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blank_lines_have_empty_results(prefixes, capsys, monkeypatch):
     lines = "one\n\ntwo\n  \n"
     alone = outputs(capsys, "one", "two", "--prefix", prefixes[1])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -131,9 +120,7 @@ def test_blank_lines_have_empty_results(
 
 
 @pytest.mark.parametrize("method", ["prefix", "full"])
-def test_a_run_of_any_method_generates(
-    method: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_any_method_generates(method, model, tmp_path, capsys):
     example = {"source": "one", "targets": ["two", "three"]}
     settings = {"max_steps": 3, "prefix_length": 2, "learning_rate": 0.1, "dtype": "float32", "device": "cpu"}
     result = train(
@@ -148,9 +135,7 @@ def test_a_run_of_any_method_generates(
     assert shown == in_lines(expected)
 
 
-def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(model, tmp_path, capsys):
     words = {"good": "near", "bad": "rained", "mid": "river"}
     examples = [{"source": f"{label} day", "targets": [label]} for label in words]
     settings = {"max_steps": 2, "learning_rate": 0.1, "dtype": "float32", "device": "cpu", "task": "classification"}
@@ -178,9 +163,7 @@ def test_a_classifier_of_any_method_chooses_among_its_own_labels_by_their_words(
         ({"name": "Aromi", "food": "soup", "prompt": "Say"}, "Say", ("--form", "prompt")),
     ],
 )
-def test_rows_need_no_targets(
-    row: dict[str, Any], text: str, more: tuple[str, ...], prefixes: list[str], tmp_path: Path, capsys: Any
-) -> None:
+def test_rows_need_no_targets(row, text, more, prefixes, tmp_path, capsys):
     prefix = load_prefix(prefixes[1])
     form = {**TextFormat().to_dict(), "source": "{name} is {food}", "target_template": "text"}
     file = save_prefix(tmp_path / "p.safetensors", Prefix(prefix.layers, {**prefix.header, "text_format": form}))
@@ -192,25 +175,21 @@ def test_rows_need_no_targets(
         assert text == (found["text"] if "text" in found else found["messages"][-1]["content"])
 
 
-def test_a_byte_order_mark_on_stdin_is_no_text(
-    prefixes: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_byte_order_mark_on_stdin_is_no_text(prefixes, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfab\r\ncd\n"), encoding="latin-1"))
     monkeypatch.setattr("sys.argv", ["prefixtune", "generate", "--prefix", prefixes[1], "--json", *SHORT])
     assert main() == 0
     assert [json.loads(line)["text"] for line in lines_of(capsys.readouterr().out)] == ["ab", "cd"]
 
 
-def test_print_config_shows_the_settings_that_result(prefixes: list[str], capsys: Any, no_loading: None) -> None:
+def test_print_config_shows_the_settings_that_result(prefixes, capsys, no_loading):
     assert call("generate", "--print-config", "--prefix", prefixes[0], "--top-k", "5", "--temperature", "1") == 0
     shown = GenerateConfig(**tomllib.loads(capsys.readouterr().out))
     values = {name: value for name, value in TASKS["e2e"].decoding.items() if name != "num_beams"}
     assert shown == GenerateConfig(**values, top_k=5, temperature=1)
 
 
-def test_outputs_may_be_as_long_as_the_longest_target_of_records(
-    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: Any, no_loading: None
-) -> None:
+def test_outputs_may_be_as_long_as_the_longest_target_of_records(backbone, random_prefix, tmp_path, capsys, no_loading):
     layers = random_prefix(backbone, 3).layers
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"source": "ab", "target": "c"}))
@@ -223,9 +202,7 @@ def test_outputs_may_be_as_long_as_the_longest_target_of_records(
         assert tomllib.loads(capsys.readouterr().out)["max_new_tokens"] == 162
 
 
-def test_an_output_does_not_steer_a_terminal(
-    prefixes: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_does_not_steer_a_terminal(prefixes, capsys, monkeypatch):
     monkeypatch.setattr("prefixtune.inference.generate.generate", lambda *_, **__: ["a\x1b[2Jb"])
     monkeypatch.setattr("prefixtune.inference.generate.stream", lambda *_, **__: iter(["a\x1b", "[2Jb"]))
     words = ["generate", "--prefix", prefixes[1], "one", *SHORT[:-1], "--quiet"]
@@ -236,9 +213,7 @@ def test_an_output_does_not_steer_a_terminal(
     assert capsys.readouterr().out == "a\ufffd[2Jb\n" * 2
 
 
-def test_texts_are_routed_to_the_memory_with_the_nearest_question(
-    backbone: Any, random_prefix: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_texts_are_routed_to_the_memory_with_the_nearest_question(backbone, random_prefix, tmp_path, capsys):
     files = []
     for seed, animal in enumerate(("owl", "fox")):
         header = make_header(backbone) | {"questions": [[f"Where is the {animal}?", "here"], ["When?", "now"]]}

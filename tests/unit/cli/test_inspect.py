@@ -1,11 +1,7 @@
 """`prefixtune inspect FOLDER`: what is listed, and what is said of broken files."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from prefixtune.training.artifact import save_weights
 
 
 @pytest.fixture
-def folder(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], tmp_path: Path) -> Path:
+def folder(tiny_backbone, random_prefix, tmp_path):
     """Two prefixes, a run with a third, and two broken files."""
     decoder, bart = tiny_backbone("llama"), tiny_backbone("bart")
     pubs = Prefix(random_prefix(decoder, 4).layers, make_header(decoder, task="e2e"))
@@ -32,9 +28,7 @@ def folder(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any],
     return tmp_path
 
 
-def test_a_folder_is_listed_and_broken_files_have_their_reason(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_is_listed_and_broken_files_have_their_reason(folder, capsys):
     assert main(["inspect", str(folder), "--json"]) == 1
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
     assert list(rows) == sorted(rows)
@@ -51,9 +45,7 @@ def test_a_folder_is_listed_and_broken_files_have_their_reason(
     assert "cut.safetensors" in rows["cut.safetensors"]["error"]
 
 
-def test_runs_of_other_methods_are_listed(
-    folder: Path, tiny_backbone: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_of_other_methods_are_listed(folder, tiny_backbone, capsys):
     header = make_header(tiny_backbone("llama"), task="records", method="bias")
     save_weights(folder / "tuned" / "weights.safetensors", {"a.bias": torch.zeros(5)}, header)
     (folder / "tuned" / "state.safetensors").write_bytes(b"the state")
@@ -67,6 +59,6 @@ def test_runs_of_other_methods_are_listed(
     assert main(["inspect", str(folder / "tuned")]) == 1
 
 
-def test_a_folder_without_prefixes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_prefixes_is_refused(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

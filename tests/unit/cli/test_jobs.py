@@ -1,13 +1,8 @@
 """`prefixtune jobs` against a server that the test scripts: what is sent, what is shown, and every way to fail."""
 
-from __future__ import annotations
-
 import json
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,29 +24,27 @@ EVENTS = [
     {"id": "ftevent-3", "level": "info", "data": {"step": 3, "total_steps": 4, "train_loss": 1 / 3}},
 ]
 
-Answer = tuple[int, dict[str, str], bytes]
 
-
-def as_json(value: object, status: int = 200) -> Answer:
+def as_json(value, status=200):
     return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
-def as_error(status: int, message: str) -> Answer:
+def as_error(status, message):
     return as_json({"error": {"message": message, "type": "x", "param": None, "code": None}}, status)
 
 
 class FakeServer:
     """Answers in the order that a test gives, and keeps what was asked."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
-        self.answers: dict[str, list[Answer]] = {}
+    def __init__(self):
+        self.asked = []
+        self.answers = {}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def answer(self) -> None:
+            def answer(self):
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.asked.append((self.command, self.path, dict(self.headers.items()), body))
                 scripted = outer.answers[f"{self.command} {self.path.partition('?')[0]}"]
@@ -65,28 +58,28 @@ class FakeServer:
 
             do_GET = do_POST = do_DELETE = answer
 
-            def log_message(self, *_: object) -> None:
+            def log_message(self, *_):
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
-    def on(self, request: str, *answers: Answer) -> None:
+    def on(self, request, *answers):
         method, path = request.split()
         self.answers[f"{method} /v1{path}"] = list(answers)
 
-    def sent(self, request: str) -> list[Any]:
+    def sent(self, request):
         method, path = request.split()
         return [body for asked, where, _, body in self.asked if (asked, where) == (method, f"/v1{path}")]
 
-    def close(self) -> None:
+    def close(self):
         self._server.shutdown()
         self._server.server_close()
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+def server(monkeypatch):
     for name in ("PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("prefixtune.cli.commands.jobs._PAUSE", 0.01)
@@ -102,28 +95,25 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def jobs(server: FakeServer) -> Callable[..., tuple[str, str]]:
+def jobs(server):
     return lambda *words, **options: run("jobs", *words, "--url", server.url, **options)
 
 
-Jobs = Callable[..., tuple[str, str]]
-
-
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     return path
 
 
-def test_a_file_that_cannot_be_trained_on_makes_no_job(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+def test_a_file_that_cannot_be_trained_on_makes_no_job(jobs, server, rows):
     server.on("POST /files", as_json({**FILE, "status": "error", "status_details": "line 7 is\x1b[2J wrong."}))
     _, err = jobs("create", str(rows), code=2)
     assert "line 7 is\ufffd[2J wrong." in err
     assert not server.sent("POST /fine_tuning/jobs")
 
 
-def test_a_document_its_questions_and_options(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+def test_a_document_its_questions_and_options(jobs, server, rows):
     files = ("--document", "--questions", "self", "--model", "tiny", "--validation", FILE["id"])
     jobs("create", str(rows), *files, "--option", "n_epochs=3", "--option", "seed=1")
     assert b"\r\n\r\ndocument\r\n" in server.sent("POST /files")[0]
@@ -137,7 +127,7 @@ def test_a_document_its_questions_and_options(jobs: Jobs, server: FakeServer, ro
     }
 
 
-def test_mistakes_are_seen_before_anything_is_sent(jobs: Jobs, server: FakeServer, rows: Path) -> None:
+def test_mistakes_are_seen_before_anything_is_sent(jobs, server, rows):
     for words, named in (
         (["create"], "create"),
         (["list", "x"], "list"),
@@ -150,7 +140,7 @@ def test_mistakes_are_seen_before_anything_is_sent(jobs: Jobs, server: FakeServe
     assert "secret" not in err
 
 
-def test_follow_waits_for_a_server_that_is_away(jobs: Jobs, server: FakeServer) -> None:
+def test_follow_waits_for_a_server_that_is_away(jobs, server):
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}", as_json(JOB), as_error(503, "starting"), as_json(DONE))
     events = f"GET /fine_tuning/jobs/{JOB['id']}/events"
     server.on(events, as_json({"data": EVENTS[1::-1]}), as_json({"data": EVENTS[::-1]}))
@@ -159,7 +149,7 @@ def test_follow_waits_for_a_server_that_is_away(jobs: Jobs, server: FakeServer) 
     assert err == ""
 
 
-def test_follow_says_what_became_of_it(jobs: Jobs, server: FakeServer) -> None:
+def test_follow_says_what_became_of_it(jobs, server):
     error = {"code": "c", "message": "row 7\x1b[2J is wrong"}
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}", as_json({**JOB, "status": "failed", "error": error}))
     out, err = jobs("follow", JOB["id"], code=1)
@@ -179,7 +169,7 @@ def test_follow_says_what_became_of_it(jobs: Jobs, server: FakeServer) -> None:
         (302, {"Location": "http://elsewhere/"}, b""),
     ],
 )
-def test_answers_that_are_none(answer: Answer, jobs: Jobs, server: FakeServer) -> None:
+def test_answers_that_are_none(answer, jobs, server):
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}", answer)
     out, err = jobs("show", JOB["id"], code=2)
     assert out == ""
@@ -187,13 +177,13 @@ def test_answers_that_are_none(answer: Answer, jobs: Jobs, server: FakeServer) -
     assert len(server.asked) == 1
 
 
-def test_a_change_is_not_asked_for_again(jobs: Jobs, server: FakeServer) -> None:
+def test_a_change_is_not_asked_for_again(jobs, server):
     server.on(f"POST /fine_tuning/jobs/{JOB['id']}/cancel", as_error(503, "the database is away"), as_json(JOB))
     assert "the database is away" in jobs("cancel", JOB["id"], code=2)[1]
     assert len(server.sent(f"POST /fine_tuning/jobs/{JOB['id']}/cancel")) == 1
 
 
-def test_a_job_is_asked_for_again_as_the_same_one(jobs: Jobs, server: FakeServer) -> None:
+def test_a_job_is_asked_for_again_as_the_same_one(jobs, server):
     server.on("POST /fine_tuning/jobs", as_error(503, "away"), as_json(JOB))
     jobs("create", FILE["id"])
     keys = [headers["Idempotency-Key"] for method, _, headers, _ in server.asked if method == "POST"]
@@ -201,7 +191,7 @@ def test_a_job_is_asked_for_again_as_the_same_one(jobs: Jobs, server: FakeServer
     assert len(set(keys)) == 1
 
 
-def test_which_key_is_sent(jobs: Jobs, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_key_is_sent(jobs, server, monkeypatch):
     # A proxy of the environment is not for this machine.
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a")

@@ -1,11 +1,6 @@
 """`prefixtune length`: the table, JSON, and going on."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +10,7 @@ from prefixtune.evaluation.length import LENGTH_FILE
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> list[str]:
+def arguments(tmp_path, tiny_models, tiny_tokenizer):
     tiny_models("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     rows = [{"name": name, "text": f"{name} eats."} for name in ("Ann", "Bo", "Cy", "Di")]
@@ -29,7 +24,7 @@ def arguments(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: A
     ]
 
 
-def test_a_table_the_cut_prefix_and_the_curve_again(arguments: list[str], tmp_path: Path) -> None:
+def test_a_table_the_cut_prefix_and_the_curve_again(arguments, tmp_path):
     out, _ = run(*arguments)
     stored = json.loads((tmp_path / "run" / LENGTH_FILE).read_text())
     rows = [line.split() for line in out.splitlines()[1:-1]]

@@ -1,13 +1,9 @@
 """Files and folders that the user may not read or write are one line with the path and the reason, in every command."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +23,7 @@ COMMANDS = [
 
 
 @contextlib.contextmanager
-def usual_user() -> Iterator[None]:
+def usual_user():
     """For the superuser, too, permissions hold: Linux's capabilities to ignore them are laid down."""
     if os.geteuid() != 0:
         yield
@@ -47,7 +43,7 @@ def usual_user() -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path, monkeypatch):
     """A folder in which the user may not read or enter everything."""
     for inner in ("closed", "model"):
         (tmp_path / inner).mkdir()
@@ -66,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "closed").chmod(0o700)
 
 
-def test_a_path_that_is_closed_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_is_closed_is_one_line(folder, capsys):
     for command in COMMANDS:
         assert main(command.split()) == 2, command
         err = capsys.readouterr().err

@@ -1,9 +1,6 @@
 """`prefixtune report`: the files that it writes, what it prints, what it refuses."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +9,11 @@ from made_up_runs import evaluation
 from prefixtune.errors import ConfigError, DataError, PrefixError
 
 
-def run(*arguments: object) -> int:
+def run(*arguments):
     return call("report", *arguments)
 
 
-def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_go_into_a_folder(tmp_path, capsys):
     folder, page, figures = evaluation(tmp_path / "run"), tmp_path / "out.html", tmp_path / "new" / "figures"
     run(folder, "--output", page, "--title", "Notices & more", "--figures", figures, "--quiet", "--json")
     assert "<h1>Notices &amp; more</h1>" in page.read_text(encoding="utf-8")
@@ -25,7 +22,7 @@ def test_figures_go_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {path.stem for path in figures.glob("*.pdf")} == {path.stem for path in figures.glob("*.csv")} == {*names}
 
 
-def test_what_cannot_be_written_or_read_leaves_no_page(tmp_path: Path) -> None:
+def test_what_cannot_be_written_or_read_leaves_no_page(tmp_path):
     (tmp_path / "file").write_text("old")
     folder, page = evaluation(tmp_path / "run"), tmp_path / "run" / "report.html"
     with pytest.raises(PrefixError):

@@ -1,19 +1,14 @@
 """`prefixtune serve`: file, environment and options of one configuration; a new key."""
 
-from __future__ import annotations
-
 import sys
 import tomllib
-from pathlib import Path
-
-import pytest
 
 from command_line import run
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import ServeConfig
 
 
-def test_the_printed_configuration_is_that_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_printed_configuration_is_that_of_all_sources(tmp_path, monkeypatch):
     digest, path = hash_key("pt-alice"), tmp_path / "serve.toml"
     path.write_text(f'port = 1\nnum_slots = 1\ndeadline = 1e2\n[keys.alice]\nhash = "{digest}"\n')
     # Of Kubernetes, for a service called prefixtune.
@@ -34,9 +29,7 @@ def test_the_printed_configuration_is_that_of_all_sources(tmp_path: Path, monkey
     )
 
 
-def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(tmp_path, monkeypatch):
     path = tmp_path / "serve.toml"
     path.write_text('host = "0.0.0.0"\n[keys]\nbob = "pt-clear"\n')
     monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
@@ -46,7 +39,7 @@ def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(
     assert "pt-clear" not in err
 
 
-def test_a_new_key_comes_with_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_key_comes_with_its_table(monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
     out, _ = run("serve", "--new-key", "a b")
     key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
@@ -54,7 +47,7 @@ def test_a_new_key_comes_with_its_table(monkeypatch: pytest.MonkeyPatch) -> None
     assert config.keys["a b"].hash == hash_key(key)
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "prefixtune.server.launch", raising=False)
     assert "prefixtune[serve]" in run("serve", code=2)[1]

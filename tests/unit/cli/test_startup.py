@@ -1,12 +1,8 @@
 """What a command imports before it works: seconds of every start hang on it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 from prefixtune.cli.main import command_options
 
@@ -26,14 +22,14 @@ print(json.dumps(seen))
 """
 
 
-def run_commands(*commands: list[str]) -> list[tuple[int, str, set[str]]]:
+def run_commands(*commands):
     """Commands in one new process: the exit code, what was printed, and the modules that are imported by then."""
     done = subprocess.run([sys.executable, "-c", WATCH, json.dumps(commands)], capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [(code, printed, set(modules)) for code, printed, modules in json.loads(done.stdout)]
 
 
-def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path: Path) -> None:
+def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path):
     missing, names = ["--prefix", str(tmp_path / "missing")], list(command_options())
     helped = [["--help"], *([name, "--help"] for name in names), []]
     mistakes = [["generate", "--max-tokenz", "1", "hello"], ["generate", *missing, "hello"], ["chat", *missing]]
@@ -46,7 +42,7 @@ def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path: Path) -
     assert seen[-1][2].isdisjoint(large)
 
 
-def test_generate_imports_no_part_that_it_does_not_need(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> None:
+def test_generate_imports_no_part_that_it_does_not_need(tmp_path, tiny_models, tiny_tokenizer):
     folder = tmp_path / "model"
     tiny_models("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)

@@ -1,15 +1,11 @@
 """What a command prints to and reads from: pipes that close, full disks, encodings that lack a character."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +16,7 @@ NOT_UTF_8 = os.fsdecode(b"caf\xe9.safetensors")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Two broken prefixes, one under a name that is not UTF-8."""
     for name in ("\u65e5\u672c.safetensors", NOT_UTF_8):
         (tmp_path / name).write_bytes(b"cut")
@@ -28,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["data --tasks --json", "train --help"])
-def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
+def test_a_reader_that_has_enough_is_no_mistake(command):
     read, write = os.pipe()
     os.close(read)
     process = subprocess.Popen(
@@ -39,7 +35,7 @@ def test_a_reader_that_has_enough_is_no_mistake(command: str) -> None:
     assert process.returncode == 0
 
 
-def test_a_full_disk_is_one_line() -> None:
+def test_a_full_disk_is_one_line():
     with open("/dev/full", "wb") as full:
         process = subprocess.run(
             [sys.executable, "-m", "prefixtune", "data", "--tasks"], stdout=full, stderr=subprocess.PIPE
@@ -48,8 +44,8 @@ def test_a_full_disk_is_one_line() -> None:
     assert process.returncode == 2
 
 
-def test_no_character_stops_a_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown(encoding: str, *words: str) -> str:
+def test_no_character_stops_a_command(folder, monkeypatch):
+    def shown(encoding, *words):
         out = io.BytesIO()
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding=encoding))
         monkeypatch.setattr("sys.argv", ["prefixtune", *words])
@@ -61,14 +57,12 @@ def test_no_character_stops_a_command(folder: Path, monkeypatch: pytest.MonkeyPa
     assert r"\u65e5\u672c.safetensors" in shown("ascii", "inspect", str(folder))
 
 
-def test_with_json_no_library_logs_on_stderr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_with_json_no_library_logs_on_stderr(tmp_path, monkeypatch, capsys):
     logger = logging.getLogger("a library")
     handler = logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
 
-    def load(*_: Any) -> None:
+    def load(*_):
         logger.warning("Retrying in 1s")
         raise PrefixError("the hub cannot be reached.")
 

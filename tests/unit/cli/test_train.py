@@ -1,9 +1,6 @@
 """`prefixtune train`: where its configuration comes from, and mistakes in each source."""
 
-from __future__ import annotations
-
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -13,14 +10,12 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> TrainConfig:
+def printed(capsys, *arguments):
     assert call("train", "--print-config", *arguments) == 0
     return TrainConfig(**tomllib.loads(capsys.readouterr().out))
 
 
-def test_options_win_over_the_file_and_the_file_over_the_preset(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys):
     (tmp_path / "run.toml").write_text('task = "e2e"\nlearning_rate = 1e-4\nseed = 3\nshard = true\n')
     arguments = ("--config", tmp_path / "run.toml", "--preset", "paper", "--seed", "5", "--no-shard")
     values = preset("paper", "e2e") | {"task": "e2e", "learning_rate": 1e-4, "seed": 5}
@@ -37,14 +32,12 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(
         ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "prefix_length": 0}),
     ],
 )
-def test_a_preset_gives_way_to_what_the_user_gives(
-    options: str, expected: dict[str, object], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_preset_gives_way_to_what_the_user_gives(options, expected, capsys):
     config = printed(capsys, "--train", "some.jsonl", "--preset", "quick", *options.split())
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_resumed_run_has_its_own_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_has_its_own_configuration(tmp_path, capsys):
     config = TrainConfig(output=str(tmp_path), prefix_length=3)
     (tmp_path / "config.toml").write_text(config.to_toml())
     (tmp_path / "state.safetensors").touch()

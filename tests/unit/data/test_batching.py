@@ -1,25 +1,14 @@
 """Examples -> token ids -> packed rows: what is cut, what never is, where a label stands, and an epoch's order."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prefixtune.attention.packing import sees
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.batching import pack
-from prefixtune.data.encoding import (
-    DEFAULT_WINDOW,
-    TEXT_FORMAT,
-    TokenizedExample,
-    encode_examples,
-    text_windows,
-)
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, TokenizedExample, encode_examples, text_windows
 from prefixtune.data.tokenized import epoch_batches
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
@@ -28,15 +17,15 @@ PLAIN = TextFormat("{source}{separator}", "{target}")
 
 
 @pytest.fixture
-def llama(tiny_backbone: Any) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
-def encode(backbone: Any, *examples: Example, **options: Any) -> Any:
+def encode(backbone, *examples, **options):
     return encode_examples(backbone, examples, options.pop("text_format", PLAIN), **{"prefix_length": 10, **options})
 
 
-def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(llama: Any):
+def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(llama):
     text_format = TextFormat("<{source}>>{separator}", "{target}")
     # A room of 12 positions: 4 for the longest target and its end, 3 for ">><s>", so 5 for what stands before.
     encoding = encode(
@@ -50,7 +39,7 @@ def test_a_long_source_is_truncated_at_its_end_and_keeps_the_rest_of_the_prompt(
     assert encoding.num_truncated == 1
 
 
-def test_the_prefix_takes_its_positions(llama: Any):
+def test_the_prefix_takes_its_positions(llama):
     limit = llama.max_positions
     fits = Example("a" * (limit - 10 - 1 - 4), ("xyz",))
     assert encode(llama, fits).num_truncated == 0
@@ -60,12 +49,12 @@ def test_the_prefix_takes_its_positions(llama: Any):
         encode(llama, fits, prefix_length=limit)
 
 
-def test_truncation_can_be_refused(llama: Any):
+def test_truncation_can_be_refused(llama):
     with pytest.raises(DataError, match="example 2"):
         encode(llama, Example("a", ("x",)), Example("abcdefgh", ("xyz",)), max_length=12, on_too_long="error")
 
 
-def test_a_target_is_never_truncated(llama: Any):
+def test_a_target_is_never_truncated(llama):
     with pytest.raises(DataError, match="example 1"):
         encode(llama, Example("a", ("x" * 12,)), max_length=12)
     (example,) = encode(llama, Example("abcdefgh", ("x" * 9,)), max_length=12).examples
@@ -73,7 +62,7 @@ def test_a_target_is_never_truncated(llama: Any):
     assert llama.decode(list(example.prompt)) == "a"
 
 
-def test_examples_without_targets_are_refused(llama: Any):
+def test_examples_without_targets_are_refused(llama):
     with pytest.raises(DataError):
         encode(llama)
     with pytest.raises(DataError, match="example 2"):
@@ -115,9 +104,7 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
     st.integers(1, 6),
     st.integers(0, 3),
 )
-def test_conversations_are_never_divided_and_count_as_their_turns(
-    examples: list[tuple[int, int]], batch_size: int, seed: int
-):
+def test_conversations_are_never_divided_and_count_as_their_turns(examples, batch_size, seed):
     rows = [
         TokenizedExample((number,), ((1,) * turns,), turns=tuple((n, n + 1) for n in range(turns)))
         if turns
@@ -136,7 +123,7 @@ def test_conversations_are_never_divided_and_count_as_their_turns(
 
 @pytest.mark.parametrize("length", [1, 8, 9, 65])
 @pytest.mark.parametrize("limit", [2, 3, 8])
-def test_every_token_is_a_label_once_after_the_ones_before_it(length: int, limit: int) -> None:
+def test_every_token_is_a_label_once_after_the_ones_before_it(length, limit):
     text = list(range(1, length + 1))
     windows = text_windows([0], text, limit)
     assert [token for window in windows for token in window.targets[0]] == text
@@ -149,9 +136,7 @@ def test_every_token_is_a_label_once_after_the_ones_before_it(length: int, limit
         assert len(window.prompt) >= max(1, limit // 4)
 
 
-def test_a_text_alone_follows_the_token_that_begins_texts_and_ends_with_the_end_token(
-    default_backbone: Backbone,
-) -> None:
+def test_a_text_alone_follows_the_token_that_begins_texts_and_ends_with_the_end_token(default_backbone):
     text = "  def f(x):\n      return x\n"
     (example,) = encode_examples(default_backbone, [Example("", (text,))], TEXT_FORMAT, prefix_length=10).examples
     assert example.prompt == tuple(default_backbone.encode(default_backbone.separator))

@@ -1,12 +1,8 @@
 """E2E, WebNLG and DART: linearizations, the files of the releases, groups, and what is left out or refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
@@ -22,7 +18,7 @@ JOINED = ["Mars Hill College", "JOINED", "1973"]
 PLACE = ["Mars Hill College", "LOCATION", "Mars Hill, North Carolina"]
 
 
-def entry(triples: list[list[str]], texts: list[tuple[str, str]], category: str = "Airport", eid: str = "Id1") -> str:
+def entry(triples, texts, category="Airport", eid="Id1"):
     """An entry as the challenge writes it."""
     inner = "".join(f"<mtriple>{escape(' | '.join(triple))}</mtriple>" for triple in triples)
     original = inner.replace("mtriple", "otriple").replace("cityServed", "originalName")
@@ -34,11 +30,11 @@ def entry(triples: list[list[str]], texts: list[tuple[str, str]], category: str 
     )
 
 
-def benchmark(*entries: str) -> str:
+def benchmark(*entries):
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<benchmark>\n<entries>\n{"".join(entries)}</entries></benchmark>\n'
 
 
-def release(*annotations: tuple[str, str], triples: Any = (JOINED, PLACE)) -> dict[str, Any]:
+def release(*annotations, triples=(JOINED, PLACE)):
     """An entry of DART's JSON."""
     return {
         "tripleset": list(triples),
@@ -47,7 +43,7 @@ def release(*annotations: tuple[str, str], triples: Any = (JOINED, PLACE)) -> di
     }
 
 
-def test_linearizations_are_the_authors() -> None:
+def test_linearizations_are_the_authors():
     assert linearize_webnlg([("A", "cityServed", "B"), ("A", "country", "C")]) == (
         " | A : cityServed : B | A : country : C"
     )
@@ -58,7 +54,7 @@ def test_linearizations_are_the_authors() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.xml", "a.xml.gz"])
-def test_the_challenges_xml(tmp_path: Path, name: str) -> None:
+def test_the_challenges_xml(tmp_path, name):
     texts = [("good", "Aarhus  &\n serves."), ("toFix", "Aarhs."), ("good", " “It” serves Århus. "), ("good", " ")]
     path = write(
         tmp_path / name,
@@ -75,8 +71,8 @@ def test_the_challenges_xml(tmp_path: Path, name: str) -> None:
     assert (second.source, second.targets) == (" | Aarhus : leaderName : Jacob_Bundsgaard", ())
 
 
-def test_json_lines_give_the_same_as_xml(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
+def test_json_lines_give_the_same_as_xml(tmp_path):
+    rows = [
         {"category": "Airport", "triples": [AIRPORT], "references": ["One."]},
         {"category": "Artist", "triples": [LEADER, AIRPORT], "references": ["Three."]},
     ]
@@ -96,7 +92,7 @@ def test_json_lines_give_the_same_as_xml(tmp_path: Path) -> None:
     assert [example.fields["seen"] for example in from_xml] == [True, False]
 
 
-def test_a_set_of_seen_categories_only_is_not_split_by_them(tmp_path: Path) -> None:
+def test_a_set_of_seen_categories_only_is_not_split_by_them(tmp_path):
     row = {"category": "Food", "triples": [LEADER], "references": ["x"]}
     # The last ones are of a later release, whose training set has other categories.
     for categories in (["Food"], ["Airport", "Artist", "Company"]):
@@ -109,7 +105,7 @@ def test_a_set_of_seen_categories_only_is_not_split_by_them(tmp_path: Path) -> N
     assert read_task("webnlg", path)[0].groups == {"triples": "1"}
 
 
-def test_the_releases_folders(tmp_path: Path) -> None:
+def test_the_releases_folders(tmp_path):
     for part, text in (("train", "Train"), ("dev", "Dev")):
         for number in (2, 1):
             name = f"{part}/{number}triples/{number}triples_Airport_{part}.xml"
@@ -117,7 +113,7 @@ def test_the_releases_folders(tmp_path: Path) -> None:
     write(tmp_path / "test/testdata_with_lex.xml", benchmark(entry([LEADER], [("good", "Test.")], "Artist")))
     write(tmp_path / "test/testdata_no_lex.xml", benchmark(entry([LEADER], [], "Artist")))
 
-    def texts(split: str | None, folder: Path = tmp_path) -> list[str]:
+    def texts(split, folder=tmp_path):
         return [example.targets[0] for example in read_task("webnlg", folder, split=split)]
 
     assert texts("train") == texts(None, tmp_path / "train") == ["Train 1.", "Train 2."]
@@ -129,7 +125,7 @@ def test_the_releases_folders(tmp_path: Path) -> None:
             read_task("webnlg", folder)
 
 
-def test_texts_in_several_languages_are_refused(tmp_path: Path) -> None:
+def test_texts_in_several_languages_are_refused(tmp_path):
     # As the Russian release of 2020 has them.
     text = benchmark(entry([LEADER], [("good", "One."), ("good", "Два.")]))
     both = text.replace("<lex", '<lex lang="en"', 1).replace("<lex comment", '<lex lang="ru" comment', 1)
@@ -140,9 +136,7 @@ def test_texts_in_several_languages_are_refused(tmp_path: Path) -> None:
         assert read_task("webnlg", same)[0].targets == ("One.", "Два.")
 
 
-def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(tmp_path, monkeypatch):
     secret = write(tmp_path / "secret.txt", "secret")
     text = f'<!DOCTYPE x [<!ENTITY out SYSTEM "{secret.as_uri()}">]><benchmark><entry>&out;</entry></benchmark>'
     with pytest.raises(DataError, match="undefined entity"):
@@ -155,7 +149,7 @@ def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(
 # --- DART ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_releases_json(tmp_path: Path) -> None:
+def test_the_releases_json(tmp_path):
     entries = [
         release(("WikiSQL_lily", " One,\ntwo. "), ("WikiSQL_lily", "Three.")),
         release(("webnlg", " "), ("e2e", "Four.")),
@@ -174,7 +168,7 @@ def test_the_releases_json(tmp_path: Path) -> None:
     assert read_task("dart", tmp_path, split="train") == examples
 
 
-def test_darts_json_lines_and_xml_give_the_same(tmp_path: Path) -> None:
+def test_darts_json_lines_and_xml_give_the_same(tmp_path):
     row = {"triples": [JOINED, PLACE], "references": ["One."], "sources": ["webnlg"]}
     official = {**row, "official_references_3": ["one .", "", ""]}
     lines = write(tmp_path / "a.jsonl", json.dumps(official))
@@ -204,7 +198,7 @@ TRIPLE = '{"triples": [["a", "b", "c"]]'
         ("dart", "a.jsonl", TRIPLE + ', "references": ["x"], "sources": "y"}', "'sources'"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_place(tmp_path: Path, task: str, name: str, text: str, says: str) -> None:
+def test_a_wrong_file_is_named_with_its_place(tmp_path, task, name, text, says):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
         read_task(task, path)
@@ -214,16 +208,14 @@ def test_a_wrong_file_is_named_with_its_place(tmp_path: Path, task: str, name: s
 @pytest.mark.parametrize(
     ("part", "entries", "good", "left_out"), [("train", 6940, 18102 - 77, 5), ("dev", 872, 2268 - 10, 1)]
 )
-def test_webnlgs_training_and_development_sets(
-    shared_data: Path, part: str, entries: int, good: int, left_out: int
-) -> None:
+def test_webnlgs_training_and_development_sets(shared_data, part, entries, good, left_out):
     examples = read_task("webnlg", shared_data / "webnlg2017", split=part)
     assert len(examples) == entries - left_out
     assert sum(len(example.targets) for example in examples) == good
     assert all("seen" not in example.groups for example in examples)
 
 
-def test_webnlgs_test_set(shared_data: Path) -> None:
+def test_webnlgs_test_set(shared_data):
     examples = read_task("webnlg", shared_data / "webnlg2017", split="test")
     assert len(examples) == 1862
     assert sum(len(example.targets) for example in examples) == 4928
@@ -234,7 +226,7 @@ def test_webnlgs_test_set(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(("part", "entries", "references"), [("dev", 2768, 6980), ("test", 5097, 12551)])
-def test_darts_sets(shared_data: Path, part: str, entries: int, references: int) -> None:
+def test_darts_sets(shared_data, part, entries, references):
     examples = read_task("dart", shared_data / "dart", split=part)
     assert len(examples) == entries
     assert sum(len(example.targets) for example in examples) == references
@@ -268,17 +260,17 @@ def test_a_value_may_hold_commas_and_the_order_is_kept():
 
 
 @pytest.mark.parametrize("mr", ["", "name[Blue Spice", "name[a] eatType[pub]", "name[ ]", "name[a], name[b]"])
-def test_a_malformed_meaning_representation_is_refused(mr: str) -> None:
+def test_a_malformed_meaning_representation_is_refused(mr):
     with pytest.raises(DataError):
         parse_mr(mr)
 
 
-def test_an_unknown_attribute_is_named_with_the_nearest_one() -> None:
+def test_an_unknown_attribute_is_named_with_the_nearest_one():
     with pytest.raises(DataError, match="did you mean 'eatType'"):
         parse_mr("eattype[pub]")
 
 
-def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path) -> None:
+def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path):
     path = write(
         tmp_path / "train.csv",
         'mr,ref\n"name[B]","  One, two.\nThree. "\n"name[A]",Four.\n' + '"name[B]","Say ""five""."\n' * 2,
@@ -291,7 +283,7 @@ def test_csv_groups_equal_meanings_in_order_and_cleans_references(tmp_path: Path
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_test_csv_without_references(tmp_path: Path, encoding: str):
+def test_test_csv_without_references(tmp_path, encoding):
     path = write(tmp_path / "testset.csv", '"MR"\r\n"near[Café Rouge], name[A]"\r\n\r\nname[B]\r\n', encoding)
     assert [(example.source, example.targets) for example in read_task("e2e", path)] == [
         ("near : Café Rouge | name : A", ()),
@@ -299,7 +291,7 @@ def test_test_csv_without_references(tmp_path: Path, encoding: str):
     ]
 
 
-def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
+def test_json_lines_and_gzip_give_the_same(tmp_path):
     lines = [{"mr": "name[B]", "references": ["One.", "Two."]}, {"mr": "name[A]", "references": ["\u2028Three."]}]
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     plain = write(tmp_path / "dev.jsonl", text)
@@ -321,7 +313,7 @@ def test_json_lines_and_gzip_give_the_same(tmp_path: Path):
         ("b.jsonl", '{"meaning_representation": "name[B]", "target": "One.", "references": ["One.", "Two."]}\n'),
     ],
 )
-def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, text: str):
+def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path, name, text):
     (example,) = read_task("e2e", write(tmp_path / name, text))
     assert (example.source, example.targets, example.fields) == ("name : B", ("One.", "Two."), {"mr": "name[B]"})
     bare = write(tmp_path / "bare.csv", "meaning_representation\nname[B]\n")
@@ -338,7 +330,7 @@ def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path: Path, name: str, 
         ("a.json", "[]", r"\.csv, \.jsonl"),
     ],
 )
-def test_a_wrong_e2e_file_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str) -> None:
+def test_a_wrong_e2e_file_is_named_with_its_line(tmp_path, name, text, says):
     path = tmp_path / name
     path.write_bytes(text.encode())
     with pytest.raises(DataError, match=says) as caught:
@@ -346,7 +338,7 @@ def test_a_wrong_e2e_file_is_named_with_its_line(tmp_path: Path, name: str, text
     assert str(path) in str(caught.value)
 
 
-def test_the_task_takes_no_columns(tmp_path: Path) -> None:
+def test_the_task_takes_no_columns(tmp_path):
     path = write(tmp_path / "a.csv", "mr,ref\nname[B],x\n")
     with pytest.raises(ConfigError):
         read_task("e2e", path, source="{mr}")
@@ -357,7 +349,7 @@ def test_the_task_takes_no_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "meanings", "pairs"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)]
 )
-def test_e2es_sets(shared_data: Path, part: str, meanings: int, pairs: int) -> None:
+def test_e2es_sets(shared_data, part, meanings, pairs):
     examples = read_task("e2e", shared_data / "e2e", split=part)
     assert len(examples) == meanings == len({example.source for example in examples})
     assert sum(len(example.targets) for example in examples) == pairs

@@ -1,10 +1,6 @@
 """Conversations that are too long or cannot be written, and where an answer ends."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -23,16 +19,16 @@ USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A cat.")
 
 
 @pytest.fixture
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def form(llama: Any) -> TextFormat:
+def form(llama):
     return chat_format(llama, TEMPLATE)
 
 
-def test_where_an_answer_ends(llama: Any, form: TextFormat) -> None:
+def test_where_an_answer_ends(llama, form):
     assert form.end == "<pad>"
     assert end_ids(llama, form) == (llama.tokenizer.pad_token_id,)
     assert end_ids(llama, TextFormat()) == ()
@@ -45,19 +41,19 @@ def test_where_an_answer_ends(llama: Any, form: TextFormat) -> None:
     assert llama.tokenizer.decode(tokenized.targets[0]) == "A</s>"
 
 
-def test_an_answer_that_quotes_the_end_token(llama: Any, form: TextFormat) -> None:
+def test_an_answer_that_quotes_the_end_token(llama, form):
     (tokenized,) = encode_examples(llama, [Example("Q", ("A<pad>B",))], form, prefix_length=0).examples
     assert llama.tokenizer.decode(tokenized.targets[0]) == "A<pad>B<pad>"
 
 
-def test_a_default_system_message(llama: Any) -> None:
+def test_a_default_system_message(llama):
     form = chat_format(llama, TEMPLATE, system="Be short.")
     assert llama.tokenizer.decode(encode_prompts(llama, form, ["Q"])[0]) == "<s>s:Be short.<pad>\n<s>u:Q<pad>\n<s>a:"
     own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Q"}]
     assert "Be short." not in llama.tokenizer.decode(encode_chat(llama, own, form))
 
 
-def test_last_turns_are_left_out_of_a_long_conversation(llama: Any, form: TextFormat) -> None:
+def test_last_turns_are_left_out_of_a_long_conversation(llama, form):
     chat = chat_example([USER, ASSISTANT] * 4)
     whole = encode_examples(llama, [chat], form, prefix_length=0)
     (example,) = whole.examples
@@ -73,7 +69,7 @@ def test_last_turns_are_left_out_of_a_long_conversation(llama: Any, form: TextFo
         encode_examples(llama, [chat], form, prefix_length=0, max_length=length, on_too_long="error")
 
 
-def test_a_long_user_message_is_cut_inside_the_template(llama: Any, form: TextFormat) -> None:
+def test_a_long_user_message_is_cut_inside_the_template(llama, form):
     chat = chat_example([Message("system", "Sys"), Message("user", "long " * 20), ASSISTANT, USER, ASSISTANT])
     cut = encode_examples(llama, [chat], form, prefix_length=0, max_length=50)
     (kept,) = cut.examples
@@ -94,7 +90,7 @@ def test_a_long_user_message_is_cut_inside_the_template(llama: Any, form: TextFo
     assert llama.tokenizer.decode(ids).endswith("<pad>\n<s>a:")
 
 
-def test_without_a_template(llama: Any) -> None:
+def test_without_a_template(llama):
     single = chat_example([USER, ASSISTANT])
     (plain,) = encode_examples(
         llama, [Example(USER.content, (ASSISTANT.content,))], TextFormat(), prefix_length=0
@@ -109,7 +105,7 @@ def test_without_a_template(llama: Any) -> None:
         chat_format(llama, "model")
 
 
-def test_solved_examples_and_last_turns(llama: Any, form: TextFormat) -> None:
+def test_solved_examples_and_last_turns(llama, form):
     chat = chat_example([USER, ASSISTANT, USER, Message("assistant", "A dog.")])
     ((prompt, target),) = encode_pairs(llama, form, [chat])
     (last,) = encode_examples(llama, [chat], form, prefix_length=0, turns="last").examples
@@ -119,7 +115,7 @@ def test_solved_examples_and_last_turns(llama: Any, form: TextFormat) -> None:
     assert (apart.num_targets, apart.num_unpacked, apart.origins) == (2, 1, (0, 0))
 
 
-def test_a_format_for_programs_without_templates(llama: Any) -> None:
+def test_a_format_for_programs_without_templates(llama):
     form = chat_format(llama, TEMPLATE, system="Be short.")
     plain = literal_format(llama, form)
     assert not plain.is_chat
@@ -130,7 +126,7 @@ def test_a_format_for_programs_without_templates(llama: Any) -> None:
         literal_format(llama, chat_format(llama, "{% for m in messages %}{source}{{ m.content }}{% endfor %}"))
 
 
-def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
+def test_a_changed_template_is_noticed(default_backbone):
     form = chat_format(default_backbone, "model")
     assert encode_prompts(default_backbone, form, ["Hi"])
     with pytest.warns(PrefixWarning):
@@ -144,7 +140,7 @@ def test_a_changed_template_is_noticed(default_backbone: Any) -> None:
         "{{ messages[0].content }} BOT: ",
     ],
 )
-def test_a_template_that_leaves_a_message_out_is_refused(llama: Any, template: str) -> None:
+def test_a_template_that_leaves_a_message_out_is_refused(llama, template):
     with pytest.raises(RequestError):
         chat_format(llama, template)
 
@@ -153,13 +149,13 @@ def test_a_template_that_leaves_a_message_out_is_refused(llama: Any, template: s
 
 
 @pytest.fixture
-def tokenized(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[int]:
+def tokenized(monkeypatch, llama):
     """The characters of every text that the tokenizer reads."""
-    read: list[int] = []
+    read = []
     kind = type(llama.tokenizer)
     call = kind.__call__
 
-    def counted(self: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(self, text, *args, **kwargs):
         texts = [text] if isinstance(text, str) else text
         read.extend(map(len, texts))
         return call(self, text, *args, **kwargs)
@@ -168,7 +164,7 @@ def tokenized(monkeypatch: pytest.MonkeyPatch, llama: Any) -> list[int]:
     return read
 
 
-def test_no_more_of_a_text_is_tokenized_than_could_fit(llama: Any, form: TextFormat, tokenized: list[int]) -> None:
+def test_no_more_of_a_text_is_tokenized_than_could_fit(llama, form, tokenized):
     far, positions = "word " * 200_000, 100
     plain = TextFormat("Q: {source}\nA:", "{target}", max_length=positions, on_too_long="cut")
     around = {"prefix_length": 0, "new_tokens": 10, "positions": positions}
@@ -191,23 +187,23 @@ def test_no_more_of_a_text_is_tokenized_than_could_fit(llama: Any, form: TextFor
     assert max(tokenized) < 40 * positions
 
 
-def test_a_text_of_few_tokens_is_read_on(llama: Any) -> None:
+def test_a_text_of_few_tokens_is_read_on():
     """How many characters a token has is not known: here a hundred."""
 
     class Few:
         kind = "decoder"
 
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text):
             return [0] * (len(text) // 100)
 
-    few: Any = Few()
+    few = Few()
     assert bounded(few, "a" * 99_000, 1000) == "a" * 99_000
     assert 1000 < len(few.encode(bounded(few, "a" * 10_000_000, 1000))) < 3000
     with pytest.raises(RequestError):
         bounded(few, "half a pair: \ud800", None)
 
 
-def test_what_a_template_writes_is_bounded(llama: Any, tokenized: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_template_writes_is_bounded(llama, tokenized, monkeypatch):
     loops = "{% for i in range(900) %}{% for j in range(900) %}{{ none }}{% endfor %}{% endfor %}"
     form = chat_format(llama, TEMPLATE)
     monkeypatch.setattr(llama.tokenizer, "chat_template", loops + TEMPLATE)

@@ -1,9 +1,5 @@
 """Examples and the messages of a conversation."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from prefixtune.data import as_examples
@@ -15,7 +11,7 @@ USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello."}
 
 
-def test_a_conversation_as_dicts_pairs_or_messages() -> None:
+def test_a_conversation_as_dicts_pairs_or_messages():
     wanted = (Message("system", "Be short."), Message("user", "Hi"))
     assert check_messages([SYSTEM, USER]) == wanted
     assert check_messages([("system", "Be short."), ["user", "Hi"]]) == wanted
@@ -23,14 +19,14 @@ def test_a_conversation_as_dicts_pairs_or_messages() -> None:
     assert Example("Hi", ("Hello.",), messages=wanted).messages == wanted
 
 
-def test_the_last_answer_is_the_target() -> None:
+def test_the_last_answer_is_the_target():
     example = chat_example([SYSTEM, USER, ASSISTANT, USER, ASSISTANT])
     assert (example.source, example.targets) == ("Hi", ("Hello.",))
     assert [message.role for message in example.messages] == ["system", "user", "assistant", "user"]
     assert chat_example([USER]).targets == ()
 
 
-def test_dicts_of_messages_are_examples() -> None:
+def test_dicts_of_messages_are_examples():
     whole, split = as_examples([{"messages": [USER, ASSISTANT]}, {"messages": [USER], "targets": ["Hello."]}])
     assert whole == split == Example("Hi", ("Hello.",), messages=(Message("user", "Hi"),))
 
@@ -45,12 +41,12 @@ def test_dicts_of_messages_are_examples() -> None:
         [{"role": "usr", "content": "Hi"}],
     ],
 )
-def test_what_is_no_conversation(messages: Any) -> None:
+def test_what_is_no_conversation(messages):
     with pytest.raises(DataError, match="the conversation"):
         check_messages(messages)
 
 
-def test_groups_are_texts() -> None:
-    groups: Any = {"n": 3}
+def test_groups_are_texts():
+    groups = {"n": 3}
     with pytest.raises(DataError, match="'a'"):
         Example("a", ("b",), groups=groups)

@@ -1,7 +1,5 @@
 """Reading data files: formats, gzip, standard input, pipes; what is refused is named by file and line."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io
@@ -9,23 +7,21 @@ import json
 import os
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data_files import write
 from prefixtune.data import read_task, streams
-from prefixtune.data.files import Record, iter_file
+from prefixtune.data.files import iter_file
 from prefixtune.errors import ConfigError, DataError, PrefixError
 
 
-def read_file(path: Path, *formats: Any) -> list[Record]:
+def read_file(path, *formats):
     return list(iter_file(path, *formats))
 
 
-def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
+def rows_of(path, data):
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return [row.values for row in read_file(path)]
 
@@ -41,9 +37,7 @@ def rows_of(path: Path, data: str | bytes) -> list[dict[str, Any]]:
         ("a.json", ' [{"a": 1},\n{"b": null}]', [{"a": 1}, {"b": None}]),
     ],
 )
-def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
-    name: str, text: str, rows: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(name, text, rows, tmp_path):
     assert rows_of(tmp_path / name, text) == rows
     assert rows_of(tmp_path / f"{name}.gz", gzip.compress(codecs.BOM_UTF8 + text.encode(), mtime=0)) == rows
 
@@ -63,23 +57,21 @@ def test_rows_are_read_plain_and_gzipped_with_and_without_a_byte_order_mark(
         ("a.xlsx", b"PK", ".jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
-def test_what_cannot_be_read_is_refused_in_one_line_that_names_its_place(
-    name: str, data: bytes, reported: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_read_is_refused_in_one_line_that_names_its_place(name, data, reported, tmp_path):
     with pytest.raises(DataError) as raised:
         rows_of(tmp_path / name, data)
     assert reported in raised.value.message
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_and_what_is_nowhere_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_and_what_is_nowhere_are_refused_by_name(tmp_path):
     (tmp_path / "a.csv").mkdir()
     for name, what in (("a.csv", "a folder"), ("b.csv", "does not exist"), ("a\0.csv", "cannot be read")):
         with pytest.raises(DataError, match=what):
             read_file(tmp_path / name)
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError) as raised:
@@ -87,9 +79,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     assert "prefixtune[datasets]" in raised.value.hint
 
 
-def test_a_stream_holds_one_row_of_the_file_in_memory_and_a_row_has_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_holds_one_row_of_the_file_in_memory_and_a_row_has_an_end(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wt", compresslevel=1) as file:
         for _ in range(20):
@@ -116,14 +106,14 @@ LONG = "x " * 600_000
         ("a.json", json.dumps([{"text": "a"}, {"text": LONG}])),
     ],
 )
-def test_a_row_that_is_too_long_is_refused_with_its_place(name: str, text: str, tmp_path: Path) -> None:
+def test_a_row_that_is_too_long_is_refused_with_its_place(name, text, tmp_path):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=r"a\.\w+, (line|item) [23]"):
         read_file(path)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a file that fails to be read")
-def test_a_read_error_is_one_line(tmp_path: Path) -> None:
+def test_a_read_error_is_one_line(tmp_path):
     for name in ("a.jsonl", "a.csv", "a.parquet", "a.xml"):
         (tmp_path / name).symlink_to("/proc/self/mem")
         with pytest.raises(PrefixError, match=name):
@@ -131,10 +121,10 @@ def test_a_read_error_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+def piped(monkeypatch):
     """Give these bytes as standard input."""
 
-    def pipe(data: bytes) -> None:
+    def pipe(data):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
     return pipe
@@ -146,28 +136,26 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
      gzip.compress(b'{"a": "1", "b": "2"}\n', mtime=0)],
     ids=["lines", "array", "commas", "tabs", "gzip"],
 )  # fmt: skip
-def test_standard_input_is_recognized_and_can_be_read_twice(piped: Callable[[bytes], None], data: bytes) -> None:
+def test_standard_input_is_recognized_and_can_be_read_twice(piped, data):
     piped(data)
     for _ in range(2):
         assert [row.values for row in iter_file(Path("-"))] == [{"a": "1", "b": "2"}]
 
 
-def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(
-    piped: Callable[[bytes], None], tmp_path: Path
-) -> None:
+def test_every_task_reads_from_standard_input_what_it_reads_from_a_file(piped, tmp_path):
     text = 'mr,ref\n"name[A], food[B]",x\n'
     piped(text.encode())
     assert read_task("e2e", "-") == read_task("e2e", write(tmp_path / "a.csv", text))
 
 
-def test_what_is_piped_has_a_bound(piped: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_piped_has_a_bound(piped, monkeypatch):
     monkeypatch.setattr(streams, "MAX_FILE_BYTES", 10)
     piped(b'{"text": "aaaa"}\n')
     with pytest.raises(DataError, match="stdin"):
         read_task("records", "-")
 
 
-def test_standard_input_that_is_wrong_is_named(piped: Callable[[bytes], None]) -> None:
+def test_standard_input_that_is_wrong_is_named(piped):
     for data in (b'{"a": 1}\n{"a"\n', b""):
         piped(data)
         with pytest.raises(DataError, match=r"^stdin"):

@@ -1,31 +1,28 @@
 """The sets made here, and folders with a training, development and test set."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 
-from prefixtune.data import TASKS, Example, read_task
+from prefixtune.data import TASKS, read_task
 from prefixtune.errors import ConfigError, DataError
 
 
-def mr(name: str) -> str:
+def mr(name):
     return json.dumps({"mr": f"name[{name}]", "references": [f"{name}."]})
 
 
-def csv(name: str) -> str:
+def csv(name):
     return f"mr,ref\nname[{name}],{name}.\n"
 
 
-def sources(folder: Path, split: str | None) -> list[str]:
+def sources(folder, split):
     return [example.source for example in read_task("e2e", folder, split=split)]
 
 
-def test_the_releases_names(tmp_path: Path):
+def test_the_releases_names(tmp_path):
     for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
         (tmp_path / name).write_text(csv(name[:3]))
     (tmp_path / "testset.csv").write_text("MR\nname[other]\n")
@@ -37,14 +34,14 @@ def test_the_releases_names(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["dev.jsonl", "validation.jsonl", "valid.jsonl.gz", "val.jsonl"])
-def test_plain_names(tmp_path: Path, name: str):
+def test_plain_names(tmp_path, name):
     data = mr("x").encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     (tmp_path / "devset.csv").write_text(csv("y"))
     assert sources(tmp_path, "dev") == ["name : x"]
 
 
-def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Path):
+def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path):
     (tmp_path / "devset.csv").write_text(csv("y"))
     with pytest.raises(DataError, match=r"testset_w_refs\.csv.*has: dev"):
         sources(tmp_path, "test")
@@ -53,7 +50,7 @@ def test_a_missing_split_is_reported_with_the_names_that_were_tried(tmp_path: Pa
         sources(tmp_path, "train")
 
 
-def test_a_folder_needs_a_split(tmp_path: Path):
+def test_a_folder_needs_a_split(tmp_path):
     (tmp_path / "train.jsonl").write_text(mr("x"))
     (tmp_path / "devset.csv").write_text(csv("y"))
     with pytest.raises(DataError, match="has: train, dev"):
@@ -63,7 +60,7 @@ def test_a_folder_needs_a_split(tmp_path: Path):
         sources(tmp_path / "empty", None)
 
 
-def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
+def test_a_file_is_read_whole_whatever_the_split(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(mr("x"))
     assert sources(path, "test") == sources(path, None) == ["name : x"]
@@ -73,7 +70,7 @@ def test_a_file_is_read_whole_whatever_the_split(tmp_path: Path):
         sources(path, "tets")
 
 
-def test_a_toy_set_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_toy_set_is_not_a_folder(tmp_path, monkeypatch):
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path)
     assert read_task("toy", "train", split="train") == read_task("toy", "train")
@@ -84,12 +81,12 @@ SETS = {
 }
 
 
-def parts_of(name: str) -> list[list[Example]]:
+def parts_of(name):
     return [read_task(name, part) for part in TASKS[name].parts]
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_sets_never_change_and_their_parts_are_disjoint(name: str) -> None:
+def test_the_sets_never_change_and_their_parts_are_disjoint(name):
     sizes, digest = SETS[name]
     parts = parts_of(name)
     assert tuple(map(len, parts)) == sizes
@@ -99,7 +96,7 @@ def test_the_sets_never_change_and_their_parts_are_disjoint(name: str) -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
-def test_a_set_made_here_has_parts_and_no_columns() -> None:
+def test_a_set_made_here_has_parts_and_no_columns():
     for options in ({"path": "heldout"}, {"path": "train", "source": "x"}):
         with pytest.raises(ConfigError):
             read_task("toy", **options)

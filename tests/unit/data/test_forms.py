@@ -1,10 +1,7 @@
 """Forms of data, recognized by their columns: one test for each, and what is refused with file and row."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 
@@ -23,10 +20,8 @@ TURNS = [USER, ASSISTANT, {"role": "user", "content": "Bye"}, {"role": "assistan
 SYSTEM = {"role": "system", "content": "Be brief."}
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello. "}
 
-Row = dict[str, Any]
 
-
-def jsonl(path: Path, *rows: Row) -> Path:
+def jsonl(path, *rows):
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -44,7 +39,7 @@ MARKED = {
 }
 FLIGHTS = '[{"from": "Rome", "to": "Oslo"}]'
 SQUAD = {"question": "Who?", "context": "Ann sang.", "answers": {"text": ["Ann", "She"], "answer_start": [0, 0]}}
-CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
+CASES = [
     (
         "messages",
         {"id": 1, "messages": [{**SYSTEM, "role": "developer"}, *TURNS], "tools": []},
@@ -104,9 +99,7 @@ CASES: list[tuple[str, Row, str, tuple[str, ...], tuple[Message, ...]]] = [
 
 
 @pytest.mark.parametrize(("form", "row", "source", "targets", "messages"), CASES)
-def test_a_form_is_recognized_by_its_columns(
-    form: str, row: Row, source: str, targets: tuple[str, ...], messages: tuple[Message, ...], tmp_path: Path
-) -> None:
+def test_a_form_is_recognized_by_its_columns(form, row, source, targets, messages, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", row)
     read = read_data("records", path)
     assert (read.task, read.form, read.columns) == (FORMS[form].task, FORMS[form], tuple(row))
@@ -120,12 +113,12 @@ def test_a_form_is_recognized_by_its_columns(
         assert set(read_task("records", path)[0].fields) == set(row)
 
 
-def test_every_form_has_a_case_and_a_task() -> None:
+def test_every_form_has_a_case_and_a_task():
     assert {form for form, *_ in CASES} == set(FORMS) == set(get_args(FormName))
     assert all(form.task in TASKS for form in FORMS.values())
 
 
-def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_not(tmp_path: Path) -> None:
+def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_not(tmp_path):
     path = jsonl(
         tmp_path / "a.jsonl",
         {"messages": [USER, ASSISTANT]},
@@ -142,7 +135,7 @@ def test_equal_sources_of_one_turn_are_merged_and_conversations_and_texts_are_no
     assert texts == [Example("", ("x",))] * 2
 
 
-def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path: Path) -> None:
+def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path):
     row = {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."}
     path = jsonl(tmp_path / "a.jsonl", row)
     with pytest.raises(ConfigError) as raised:
@@ -159,14 +152,14 @@ def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path
         {},
     ],
 )
-def test_no_form_says_what_there_is(row: Row, tmp_path: Path) -> None:
+def test_no_form_says_what_there_is(row, tmp_path):
     with pytest.raises(DataError) as raised:
         read_task("records", jsonl(tmp_path / "a.jsonl", row), needs_targets=True)
     assert raised.value.message.startswith(f"{tmp_path / 'a.jsonl'}, line 1 has the columns {next(iter(row), 'none')}")
     assert len(str(raised.value)) < 700
 
 
-def test_a_named_form_must_fit_and_suit_the_task(tmp_path: Path) -> None:
+def test_a_named_form_must_fit_and_suit_the_task(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "x", "completion": "y"})
     with pytest.raises(DataError, match=r"line 1 has the columns prompt, completion"):
         read_task("records", path, form="text")
@@ -180,12 +173,12 @@ def test_a_named_form_must_fit_and_suit_the_task(tmp_path: Path) -> None:
     assert read_task("classification", jsonl(tmp_path / "b.jsonl", {"text": "x", "label": "y"}), form="label")
 
 
-def chat(*messages: Any) -> Row:
+def chat(*messages):
     return {"messages": list(messages)}
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
-NESTED: Any = []
+NESTED = []
 for _ in range(500):
     NESTED = [NESTED]
 
@@ -203,7 +196,7 @@ for _ in range(500):
         {"prompt": "x", "completion": "y"},
     ],
 )
-def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, tmp_path: Path) -> None:
+def test_a_wrong_row_of_chats_is_named_in_one_line(row, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[{"messages": [USER, ASSISTANT]}] * 3, row)
     with pytest.raises(DataError) as raised:
         read_task("records", path, needs_targets=True)
@@ -221,7 +214,7 @@ def test_a_wrong_row_of_chats_is_named_in_one_line(row: Row, tmp_path: Path) -> 
         ({"text": "x", "label": "a"}, {"text": "x", "label": 0.5}, "0.5"),
     ],
 )
-def test_a_wrong_row_far_down_is_named(good: Row, bad: Row, named: str, tmp_path: Path) -> None:
+def test_a_wrong_row_far_down_is_named(good, bad, named, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[good] * 70, bad)
     with pytest.raises(DataError) as raised:
         read_task("records", path, needs_targets=True)
@@ -231,7 +224,7 @@ def test_a_wrong_row_far_down_is_named(good: Row, bad: Row, named: str, tmp_path
         as_examples([good, bad], needs_targets=True)
 
 
-def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
+def test_without_targets_there_is_something_to_answer(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", chat(USER), chat(*TURNS, USER))
     assert [(len(example.messages), example.targets) for example in read_task("records", path)] == [(1, ()), (5, ())]
     assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
@@ -239,7 +232,7 @@ def test_without_targets_there_is_something_to_answer(tmp_path: Path) -> None:
         read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
 
 
-def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning() -> None:
+def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning():
     (example,) = as_examples([{"instruction": "Sum up.", "input": "", "context": "Owls hunt.", "output": "Owls."}])
     assert example.source == "Sum up.\n\nOwls hunt."
     (merged,) = as_examples(
@@ -249,7 +242,7 @@ def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning() -> None
     assert (merged.source, merged.targets) == ("Sum up.\n\nOwls hunt.", ("Owls.",))
 
 
-def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
+def test_where_a_chat_is_from_is_no_field_of_an_example():
     chats = [{"messages": [USER, ASSISTANT], "source": "forum"}, {"messages": [USER, ASSISTANT]}]
     assert [example.targets for example in as_examples(chats, needs_targets=True)] == [("Hello. ",)] * 2
     (pair,) = as_examples([{"prompt": "1+1", "completion": "2", "source": "forum"}])
@@ -260,7 +253,7 @@ def test_where_a_chat_is_from_is_no_field_of_an_example() -> None:
     assert (asked.source, asked.targets) == ("Hi", ("Hello.", "Hi."))
 
 
-def test_a_file_has_the_preferred_form_if_it_fits_and_else_its_own(tmp_path: Path) -> None:
+def test_a_file_has_the_preferred_form_if_it_fits_and_else_its_own(tmp_path):
     train = jsonl(tmp_path / "qa.jsonl", {"question": "Who?", "answer": "Mira"})
     both = jsonl(tmp_path / "both.jsonl", {"messages": [USER, ASSISTANT], "prompt": "Hi", "completion": "No."})
     config = TrainConfig(train=str(both), dev=str(both), form="prompt")

@@ -1,11 +1,6 @@
 """Classification and tagging: a head, or the model's own words."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,8 +22,6 @@ from prefixtune.prefix.encoder import HeadEncoder
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 
-Make = Callable[..., Any]
-
 # The label is whether the text holds a "q"; the tag, whether a word does.
 TEXTS = ["abq", "cde", "qfg", "hij", "kql", "mno", "pqr", "stu"]
 LABELLED = [Example(text, ("with" if "q" in text else "plain",)) for text in TEXTS]
@@ -39,7 +32,7 @@ TAGGED = [
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
+def options(tmp_path):
     return {
         "prefix_length": 4,
         "bottleneck_size": 16,
@@ -54,14 +47,13 @@ def options(tmp_path: Path) -> dict[str, Any]:
 
 # Slow: labels by a head and by words, each learned to the end.
 @pytest.mark.parametrize(("family", "by"), [("bert", "head"), ("t5", "words")])
-def test_a_prefix_learns_labels(family: str, by: str, tiny_backbone: Make, options: dict[str, Any]) -> None:
+def test_a_prefix_learns_labels(family, by, tiny_backbone, options):
     backbone = tiny_backbone(family)
     options |= {"max_steps": 120} if by == "head" else {"max_steps": 100, "learning_rate": 0.1}
     config = TrainConfig(**options, task="classification", classifier=by)
     result = pt.train(config, backbone=backbone, examples=LABELLED, dev_examples=LABELLED)
     loaded = pt.load_prefix(result.path, backbone)
     labels = labels_of(loaded)
-    assert labels is not None
     assert (labels.by, labels.names) == (by, ("plain", "with"))
     assert (loaded.head is not None) == (by == "head")
     scores = pt.evaluate(backbone, LABELLED, loaded).scores
@@ -69,7 +61,7 @@ def test_a_prefix_learns_labels(family: str, by: str, tiny_backbone: Make, optio
     assert scores["macro_f1"].score == 100
 
 
-def test_a_prefix_learns_tags(tiny_backbone: Make, options: dict[str, Any]) -> None:
+def test_a_prefix_learns_tags(tiny_backbone, options):
     backbone = tiny_backbone("llama")
     config = TrainConfig(**options, task="tagging")
     result = pt.train(config, backbone=backbone, examples=TAGGED)
@@ -86,7 +78,7 @@ def test_a_prefix_learns_tags(tiny_backbone: Make, options: dict[str, Any]) -> N
             assert sum(token.probabilities.values()) == pytest.approx(1)
 
 
-def test_the_words_probabilities_are_the_models_own(tiny_backbone: Make, random_prefix: Make) -> None:
+def test_the_words_probabilities_are_the_models_own(tiny_backbone):
     # Against the plainest way: each word after each text, alone, in full, summed over its tokens.
     backbone = tiny_backbone("llama")
     texts, words = ["abc", "d"], ["yes", "no", "maybe so"]
@@ -105,7 +97,7 @@ def test_the_words_probabilities_are_the_models_own(tiny_backbone: Make, random_
         assert found.label == words[max(range(3), key=wanted.__getitem__)]
 
 
-def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone: Make, options: dict[str, Any]) -> None:
+def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone, options):
     for family in ("bert", "llama"):
         backbone = tiny_backbone(family)
         run = {**options, "max_steps": 3, "output": f"{options['output']}-{family}"}
@@ -118,7 +110,7 @@ def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone: Make, options: 
             assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), rel=1e-4)
 
 
-def test_a_standardized_head_is_stored_as_a_plain_one() -> None:
+def test_a_standardized_head_is_stored_as_a_plain_one():
     torch.manual_seed(0)
     hidden = torch.randn(50, 8) * torch.arange(1, 9) + 100
     head = HeadEncoder(3, 8)
@@ -128,7 +120,7 @@ def test_a_standardized_head_is_stored_as_a_plain_one() -> None:
     assert torch.allclose(scores, wanted, atol=1e-4)
 
 
-def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
+def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone):
     # One token a byte: "ab qc" is a, b, space, q, c.
     examples = [tagged(["ab", "qc"], ["O", "B-Q"])]
     labels = choose_labels("tagging", tiny_backbone("bert"), examples)
@@ -142,7 +134,7 @@ def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone: Make) -> None:
     assert first.targets == last.targets == ((0, 1),)
 
 
-def test_the_work_for_a_text_grows_with_its_words(tiny_backbone: Make) -> None:
+def test_the_work_for_a_text_grows_with_its_words(tiny_backbone):
     """By each word's own look at all tokens, it would take minutes."""
     llama, form = tiny_backbone("llama"), TextFormat("{source}", "{target}")
     words = ["a", "bcd", "ef"] * 20_000
@@ -157,7 +149,7 @@ def test_the_work_for_a_text_grows_with_its_words(tiny_backbone: Make) -> None:
     assert (positions, len(ids)) == (ends, end - 1)
 
 
-def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:
+def test_a_long_text_is_truncated_and_counted(tiny_backbone):
     backbone = tiny_backbone("llama")
     examples = [tagged(["abc"] * 20, ["O"] * 20), tagged(["q"], ["B-Q"])]
     labels = choose_labels("tagging", backbone, examples)
@@ -173,7 +165,7 @@ def test_a_long_text_is_truncated_and_counted(tiny_backbone: Make) -> None:
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict[str, Any]) -> None:
+def test_what_a_backbone_cannot_do_is_refused(tiny_backbone, options):
     for family, data, by in (("bert", LABELLED, "words"), ("t5", LABELLED, "head"), ("llama", TAGGED, "words")):
         with pytest.raises(ConfigError):
             choose_labels("tagging" if data is TAGGED else "classification", tiny_backbone(family), data, by=by)
@@ -181,7 +173,7 @@ def test_what_a_backbone_cannot_do_is_refused(tiny_backbone: Make, options: dict
         pt.train(TrainConfig(**options), backbone=tiny_backbone("bert"), examples=LABELLED)
 
 
-def test_wrong_labels_and_words_are_reported(tiny_backbone: Make) -> None:
+def test_wrong_labels_and_words_are_reported(tiny_backbone):
     backbone = tiny_backbone("llama")
     for words, said in (({"wiht": "yes"}, "'wiht'"), ({"with": "yes", "plain": "yes"}, "yes, yes")):
         with pytest.raises(ConfigError, match=said):
@@ -191,7 +183,7 @@ def test_wrong_labels_and_words_are_reported(tiny_backbone: Make) -> None:
             choose_labels("classification", backbone, train, dev)
 
 
-def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone: Make, random_prefix: Make) -> None:
+def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone, random_prefix):
     backbone = tiny_backbone("llama")
     generating = random_prefix(backbone, 3)
     for call in (
@@ -209,22 +201,22 @@ def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone: Make, rando
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def labelled(*labels: str) -> list[Example]:
+def labelled(*labels):
     return [Example(f"text {number}", (label,)) for number, label in enumerate(labels)]
 
 
-def test_the_names_of_tags_are_whole_pairs_after_o() -> None:
+def test_the_names_of_tags_are_whole_pairs_after_o():
     examples = [tagged(["a", "b"], ["B-Y", "O"]), tagged(["a"], ["I-X-2"])]
     assert label_names(iter(examples), "tagging") == ("O", "B-X-2", "I-X-2", "B-Y", "I-Y")
 
 
 @pytest.mark.parametrize("examples", [[], labelled("a", "a"), [*labelled("a", "b"), Example("x", ("a", "b"))]])
-def test_one_label_is_no_classification(examples: list[Example]) -> None:
+def test_one_label_is_no_classification(examples):
     with pytest.raises(DataError):
         label_names(examples)
 
 
-def test_an_unknown_label_is_named_with_its_example_and_the_nearest_known_one() -> None:
+def test_an_unknown_label_is_named_with_its_example_and_the_nearest_known_one():
     names = label_names([tagged(["a"], ["B-STATION"])], "tagging")
     check_labels([tagged(["a", "b"], ["B-STATION", "I-STATION"])], names, "tagging")
     with pytest.raises(DataError, match=r"'B-STATIN' of example 2 .*'B-STATION'"):

@@ -1,9 +1,6 @@
 """Tagging: tokens and tags and the error for a wrong sentence."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +14,7 @@ ROWS = [
 ]
 
 
-def test_tokens_and_tags_of_a_sentence(tmp_path: Path):
+def test_tokens_and_tags_of_a_sentence(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, [*ROWS, ROWS[0]])))
     examples = read_task("tagging", path)
     # Each sentence stays its own example.
@@ -30,7 +27,7 @@ def test_tokens_and_tags_of_a_sentence(tmp_path: Path):
     assert TASKS["tagging"].kind == "tagging"
 
 
-def test_other_columns_may_be_named_and_i_may_begin_a_span_as_in_older_files(tmp_path: Path):
+def test_other_columns_may_be_named_and_i_may_begin_a_span_as_in_older_files(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"words": ["Hello"], "ner": ["I-X"], "tokens": 3}')
     (example,) = read_task("tagging", path, source="words", target="ner")
     assert dict(example.fields) == {"tokens": ("Hello",), "tags": ("I-X",)}
@@ -44,7 +41,7 @@ def test_other_columns_may_be_named_and_i_may_begin_a_span_as_in_older_files(tmp
         ("a.jsonl", '{"tokens": ["a"], "tags": ["NN"]}', "line 1: 'tags' is 'NN'"),
     ],
 )
-def test_a_wrong_sentence_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str):
+def test_a_wrong_sentence_is_named_with_its_line(tmp_path, name, text, says):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
         read_task("tagging", path)

@@ -1,10 +1,6 @@
 """Rows whose columns are named: templates, merging, labels, summaries, and the error for a wrong row."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +13,7 @@ ROWS = [{"name": "Aromi", "food": "Italian", "text": "Eat."}, {"name": "Mill", "
 WANTED = [("Aromi is Italian", ("Eat.",)), ("Mill is French", ("Go, eat.",))]
 
 
-def test_a_file_and_a_list_give_the_same(tmp_path: Path) -> None:
+def test_a_file_and_a_list_give_the_same(tmp_path):
     path = write(tmp_path / "v1.2.tsv.gz", "\ufeffname\tfood\ttext\nAromi\tItalian\tEat.\nMill\tFrench\tGo, eat.\n")
     examples = read_task("records", path, source="{name} is {food}", target="text")
     assert [(example.source, example.targets) for example in examples] == WANTED
@@ -25,7 +21,7 @@ def test_a_file_and_a_list_give_the_same(tmp_path: Path) -> None:
     assert as_examples(ROWS, "{name} is {food}", "text") == examples
 
 
-def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path: Path) -> None:
+def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path):
     path = write(
         tmp_path / "a.jsonl",
         '{"q": "b", "a": ["1", "2"], "n": 0}\n{"q": "a", "a": "3"}\n{"q": " b ", "a": ["1", 4]}\n',
@@ -35,7 +31,7 @@ def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path: Pa
     assert (second.source, second.targets) == ("a", ("3",))
 
 
-def test_without_a_target_there_are_none(tmp_path: Path) -> None:
+def test_without_a_target_there_are_none(tmp_path):
     path = write(tmp_path / "a.csv", "q,target\nx,1\ny,2\n")
     assert [(one.source, one.targets) for one in read_task("records", path, source="q")] == [("x", ()), ("y", ())]
 
@@ -51,14 +47,14 @@ def test_without_a_target_there_are_none(tmp_path: Path) -> None:
         ("\\1 {a}", {"a": "\\g<0>"}, "\\1 \\g<0>"),
     ],
 )
-def test_only_whole_columns_are_replaced(template: str, record: dict[str, Any], text: str) -> None:
+def test_only_whole_columns_are_replaced(template, record, text):
     assert render(template, record, "line 1") == text
     with pytest.raises(DataError):
         render("{a.__class__}", record, "line 1")
 
 
 @pytest.mark.parametrize("template", ["{a", "a}", "{}", "{a} {", "", "  ", "{{a}}", "{a{b}}"])
-def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, tmp_path: Path) -> None:
+def test_a_malformed_template_is_refused_before_the_file_is_read(template, tmp_path):
     for task in ("records", "classification", "summarization"):
         for source, target in ((template, None), ("a", template)):
             with pytest.raises(ConfigError):
@@ -78,14 +74,14 @@ def test_a_malformed_template_is_refused_before_the_file_is_read(template: str, 
         ("a.jsonl", '{"q": "x", "a": []}', "'a'"),
     ],
 )
-def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, name: str, text: str, says: str) -> None:
+def test_a_wrong_row_is_named_with_its_line(tmp_path, name, text, says):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
         read_task("records", path, source="q", target="a")
     assert str(path) in str(caught.value)
 
 
-def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path: Path) -> None:
+def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path):
     path = write(tmp_path / "a.csv", "q,a\nx,y\n")
     with pytest.raises(ConfigError):
         read_task("records", path, target="a")
@@ -96,7 +92,7 @@ def test_a_target_alone_is_refused_and_nothing_at_all_is_recognized(tmp_path: Pa
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def test_labels_have_columns_of_their_names_or_templates_and_each_row_stays(tmp_path: Path) -> None:
+def test_labels_have_columns_of_their_names_or_templates_and_each_row_stays(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nFine.,good\nFine.,good\nFine.,bad\n")
     assert [one.targets for one in read_task("classification", path)] == [("good",), ("good",), ("bad",)]
     path = write(tmp_path / "b.csv", "premise,hypothesis,gold,side\nIt rains.,It is wet.,yes,a\n")
@@ -112,13 +108,13 @@ def test_labels_have_columns_of_their_names_or_templates_and_each_row_stays(tmp_
     ("value", "label"),
     [('"yes"', "yes"), ('" very good "', "very good"), ("3", "3"), ("true", "true"), ('["only"]', "only")],
 )
-def test_a_label_is_the_text_that_json_writes(tmp_path: Path, value: str, label: str) -> None:
+def test_a_label_is_the_text_that_json_writes(tmp_path, value, label):
     path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": {value}}}')
     assert read_task("classification", path)[0].targets == (label,)
 
 
 @pytest.mark.parametrize("label", ['["a", "b"]', "[]", "2.5", "[2.5]", '" "', "null"])
-def test_what_is_no_label_is_named_with_its_line(tmp_path: Path, label: str) -> None:
+def test_what_is_no_label_is_named_with_its_line(tmp_path, label):
     path = write(tmp_path / "a.jsonl", f'{{"text": "x", "label": "y"}}\n{{"text": "x", "label": {label}}}')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: 'label'"):
         read_task("classification", path)
@@ -135,12 +131,12 @@ def test_what_is_no_label_is_named_with_its_line(tmp_path: Path, label: str) -> 
         ("a.csv", 'id,document,summary\n7,"It rained.\r\nA lot.",Rain.\n'),
     ],
 )
-def test_the_columns_of_well_known_summaries_need_no_names(tmp_path: Path, name: str, text: str) -> None:
+def test_the_columns_of_well_known_summaries_need_no_names(tmp_path, name, text):
     (example,) = read_task("summarization", write(tmp_path / name, text))
     assert (example.source, example.targets) == ("It rained. A lot.", ("Rain.",))
 
 
-def test_columns_of_summaries_may_be_named_and_equal_documents_stay_apart(tmp_path: Path) -> None:
+def test_columns_of_summaries_may_be_named_and_equal_documents_stay_apart(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"title": "Weather", "body": "It rained.", "short": ["Rain.", "Wet\\nday."]}')
     (example,) = read_task("summarization", path, source="{title}: {body}", target="short")
     assert (example.source, example.targets) == ("Weather: It rained.", ("Rain.", "Wet day."))
@@ -160,16 +156,16 @@ def test_columns_of_summaries_may_be_named_and_equal_documents_stay_apart(tmp_pa
         ("scitldr", "a.jsonl", '{"source": ["x"], "target": []}', "'target'"),
     ],
 )
-def test_a_wrong_row_of_summaries_is_named(tmp_path: Path, task: str, name: str, text: str, says: str) -> None:
+def test_a_wrong_row_of_summaries_is_named(tmp_path, task, name, text, says):
     path = write(tmp_path / name, text)
     with pytest.raises(DataError, match=says) as caught:
         read_task(task, path)
     assert str(path) in str(caught.value)
 
 
-def test_scitldr_as_released_and_as_json_lines(tmp_path: Path) -> None:
+def test_scitldr_as_released_and_as_json_lines(tmp_path):
     released = {"source": ["We learn.", " It works.\n"], "target": ["Learning works.", "It learns."], "paper_id": "x"}
-    lines: dict[str, Any] = {"id": "x", "document": "We learn. It works.", "references": released["target"]}
+    lines = {"id": "x", "document": "We learn. It works.", "references": released["target"]}
     one = read_task("scitldr", write(tmp_path / "a.jsonl", json.dumps(released)))
     other = read_task("scitldr", write(tmp_path / "b.jsonl", json.dumps(lines)))
     assert one == other
@@ -178,7 +174,7 @@ def test_scitldr_as_released_and_as_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("part", "documents"), [("train", 1992), ("dev", 619), ("test", 618)])
-def test_the_whole_set(shared_data: Path, part: str, documents: int) -> None:
+def test_the_whole_set(shared_data, part, documents):
     examples = read_task("scitldr", shared_data / "scitldr", split=part)
     assert len(examples) == documents
     assert all(example.targets and "\n" not in "".join((example.source, *example.targets)) for example in examples)

@@ -1,19 +1,12 @@
 """Teachers and their labels."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
-from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher, check_same_tokens, label_examples, read_labels, write_labels
@@ -24,12 +17,12 @@ WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 ASKED = [Question("Where?", "Ashby", 1), Question("Owl?", "Dover, far", 0), Question("Fox?", "B", 1)]
 
 
-def labelled(reader: Reader, questions: list[Question]) -> list[TokenizedExample]:
+def labelled(reader, questions):
     examples = encode_questions(reader.backbone, questions, reader.wording, 0)
     return label_examples(reader, examples, questions, 105)
 
 
-def test_labels_are_those_of_the_whole_text_through_the_plain_model(backbone: Backbone) -> None:
+def test_labels_are_those_of_the_whole_text_through_the_plain_model(backbone):
     texts = ["The Owl goes to Ashby.", "The Fox goes to Dover."]
     made = labelled(Teacher(backbone, "teacher").reader(WORDING, texts, 2), ASKED)
     for question, one in zip(ASKED, made, strict=True):
@@ -46,7 +39,7 @@ def test_labels_are_those_of_the_whole_text_through_the_plain_model(backbone: Ba
         assert own.log_probs[count:, 0].tolist() == [0.0, 0.0]
 
 
-def test_a_teacher_with_more_logits_is_read_in_the_students_vocabulary(tiny_backbone: Callable[..., Any]) -> None:
+def test_a_teacher_with_more_logits_is_read_in_the_students_vocabulary(tiny_backbone):
     larger = tiny_backbone("llama", vocab_size=128, max_position_embeddings=512)
     tuned = dataclasses.replace(WORDING, tuned=True)
     (made,) = labelled(Reader(larger, tuned, [None], 2), [Question("Who?", "Mira")])
@@ -57,7 +50,7 @@ def test_a_teacher_with_more_logits_is_read_in_the_students_vocabulary(tiny_back
     assert labels.log_probs[-1, 0] < 0
 
 
-def test_kept_labels_come_back_and_damage_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+def test_kept_labels_come_back_and_damage_is_refused(backbone, tmp_path):
     asked, path = [Question("Who?", "Mira"), Question("When?", "At 8:00")], tmp_path / "teacher.safetensors"
     made = labelled(Reader(backbone, WORDING, [None], 2), asked)
     write_labels(path, made)
@@ -72,7 +65,7 @@ def test_kept_labels_come_back_and_damage_is_refused(backbone: Backbone, tmp_pat
         read_labels(path, made)
 
 
-def test_a_teacher_whose_numbers_are_not_finite_is_refused(tiny_backbone: Callable[..., Any]) -> None:
+def test_a_teacher_whose_numbers_are_not_finite_is_refused(tiny_backbone):
     broken = tiny_backbone("llama", max_position_embeddings=512, num_hidden_layers=1)
     with torch.no_grad():
         broken.model.get_output_embeddings().weight.fill_(torch.nan)
@@ -80,9 +73,7 @@ def test_a_teacher_whose_numbers_are_not_finite_is_refused(tiny_backbone: Callab
         labelled(Reader(broken, WORDING, [None], 1), [Question("Who?", "Mira")])
 
 
-def test_a_teacher_with_other_tokens_or_of_another_kind_is_refused(
-    backbone: Backbone, tiny_backbone: Callable[..., Any]
-) -> None:
+def test_a_teacher_with_other_tokens_or_of_another_kind_is_refused(backbone, tiny_backbone):
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.add_tokens(["owl"])
     for teacher in (dataclasses.replace(backbone, tokenizer=tokenizer), tiny_backbone("bart")):

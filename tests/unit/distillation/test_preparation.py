@@ -1,13 +1,9 @@
 """What a run's folder keeps: it comes back as it was, and what was made from something else is refused."""
 
-from __future__ import annotations
-
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,10 +14,10 @@ from prefixtune.distillation.preparation import read_questions, sources_of, stag
 from prefixtune.errors import CheckpointError
 
 
-def test_a_stage_is_made_once_and_not_from_anything_else(tmp_path: Path) -> None:
+def test_a_stage_is_made_once_and_not_from_anything_else(tmp_path):
     path, made = tmp_path / "a" / "file.txt", list[str]()
 
-    def make(temporary: Path) -> None:
+    def make(temporary):
         made.append("")
         temporary.write_text("made")
 
@@ -35,22 +31,20 @@ def test_a_stage_is_made_once_and_not_from_anything_else(tmp_path: Path) -> None
     assert len(made) == 2
 
 
-def test_questions_come_back_whatever_ends_a_line(tmp_path: Path) -> None:
+def test_questions_come_back_whatever_ends_a_line(tmp_path):
     questions = [Question(f"Where{mark} is\n it?", f"a{mark}", 1, "fact", "It is.", False) for mark in "\u2028\x85\x0c"]
     write_questions(tmp_path / "q.jsonl", questions, questions[:1])
     assert read_questions(tmp_path / "q.jsonl") == (questions, questions[:1])
 
 
 @pytest.mark.parametrize("damaged", ['{"question": "Where?"}\n', "no json\n"])
-def test_damaged_questions_are_refused(tmp_path: Path, damaged: str) -> None:
+def test_damaged_questions_are_refused(tmp_path, damaged):
     (tmp_path / "q.jsonl").write_text(damaged)
     with pytest.raises(CheckpointError):
         read_questions(tmp_path / "q.jsonl")
 
 
-def test_texts_questions_teachers_and_backbones_are_told_apart(
-    backbone: Backbone, tiny_backbone: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_texts_questions_teachers_and_backbones_are_told_apart(backbone, tiny_backbone, tmp_path):
     config = DistillConfig(document="doc.txt", questions="q.jsonl", teacher="one")
     trained, weights = config.replace(teacher=str(tmp_path)), tmp_path / "weights.safetensors"
     job = Job("", Path("run"), "doc.txt", "The Owl.", (Question("Where?"),), ())

@@ -1,18 +1,13 @@
 """What counts for a reader: the tokens that end a target, answers of several lines, answers that were cut."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import prefixtune.distillation.questions as questions_module
-from prefixtune.backbone.backbone import Backbone
-from prefixtune.distillation.config import QuestionKind
 from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.questions import hold_out, make_questions
 from prefixtune.distillation.reader import Reader
@@ -21,7 +16,7 @@ from prefixtune.distillation.wording import Wording, count_endings, encode_quest
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
 
-def with_llama_2_tokenizer(backbone: Backbone) -> Backbone:
+def with_llama_2_tokenizer(backbone):
     """With a tokenizer that puts a mark in front of every text, and writes a line break as one byte."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
     vocabulary |= {token: 259 + index for index, token in enumerate("\u2581Ashby")}
@@ -32,14 +27,14 @@ def with_llama_2_tokenizer(backbone: Backbone) -> Backbone:
 
 
 @pytest.mark.parametrize(("target", "count"), [(" {target}\n", 2), ("{target}", 1), (" {target} !", 3)])
-def test_the_end_of_a_target_is_counted_in_it(backbone: Backbone, target: str, count: int) -> None:
+def test_the_end_of_a_target_is_counted_in_it(backbone, target, count):
     wording, asked = Wording("{source}", target), [Question("", "Ashby"), Question("", "B.")]
     assert count_endings(backbone, asked, wording) == [count, count]
     if target != " {target} !":
         assert count_endings(with_llama_2_tokenizer(backbone), asked[:1], wording) == [count]
 
 
-def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
+def test_an_answer_that_was_cut_has_no_end(backbone):
     asked = [Question("Where?", "Ashby", ended=ended) for ended in (True, False)]
     whole, cut = without_ends(backbone, encode_questions(backbone, asked, WORDING, 4), asked, WORDING, ended=False)
     assert whole.targets[0][-1] == backbone.eos_id
@@ -49,11 +44,11 @@ def test_an_answer_that_was_cut_has_no_end(backbone: Backbone) -> None:
     assert not answered.ended
 
 
-def written(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[tuple[str, tuple[str, ...]]]:
+def written(monkeypatch, answers):
     """Let readers answer so; returns what they are asked, with what ends an answer."""
-    asked: list[tuple[str, tuple[str, ...]]] = []
+    asked = []
 
-    def answer(self: Reader, questions: list[Question], length: int, on_batch: Any) -> list[Question]:
+    def answer(self, questions, length, on_batch):
         asked.extend((question.question, self.wording.stop) for question in questions)
         on_batch(len(questions))
         return [dataclasses.replace(question, answer=answers[question.question]) for question in questions]
@@ -62,7 +57,7 @@ def written(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[tu
     return asked
 
 
-def test_answers_of_several_lines_can_be_exact(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_several_lines_can_be_exact(backbone, monkeypatch):
     asked = written(monkeypatch, {"List?": "Ashby\nDover\nmore", "Where?": "Ashby\nmore", "Who?": "Mira"})
     test = [Question("List?", "Ashby\nDover"), Question("Where?", "Ashby"), Question("Who?", "Nina")]
     reader = Reader(backbone, WORDING, [None], 2)
@@ -73,7 +68,7 @@ def test_answers_of_several_lines_can_be_exact(backbone: Backbone, monkeypatch: 
     assert {stop for _, stop in asked} == {("\n",)}
 
 
-def test_of_several_answers_to_a_question_any_is_right(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_answers_to_a_question_any_is_right(backbone, monkeypatch):
     asked = written(monkeypatch, dict.fromkeys(("Who?", "Where?"), "Mira\nStone"))
     test = [Question("Who?", one) for one in ("Nina", "Mira", "Mira\nMoon")] + [Question("Where?", "Ashby")]
     assert Reader(backbone, WORDING, [None], 2).read(test)["exact"] == 1
@@ -81,14 +76,12 @@ def test_of_several_answers_to_a_question_any_is_right(backbone: Backbone, monke
     assert [question for question, _ in asked] == ["Who?", "Where?"]
 
 
-def make(kinds: tuple[QuestionKind, ...], count: int, backbone: Backbone) -> list[Question]:
+def make(kinds, count, backbone):
     chunks = ["The Owl goes to Ashby. The Fox goes to Dover."]
     return make_questions(Reader(backbone, WORDING, [None], 2), chunks, count, kinds, 1, lambda done: None)
 
 
-def test_paraphrases_are_made_of_facts_in_whatever_order_they_are_named(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paraphrases_are_made_of_facts_in_whatever_order_they_are_named(backbone, monkeypatch):
     numbers = itertools.count()
     monkeypatch.setattr(questions_module, "_ask", lambda _, prompts, *__: [f"Who is {next(numbers)}?" for _ in prompts])
     made = [make(kinds, 6, backbone) for kinds in (("paraphrase", "fact"), ("fact", "paraphrase"))]
@@ -96,7 +89,7 @@ def test_paraphrases_are_made_of_facts_in_whatever_order_they_are_named(
         assert [question.kind for question in questions] == ["fact"] * 3 + ["paraphrase"] * 3
 
 
-def test_held_out_questions_share_no_sentence_and_no_name_with_the_others() -> None:
+def test_held_out_questions_share_no_sentence_and_no_name_with_the_others():
     questions = [
         Question(f"{kind} {about}?", None, 0, "fact", about)
         for about in "abcdefghij"

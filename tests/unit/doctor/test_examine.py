@@ -1,16 +1,11 @@
 """The five comparisons: sound models pass all that apply to them, and faults are found by those that should."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import AttentionInterface
 
 from patching import replace_everywhere
@@ -18,15 +13,13 @@ from prefixtune.attention.injection import Injection, batch_prefixes, current_in
 from prefixtune.attention.layout import using
 from prefixtune.attention.masks import cached_prefix_slots, extend_mask
 from prefixtune.attention.packed import packed_attention
-from prefixtune.attention.packing import Packing, Visibility, sees
+from prefixtune.attention.packing import Packing, sees
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor.examine import examine
 from tiny_config import tiny_config
 from zoo import make_model, random_model
-
-Make = Callable[..., Any]
 
 GRADIENT = "a gradient reaches every layer's prefix"
 PREFILLED = "injected = prefilled"
@@ -36,20 +29,20 @@ CACHED = "cached = recomputed"
 ALL = [GRADIENT, PREFILLED, PADDED, PACKED, CACHED]
 
 
-def failed(backbone: Any) -> set[str]:
+def failed(backbone):
     """The names of the comparisons that fail."""
     return {found.name for found in examine(backbone.model, backbone.layout) if not found.passed}
 
 
-def patch_attention(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
+def patch_attention(monkeypatch, function):
     """Register another attention function under this project's name, for the length of a test."""
     monkeypatch.setitem(AttentionInterface._global_mapping, ATTENTION, function)
 
 
-def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Callable[..., Any]:
+def attend_changed_at(site, change):
     """The attention function, with the arguments changed at one site; packed rows are left alone."""
 
-    def patched(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def patched(module, query, key, value, mask, **kwargs):
         injection = current_injection.get()
         arguments = {"query": query, "key": key, "value": value, "attention_mask": mask, **kwargs}
         if injection is not None and injection.packing is None and injection.layer_of.get(module, ("",))[0] == site:
@@ -60,11 +53,11 @@ def attend_changed_at(site: str, change: Callable[[dict[str, Any]], None]) -> Ca
     return patched
 
 
-def drop_prefix(arguments: dict[str, Any]) -> None:
+def drop_prefix(arguments):
     arguments["injection"] = Injection({})
 
 
-def see_everything(arguments: dict[str, Any]) -> None:
+def see_everything(arguments):
     arguments["attention_mask"] = torch.ones(
         1, 1, arguments["query"].shape[2], arguments["key"].shape[2], dtype=torch.bool
     )
@@ -90,7 +83,7 @@ def see_everything(arguments: dict[str, Any]) -> None:
         ("modernbert", {PREFILLED, PACKED, CACHED}),
     ],
 )
-def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -> None:
+def test_sound_models_pass(name, left_out, tiny_tokenizer):
     backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
     found = examine(backbone.model, backbone.layout)
     assert [one.name for one in found] == [one for one in ALL if one not in left_out]
@@ -100,9 +93,7 @@ def test_sound_models_pass(name: str, left_out: set[str], tiny_tokenizer: Any) -
 @pytest.mark.parametrize(
     ("name", "dtype"), [("gpt2", torch.float16), *((name, torch.bfloat16) for name in ("mistral", "t5", "bert"))]
 )
-def test_half_precision_is_examined_in_float32(
-    name: str, dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_is_examined_in_float32(name, dtype, tiny_models, monkeypatch):
     backbone = Backbone.from_model(tiny_models(name).to(dtype), None, name)
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in backbone.model.state_dict().items()}
     assert all(one.difference < 1e-4 for one in examine(backbone.model, backbone.layout))
@@ -116,7 +107,7 @@ def test_half_precision_is_examined_in_float32(
     assert max(one.difference for one in found) > 1e-4
 
 
-def test_copies_take_half_of_the_free_memory_at_most(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_take_half_of_the_free_memory_at_most(tiny_models, monkeypatch):
     model = tiny_models("llama").to(torch.bfloat16)
     needed = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     for free, exact in ((2 * needed, True), (needed, False)):
@@ -125,7 +116,7 @@ def test_copies_take_half_of_the_free_memory_at_most(tiny_models: Make, monkeypa
         assert not examine_module.computes_exactly(model, torch.device("mps"))
 
 
-def test_nothing_is_left_changed(tiny_backbone: Make) -> None:
+def test_nothing_is_left_changed(tiny_backbone):
     backbone = tiny_backbone("llama")
     weight = backbone.model.model.norm.weight.requires_grad_()
     torch.manual_seed(3)
@@ -140,8 +131,8 @@ def test_nothing_is_left_changed(tiny_backbone: Make) -> None:
         assert examine(backbone.model, backbone.layout) == first
 
 
-def test_an_error_is_a_failed_comparison(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
+def test_an_error_is_a_failed_comparison(tiny_backbone, monkeypatch):
+    def broken(*args, **options):
         raise ValueError("no cache today.\nmore of it")
 
     backbone = tiny_backbone("gpt2")
@@ -156,23 +147,23 @@ def test_an_error_is_a_failed_comparison(tiny_backbone: Make, monkeypatch: pytes
 # --- faults of attention ---------------------------------------------------------------------------------------------
 
 
-def test_another_attention_function(tiny_backbone: Make) -> None:
+def test_another_attention_function(tiny_backbone):
     backbone = tiny_backbone("llama")
     backbone.model.set_attn_implementation("sdpa")
     assert GRADIENT in failed(backbone)
 
 
-def test_one_layer_with_another_attention_function(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_with_another_attention_function(tiny_backbone, monkeypatch):
     backbone = tiny_backbone("llama")
     layer = backbone.model.model.layers[1]
     monkeypatch.setattr(layer.self_attn, "forward", lambda hidden_states, **_: (torch.zeros_like(hidden_states), None))
     assert GRADIENT in failed(backbone)
 
 
-def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone, monkeypatch):
     stack = batch_prefixes
 
-    def detached(*args: Any) -> Any:
+    def detached(*args):
         made = stack(*args)
         # The last slot's keys of every layer get no gradient; the values all do.
         layers = {
@@ -186,10 +177,10 @@ def test_a_prefix_that_is_cut_from_the_graph(tiny_backbone: Make, monkeypatch: p
     assert failed(tiny_backbone("bert")) == {GRADIENT}
 
 
-def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows_whose_gradient_is_lost(tiny_backbone, monkeypatch):
     packed = packed_attention
 
-    def cut(packing: Any, site: str, prefixes: Any, *args: Any) -> Any:
+    def cut(packing, site, prefixes, *args):
         detached = [None if kv is None else (kv[0].detach(), kv[1]) for kv in prefixes]
         return packed(packing, site, detached, *args)
 
@@ -198,8 +189,8 @@ def test_packed_rows_whose_gradient_is_lost(tiny_backbone: Make, monkeypatch: py
     assert failed(tiny_backbone("t5")) == {GRADIENT}
 
 
-def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(arguments: dict[str, Any]) -> None:
+def test_attention_that_sees_the_future(tiny_backbone, monkeypatch):
+    def change(arguments):
         if current_injection.get().layers:
             see_everything(arguments)
 
@@ -209,14 +200,14 @@ def test_attention_that_sees_the_future(tiny_backbone: Make, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
-def test_a_dead_site(site: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_site(site, tiny_backbone, monkeypatch):
     backbone = tiny_backbone("t5")
     patch_attention(monkeypatch, attend_changed_at(site, drop_prefix))
     assert GRADIENT in failed(backbone)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_sees_the_future(name, tiny_backbone, monkeypatch):
     backbone = tiny_backbone(name)
     patch_attention(monkeypatch, attend_changed_at("decoder", see_everything))
     assert {PADDED, PACKED, CACHED} <= failed(backbone)
@@ -225,10 +216,10 @@ def test_a_decoder_that_sees_the_future(name: str, tiny_backbone: Make, monkeypa
 # --- faults of batches -----------------------------------------------------------------------------------------------
 
 
-def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_slots_that_are_seen(tiny_backbone, monkeypatch):
     extend = extend_mask
 
-    def blind(mask: Any, visible: Any, prefix_length: int, key: Any, queries: int) -> Any:
+    def blind(mask, visible, prefix_length, key, queries):
         return extend(mask, None, prefix_length, key, queries)
 
     replace_everywhere(monkeypatch, extend_mask, blind)
@@ -236,18 +227,16 @@ def test_padding_slots_that_are_seen(tiny_backbone: Make, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("site", "name"), [("encoder", "bart"), ("cross", "t5")])
-def test_padded_sources_that_are_seen(
-    site: str, name: str, tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_sources_that_are_seen(site, name, tiny_backbone, monkeypatch):
     backbone = tiny_backbone(name)
     patch_attention(monkeypatch, attend_changed_at(site, see_everything))
     assert {PADDED, CACHED} <= failed(backbone)
 
 
-def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_that_see_each_other(tiny_backbone, monkeypatch):
     rule = sees
 
-    def leaky(visibility: Visibility, *places: Any) -> Any:
+    def leaky(visibility, *places):
         keys = visibility.keys.clone()
         keys[1] = 0
         return rule(visibility._replace(keys=keys), *places)
@@ -256,10 +245,10 @@ def test_targets_that_see_each_other(tiny_backbone: Make, monkeypatch: pytest.Mo
     assert failed(tiny_backbone("llama")) == {PACKED}
 
 
-def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_targets_that_look_at_another_source(tiny_backbone, monkeypatch):
     sizes = Packing.sizes
 
-    def turned(self: Packing, site: str) -> Any:
+    def turned(self, site):
         ours, theirs = sizes(self, site)
         return (ours, theirs[::-1]) if site == "cross" else (ours, theirs)
 
@@ -271,12 +260,10 @@ def test_packed_targets_that_look_at_another_source(tiny_backbone: Make, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cache_with_another_rows_prefix(
-    dtype: torch.dtype, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_with_another_rows_prefix(dtype, tiny_models, monkeypatch):
     prefilled = prefilled_cache
 
-    def wrong(*args: Any, **options: Any) -> Any:
+    def wrong(*args, **options):
         cache, visible = prefilled(*args, **options)
         for layer in cache.layers:
             if layer.is_initialized and layer.values.shape[0] > 1:
@@ -287,13 +274,13 @@ def test_a_cache_with_another_rows_prefix(
     assert failed(Backbone.from_model(tiny_models("llama").to(dtype), None, "llama")) == {PREFILLED, CACHED}
 
 
-def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone, monkeypatch):
     replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
     assert failed(tiny_backbone("mistral")) == {PREFILLED, CACHED}
     assert failed(tiny_backbone("llama")) == set()
 
 
-def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer: Any) -> None:
+def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer):
     """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
     backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
     model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))

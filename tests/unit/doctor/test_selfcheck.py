@@ -1,12 +1,7 @@
 """The quick check at loading: which models it looks at, what it remembers, and that faults are found."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +15,9 @@ from prefixtune.doctor.examine import examine
 from prefixtune.errors import BackboneError
 from zoo import make_model
 
-Make = Callable[..., Any]
-
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def cache(monkeypatch, tmp_path):
     """An empty cache folder."""
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(selfcheck.SWITCH, raising=False)
@@ -32,11 +25,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def runs(monkeypatch):
     """The model types that were compared."""
-    compared: list[str] = []
+    compared = []
 
-    def watched(model: Any, layout: Any) -> Any:
+    def watched(model, layout):
         compared.append(model.config.model_type)
         return examine(model, layout)
 
@@ -44,7 +37,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return compared
 
 
-def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make) -> None:
+def test_a_type_is_checked_once(cache, runs, tiny_models):
     for _ in range(2):
         Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
     assert runs == ["gpt2"]
@@ -54,7 +47,7 @@ def test_a_type_is_checked_once(cache: Path, runs: list[str], tiny_models: Make)
     assert {"transformers", "torch", "prefixtune", "attention", "device"} <= facts.keys()
 
 
-def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models: Make) -> None:
+def test_what_matters_is_checked_anew(cache, runs, tiny_models):
     Backbone.from_model(tiny_models("llama"), None, "llama")
     Backbone.from_model(tiny_models("llama"), None, "llama", attention="eager")
     Backbone.from_model(tiny_models("llama", num_hidden_layers=2), None, "llama")
@@ -63,9 +56,7 @@ def test_what_matters_is_checked_anew(cache: Path, runs: list[str], tiny_models:
     assert runs == ["llama"] * 3
 
 
-def test_a_pass_in_half_precision_stands_for_no_exact_one(
-    cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_in_half_precision_stands_for_no_exact_one(cache, runs, tiny_models, monkeypatch):
     half = tiny_models("llama").to(torch.bfloat16)
     with monkeypatch.context() as patch:
         patch.setattr(examine_module, "_MOST_BYTES", 0)
@@ -76,7 +67,7 @@ def test_a_pass_in_half_precision_stands_for_no_exact_one(
     assert len(runs) == 2
 
 
-def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_turned_off(cache, runs, tiny_models, monkeypatch):
     monkeypatch.setenv(selfcheck.SWITCH, "0")
     Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
     monkeypatch.delenv(selfcheck.SWITCH)
@@ -84,19 +75,17 @@ def test_it_can_be_turned_off(cache: Path, runs: list[str], tiny_models: Make, m
     assert not runs
 
 
-def test_where_nothing_can_be_written_it_runs_each_time(cache: Path, runs: list[str], tiny_models: Make) -> None:
+def test_where_nothing_can_be_written_it_runs_each_time(cache, runs, tiny_models):
     cache.write_text("a file where the folder should be")
     for _ in range(2):
         Backbone.from_model(tiny_models("gpt2"), None, "gpt2")
     assert runs == ["gpt2", "gpt2"]
 
 
-def test_a_cache_that_drops_the_prefix_is_refused_each_time(
-    cache: Path, tiny_models: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_drops_the_prefix_is_refused_each_time(cache, tiny_models, monkeypatch):
     prefilled = prefilled_cache
 
-    def wrong(*args: Any, **options: Any) -> Any:
+    def wrong(*args, **options):
         made, visible = prefilled(*args, **options)
         for layer in made.layers:
             layer.values.zero_()
@@ -113,10 +102,10 @@ def test_a_cache_that_drops_the_prefix_is_refused_each_time(
 # --- types that ended in tracebacks or wrong numbers -----------------------------------------------------------------
 
 
-def test_a_model_that_does_not_run_on_token_ids_is_refused(tiny_models: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_run_on_token_ids_is_refused(tiny_models, monkeypatch):
     model = tiny_models("gpt2")
 
-    def broken(*args: Any, **options: Any) -> Any:
+    def broken(*args, **options):
         raise ValueError("You must specify exactly one of input_features or encoder_inputs_embeds")
 
     monkeypatch.setattr(model, "forward", broken)
@@ -124,7 +113,7 @@ def test_a_model_that_does_not_run_on_token_ids_is_refused(tiny_models: Make, mo
         Backbone.from_model(model, None, "gpt2")
 
 
-def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
+def test_a_decoder_without_a_head_is_refused(tiny_models):
     with pytest.raises(BackboneError, match="has no output head"):
         Backbone.from_model(tiny_models("llama").model, None, "llama")
 
@@ -133,13 +122,13 @@ def test_a_decoder_without_a_head_is_refused(tiny_models: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["deberta", "deberta-v2"])
-def test_deberta_attends_as_if_by_hand(name: str, enclosing_tokenizer: Any, random_prefix: Callable[..., Any]) -> None:
+def test_deberta_attends_as_if_by_hand(name, enclosing_tokenizer, random_prefix):
     # Without positions, its attention is the plain one, which the prefix joins by eq. 3 of the paper.
     changes = {"relative_attention": False, "pos_att_type": None}
     backbone = Backbone.from_model(make_model(name, enclosing_tokenizer, **changes), enclosing_tokenizer, name)
     prefix = random_prefix(backbone, 3)
     layer = backbone.model.encoder.layer[0].attention.self
-    seen: list[Any] = []
+    seen = []
     # Noted from outside: what enters and what leaves.
     handles = [
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
@@ -165,14 +154,12 @@ def test_deberta_attends_as_if_by_hand(name: str, enclosing_tokenizer: Any, rand
     assert torch.allclose(given, wanted, atol=1e-5)
 
 
-def test_two_threads_use_a_deberta_with_prefixes_of_their_own(
-    enclosing_tokenizer: Any, random_prefix: Callable[..., Any]
-) -> None:
+def test_two_threads_use_a_deberta_with_prefixes_of_their_own(enclosing_tokenizer, random_prefix):
     backbone = Backbone.from_model(make_model("deberta-v2", enclosing_tokenizer), enclosing_tokenizer, "deberta")
     prefixes = [random_prefix(backbone, 3, seed=1), None, random_prefix(backbone, 5, seed=2)]
     ids = torch.tensor([[5, 6, 7, 8]])
 
-    def run(prefix: Any) -> Any:
+    def run(prefix):
         with torch.no_grad():
             return backbone.hidden_states(ids, prefixes=prefix)
 

@@ -1,7 +1,5 @@
 """What a token is drawn from, and what a row without one says."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 
@@ -16,16 +14,16 @@ from prefixtune.errors import RequestError
 from prefixtune.sampling.detokenizer import Detokenizer
 
 
-def sequence(**rules: object) -> TokenSequence:
+def sequence(**rules):
     return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(str))
 
 
-def drawn(logits: list[float], count: int, *, evenly: bool = False, **rules: object) -> Counter[int]:
+def drawn(logits, count, *, evenly=False, **rules):
     one = sequence(**rules)
     if evenly:
         one.random = EvenNumbers()
     row = torch.tensor([logits])
-    found: Counter[int] = Counter()
+    found = Counter()
     for _ in range(count):
         (token,) = sample(row, [one], eos_id=0)
         assert isinstance(token, Token)
@@ -53,7 +51,7 @@ LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
         ({"temperature": 0.0}, {0: 1.0}),
     ],
 )
-def test_tokens_come_as_often_as_they_should(rules: dict[str, object], expected: dict[int, float]):
+def test_tokens_come_as_often_as_they_should(rules, expected):
     count = 1000
     found = drawn(LOGITS, count, evenly=True, **rules)
     assert found.keys() == expected.keys()
@@ -70,7 +68,7 @@ def test_numbers_that_are_not_finite_are_that_rows_trouble():
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(5, torch.float32), (20_000, torch.bfloat16)])
-def test_the_likeliest_token_is_the_first_of_equals_in_any_vocabulary(size: int, dtype: torch.dtype):
+def test_the_likeliest_token_is_the_first_of_equals_in_any_vocabulary(size, dtype):
     generator = torch.Generator().manual_seed(size)
     logits = torch.randn(40, size, generator=generator).to(dtype).round()
     logits[-1] = 0
@@ -92,13 +90,13 @@ def test_texts_without_a_seed_differ():
 
 
 class _TooComplex:
-    def allowed(self, vocab_size: int) -> torch.Tensor:
+    def allowed(self, vocab_size):
         raise RequestError("too many items.")
 
 
 def test_a_text_whose_grammar_becomes_too_complex_fails_alone():
     too_complex, sound = sequence(), sequence()
-    too_complex.grammar = _TooComplex()  # type: ignore[assignment]
+    too_complex.grammar = _TooComplex()
     first, second = sample(torch.tensor([LOGITS] * 2), [too_complex, sound], eos_id=0)
     assert isinstance(first, RequestError)
     assert second == Token(0)

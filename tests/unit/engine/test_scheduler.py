@@ -1,11 +1,7 @@
 """Whose turn it is: fair shares of slots, prompts in pieces, and queues that leave nothing behind."""
 
-from __future__ import annotations
-
 import gc
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -17,12 +13,12 @@ from prefixtune.engine.sequence import TokenSequence
 from prefixtune.sampling.detokenizer import Detokenizer
 
 
-def make(tenant: str = "", prompt: int = 1, number: int = 0) -> TokenSequence:
+def make(tenant="", prompt=1, number=0):
     request = Request((1,) * prompt, tenant=tenant, id=f"{tenant}-{number}")
     return TokenSequence(request, 0, Detokenizer(str))
 
 
-def work_off(scheduler: Scheduler) -> None:
+def work_off(scheduler):
     """Compute a step, in thought."""
     for work in scheduler.schedule():
         work.sequence.num_computed_tokens += work.num_tokens
@@ -36,8 +32,8 @@ def test_shares_are_equal_however_long_the_texts_are():
     scheduler = Scheduler(6, 64)
     for tenant in ("long", "short", "other"):
         scheduler.add(make(tenant, number=n) for n in range(500))
-    ages: dict[TokenSequence, int] = {}
-    held: Counter[str] = Counter()
+    ages = {}
+    held = Counter()
     for _ in range(300):
         scheduler.admit()
         for sequence in list(scheduler.running):
@@ -109,16 +105,16 @@ def test_the_oldest_prompt_is_not_starved_by_short_ones():
 
 
 @pytest.fixture
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
-def test_memory_stays_flat_over_many_requests(llama: Any, random_prefix: Any):
+def test_memory_stays_flat_over_many_requests(llama, random_prefix):
     engine = Engine(llama, EngineConfig(num_slots=8))
     prefix = random_prefix(llama, 3).detach()
     sampling = SamplingParams(max_new_tokens=2, temperature=1.0, stop=("never there",))
 
-    def serve(count: int, first: int) -> None:
+    def serve(count, first):
         for number in range(first, first + count):
             engine.add(Request((1, 2, 3), prefix, sampling, tenant=f"tenant-{number}"))
             if number % 3 == 0:
@@ -128,7 +124,7 @@ def test_memory_stays_flat_over_many_requests(llama: Any, random_prefix: Any):
         while engine.busy:
             engine.step()
 
-    def num_kept() -> int:
+    def num_kept():
         gc.collect()
         # Asking some of torch's objects for their class warns.
         return sum(type(found) is TokenSequence for found in gc.get_objects())

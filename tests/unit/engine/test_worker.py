@@ -1,11 +1,7 @@
 """The engine in a thread of its own: news in order, deadlines, failures, slow callers, and an orderly end."""
 
-from __future__ import annotations
-
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput
+from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, RequestError
 
@@ -23,12 +19,12 @@ SHORT = SamplingParams(max_new_tokens=4, min_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def worker(llama: Any) -> Iterator[EngineWorker]:
+def worker(llama):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=4))) as made:
         yield made
 
@@ -36,14 +32,14 @@ def worker(llama: Any) -> Iterator[EngineWorker]:
 class Ear:
     """Hears the news of one request, and knows when it has ended."""
 
-    def __init__(self, texts: int = 1) -> None:
-        self.outputs: list[SequenceOutput] = []
+    def __init__(self, texts=1):
+        self.outputs = []
         self.open = texts
         self.ended = threading.Event()
         self.began = threading.Event()
-        self.threads: set[int] = set()
+        self.threads = set()
 
-    def __call__(self, output: SequenceOutput) -> None:
+    def __call__(self, output):
         assert not self.ended.is_set(), "nothing is reported after the end"
         self.threads.add(threading.get_ident())
         self.outputs.append(output)
@@ -53,20 +49,20 @@ class Ear:
             if not self.open:
                 self.ended.set()
 
-    def wait(self) -> list[SequenceOutput]:
+    def wait(self):
         assert self.ended.wait(PATIENCE)
         return self.outputs
 
     @property
-    def reason(self) -> str | None:
+    def reason(self):
         return self.wait()[-1].finish_reason
 
 
-def tokens(outputs: list[SequenceOutput], index: int = 0) -> list[int]:
+def tokens(outputs, index=0):
     return [token.id for output in outputs if output.index == index for token in output.tokens]
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
+def wait_until(holds):
     end = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < end
@@ -76,7 +72,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 # --- news ------------------------------------------------------------------------------------------------------------
 
 
-def test_news_is_what_the_engine_says_in_order(worker: EngineWorker, llama: Any, random_ids: Any, random_prefix: Any):
+def test_news_is_what_the_engine_says_in_order(worker, llama, random_ids, random_prefix):
     prefix = random_prefix(llama, 3).detach()
     asked = [Request(tuple(random_ids(5, n)), prefix if n % 2 else None, SHORT, n=1 + n % 2) for n in range(12)]
     expected = Engine(llama).run([Request(r.prompt, r.prefix, r.sampling, n=r.n) for r in asked])
@@ -93,7 +89,7 @@ def test_news_is_what_the_engine_says_in_order(worker: EngineWorker, llama: Any,
     assert worker.num_unfinished == 0
 
 
-def test_what_the_engine_refuses_is_raised_at_once(worker: EngineWorker, tiny_backbone: Any, random_prefix: Any):
+def test_what_the_engine_refuses_is_raised_at_once(worker, tiny_backbone, random_prefix):
     ear = Ear()
     with pytest.raises(RequestError):
         worker.submit(Request((10_000,), sampling=SHORT), ear)
@@ -108,7 +104,7 @@ def test_what_the_engine_refuses_is_raised_at_once(worker: EngineWorker, tiny_ba
     assert ear.outputs == []
 
 
-def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
+def test_a_deadline_ends_what_runs_and_what_waits(llama):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=1, max_length=160))) as worker:
         endless = SamplingParams(max_new_tokens=150, min_new_tokens=150)
         running, waiting, free, late = Ear(), Ear(), Ear(), Ear()
@@ -125,10 +121,10 @@ def test_a_deadline_ends_what_runs_and_what_waits(llama: Any):
 # --- callers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: EngineWorker):
+def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker):
     received = []
 
-    def bad(output: SequenceOutput) -> None:
+    def bad(output):
         received.append(output)
         raise SystemExit("the caller is broken")
 
@@ -144,7 +140,7 @@ def test_a_callback_that_raises_gets_no_more_outputs_and_harms_no_other(worker: 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(llama: Any):
+def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(llama):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
         told = threading.Event()
         worker.on_failure = told.set
@@ -152,14 +148,14 @@ def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(llama: Any):
         step = worker.engine.step
         steps = 0
 
-        def crash() -> list[SequenceOutput]:
+        def crash():
             nonlocal steps
             steps += 1
             if steps > 3:
                 raise SystemExit("broken")
             return step()
 
-        worker.engine.step = crash  # type: ignore[method-assign]
+        worker.engine.step = crash
         for number, ear in enumerate(ears):
             worker.submit(Request((1, number), sampling=LONG, n=2), ear)
         for ear in ears:
@@ -175,11 +171,11 @@ def test_an_engine_that_fails_ends_all_requests_and_takes_no_more(llama: Any):
             worker.call(lambda backbone: backbone)
 
 
-def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama, monkeypatch):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
         forward, broken = worker.engine.runner.forward, threading.Event()
 
-        def failing(scheduled: Any) -> Any:
+        def failing(scheduled):
             if broken.is_set():
                 broken.clear()
                 raise RuntimeError("broken")
@@ -201,14 +197,14 @@ def test_a_model_that_fails_on_a_cpu_ends_the_running_texts_alone(llama: Any, mo
     [(False, RuntimeError, False), (True, RuntimeError, False), (False, torch.OutOfMemoryError, True)],
 )
 def test_what_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
-    by_call: bool, kind: type[Exception], survives: bool, tiny_models: Any, tiny_tokenizer: Any, monkeypatch: Any
+    by_call, kind, survives, tiny_models, tiny_tokenizer, monkeypatch
 ):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
     with EngineWorker(Engine(backbone)) as worker:
         ended = threading.Event()
         worker.on_failure = ended.set
 
-        def failing(_: Any) -> Any:
+        def failing(_):
             raise kind("device-side assert")
 
         monkeypatch.setattr(worker.engine.runner, "forward", failing)
@@ -227,7 +223,7 @@ def test_what_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def test_closing_ends_everything_and_reports_it(llama: Any):
+def test_closing_ends_everything_and_reports_it(llama):
     worker = EngineWorker(Engine(llama, EngineConfig(num_slots=2)))
     ears = [Ear() for _ in range(5)]
     for ear in ears:
@@ -245,14 +241,14 @@ def test_closing_ends_everything_and_reports_it(llama: Any):
 # --- the live view ---------------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
+def test_a_snapshot_shows_who_shares_the_batch(llama, random_prefix):
     with EngineWorker(Engine(llama, EngineConfig(num_slots=2))) as worker:
         prefix = random_prefix(llama, 3).detach()
         hold, go = threading.Event(), threading.Event()
         step = worker.engine.step
         count = 0
 
-        def slow() -> list[SequenceOutput]:
+        def slow():
             nonlocal count
             count += 1
             if count == 6:
@@ -260,7 +256,7 @@ def test_a_snapshot_shows_who_shares_the_batch(llama: Any, random_prefix: Any):
                 assert go.wait(PATIENCE)
             return step()
 
-        worker.engine.step = slow  # type: ignore[method-assign]
+        worker.engine.step = slow
         ears = [Ear() for _ in range(4)]
         requests = [
             Request((1, 2, 3), prefix, LONG, tenant="one", prefix_name="e2e", id="a"),

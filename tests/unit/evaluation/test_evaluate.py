@@ -1,13 +1,8 @@
 """Evaluation: what is scored, by groups too, what is kept of one that was stopped, and the folder that it writes."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +23,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.report import read_results
 
-Make = Callable[..., Any]
 WORDS = ("a red fox", "the owl", "one hare at night", "two swans", "a", "badgers of the hill", "an otter")
 EXAMPLES = [
     Example(
@@ -43,25 +37,23 @@ METRIC_NAMES = ("bleu", "chrf", "ter", "nist")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_backbone: Make) -> Any:
+def model(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture(scope="module")
-def prefix(model: Any, random_prefix: Make) -> Any:
+def prefix(model, random_prefix):
     return random_prefix(model, 3)
 
 
 @pytest.fixture
-def fake_outputs(monkeypatch: pytest.MonkeyPatch) -> Make:
+def fake_outputs(monkeypatch):
     """Makes the model write these outputs; without any, its own. Returns the list of the texts that are asked for."""
 
-    def install(outputs: dict[str, str] | None = None) -> list[int]:
-        asked: list[int] = []
+    def install(outputs=None):
+        asked = []
 
-        def count(
-            backbone: Any, prompts: Any, config: Any, numbers: Any = None, engine: Any = None
-        ) -> Iterator[tuple[int, SequenceOutput]]:
+        def count(backbone, prompts, config, numbers=None, engine=None):
             if outputs is not None:
                 for number in numbers:
                     yield number, SequenceOutput("", 0, (), list(outputs.values())[number], "stop")
@@ -89,7 +81,7 @@ SAID = {
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs: Make):
+def test_scores_are_those_of_the_metrics_on_the_outputs(model, fake_outputs):
     fake_outputs(SAID)
     protocol = "webnlg"
     outcome = evaluate(model, EXAMPLES, config=CONFIG, protocol=protocol, metrics=METRIC_NAMES)
@@ -100,7 +92,7 @@ def test_scores_are_those_of_the_metrics_on_the_outputs(model: Any, fake_outputs
     assert not outcome.scores["ter"].higher_is_better
 
 
-def test_outputs_that_did_not_end_are_counted(model: Any, prefix: Any, tmp_path: Path):
+def test_outputs_that_did_not_end_are_counted(model, prefix, tmp_path):
     sources = [e.source for e in EXAMPLES]
     whole = generate(model, sources, prefix, max_new_tokens=6)
     # A string that ends one output at its very last token.
@@ -115,7 +107,7 @@ def test_outputs_that_did_not_end_are_counted(model: Any, prefix: Any, tmp_path:
     assert evaluate(model, EXAMPLES, prefix, config=config, resume_file=file).num_unended == sum(unended)
 
 
-def test_a_group_scores_as_if_it_were_all_there_is(model: Any, fake_outputs: Make):
+def test_a_group_scores_as_if_it_were_all_there_is(model, fake_outputs):
     fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
     assert {name: [*groups] for name, groups in outcome.groups.items()} == {
@@ -133,7 +125,7 @@ def test_a_group_scores_as_if_it_were_all_there_is(model: Any, fake_outputs: Mak
                 assert found.scores[metric].score == pytest.approx(score.score, rel=1e-9)
 
 
-def test_an_example_without_a_reference_is_reported(model: Any, fake_outputs: Make):
+def test_an_example_without_a_reference_is_reported(model, fake_outputs):
     requests = fake_outputs()
     with pytest.raises(DataError, match="example 8"):
         evaluate(model, [*EXAMPLES, Example("nobody", (" \n",))], config=CONFIG)
@@ -142,7 +134,7 @@ def test_an_example_without_a_reference_is_reported(model: Any, fake_outputs: Ma
     assert requests == []
 
 
-def test_a_label_that_the_prefix_does_not_know_is_refused(model: Any, random_prefix: Make):
+def test_a_label_that_the_prefix_does_not_know_is_refused(model, random_prefix):
     labels = {"kind": "classification", "by": "words", "names": ["yes", "no"], "words": ["yes", "no"]}
     prefix = Prefix(random_prefix(model, 3).layers, {"labels": labels}).detach()
     known = [Example("good", ("yes",)), Example("bad", ("no",))]
@@ -152,7 +144,7 @@ def test_a_label_that_the_prefix_does_not_know_is_refused(model: Any, random_pre
     assert "did you mean 'yes'" in caught.value.hint
 
 
-def test_labels_of_other_weights_are_chosen_by_their_words(model: Any, prefix: Any):
+def test_labels_of_other_weights_are_chosen_by_their_words(model, prefix):
     words = {"yes": "fox", "no": "owl", "perhaps": "swan"}
     labels = Labels("classification", "words", tuple(words), tuple(words.values()))
     examples = [Example("good", ("yes",)), Example("bad", ("no",))]
@@ -172,8 +164,8 @@ class Killed(Exception):
     pass
 
 
-def kill_at(count: int) -> Callable[[int], None]:
-    def on_batch(done: int) -> None:
+def kill_at(count):
+    def on_batch(done):
         if done >= count:
             raise Killed
 
@@ -183,9 +175,9 @@ def kill_at(count: int) -> Callable[[int], None]:
 SAMPLED = CONFIG.replace(temperature=1.0, seed=3)
 
 
-def test_a_stopped_evaluation_continues(model: Any, prefix: Any, fake_outputs: Make, tmp_path: Path):
+def test_a_stopped_evaluation_continues(model, prefix, fake_outputs, tmp_path):
     asked, config = fake_outputs(), SAMPLED
-    counts: list[int] = []
+    counts = []
     whole = evaluate(model, EXAMPLES, prefix, config=config, on_batch=counts.append)
     assert counts == [1, 2, 3, 4, 5, 6, 7]
     assert list(whole.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=config)
@@ -206,7 +198,7 @@ def test_a_stopped_evaluation_continues(model: Any, prefix: Any, fake_outputs: M
     assert again.seconds > 0
 
 
-def test_an_incomplete_last_line_is_decoded_again(model: Any, fake_outputs: Make, tmp_path: Path):
+def test_an_incomplete_last_line_is_decoded_again(model, fake_outputs, tmp_path):
     asked = fake_outputs()
     kept = tmp_path / "decoded.jsonl"
     whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept)
@@ -216,16 +208,14 @@ def test_an_incomplete_last_line_is_decoded_again(model: Any, fake_outputs: Make
     assert len(asked) == 2
 
 
-def test_outputs_of_another_evaluation_are_refused(
-    model: Any, prefix: Any, random_prefix: Make, tiny_backbone: Make, tmp_path: Path
-):
+def test_outputs_of_another_evaluation_are_refused(model, prefix, random_prefix, tiny_backbone, tmp_path):
     kept = tmp_path / "decoded.jsonl"
     evaluate(model, EXAMPLES[:2], prefix, config=CONFIG, resume_file=kept)
     before = kept.read_bytes()
     tuned = tiny_backbone("llama")
     with torch.no_grad():
         tuned.model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
-    others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    others = {
         "prefix": ((model, EXAMPLES[:2], random_prefix(model, 3, seed=1)), {}),
         "no prefix": ((model, EXAMPLES[:2]), {}),
         "weights": ((tuned, EXAMPLES[:2], prefix), {}),
@@ -241,7 +231,7 @@ def test_outputs_of_another_evaluation_are_refused(
     assert kept.read_bytes() == before
 
 
-def test_a_greedy_evaluation_continues_with_other_batches(model: Any, fake_outputs: Make, tmp_path: Path):
+def test_a_greedy_evaluation_continues_with_other_batches(model, fake_outputs, tmp_path):
     requests = fake_outputs()
     greedy, sampled = tmp_path / "greedy.jsonl", tmp_path / "sampled.jsonl"
     whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=greedy)
@@ -255,10 +245,10 @@ def test_a_greedy_evaluation_continues_with_other_batches(model: Any, fake_outpu
     assert requests == []
 
 
-def test_a_broken_resume_file_is_reported_before_anything_is_decoded(model: Any, tmp_path: Path):
+def test_a_broken_resume_file_is_reported_before_anything_is_decoded(model, tmp_path):
     kept = tmp_path / "decoded.jsonl"
     kept.write_bytes(b"\xff\n")
-    batches: list[int] = []
+    batches = []
     with pytest.raises(PrefixError):
         evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert batches == []
@@ -267,7 +257,7 @@ def test_a_broken_resume_file_is_reported_before_anything_is_decoded(model: Any,
 # --- shots -----------------------------------------------------------------------------------------------------------
 
 
-def test_shots_are_the_texts_of_training(model: Any):
+def test_shots_are_the_texts_of_training(model):
     form = TextFormat("Data: {source}{separator}", "Text: {target}\n")
     shown = [Example("one fox", ("A fox.", "One fox.")), Example("an owl", ("An owl.",))]
     prompt = encode_prompts(model, few_shot_format(form, shown, model.separator, model.end), ["a hare"])[0]
@@ -279,16 +269,16 @@ def test_shots_are_the_texts_of_training(model: Any):
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def strict(text: str) -> Any:
+def strict(text):
     """Read JSON as its standard has it: without NaN and infinity."""
 
-    def refuse(name: str) -> None:
+    def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
     return json.loads(text, parse_constant=refuse)
 
 
-def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: Make, tmp_path: Path):
+def test_the_folder_is_valid_and_readable_by_reports(model, fake_outputs, tmp_path):
     fake_outputs(SAID)
     outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
     facts = {"title": "a title", "task": "toy", "settings": {"decoding": CONFIG.to_dict()}, "sample": 3}
@@ -311,22 +301,22 @@ def test_the_folder_is_valid_and_readable_by_reports(model: Any, fake_outputs: M
         assert (read.score, read.interval, read.higher_is_better) == (score.score, score.interval, name != "ter")
 
 
-def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone: Make, tiny_tokenizer: Any) -> None:
+def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone, tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.chat_template = template
-    backbone: Any = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer, tokenizer_cache={})
+    backbone = dataclasses.replace(tiny_backbone("llama"), tokenizer=tokenizer, tokenizer_cache={})
     form = instruction_format(backbone, "Say it:")
-    options: Any = {"max_new_tokens": 60, "temperature": 9.0, "seed": 1}
+    options = {"max_new_tokens": 60, "temperature": 9.0, "seed": 1}
     outputs = generate(backbone, list(WORDS), text_format=form, **options)
     asked = [[{"role": "user", "content": f"Say it:\n{word}"}] for word in WORDS]
     assert outputs == generate(backbone, asked, **options)
     assert outputs != generate(backbone, list(WORDS), text_format=dataclasses.replace(form, end=""), **options)
     # Where the tokenizer's own end token ends a turn, the format names none, as ever: evaluations of before go on.
     tokenizer.chat_template = template.replace("<pad>", "</s>")
-    same: Any = dataclasses.replace(backbone, tokenizer_cache={})
+    same = dataclasses.replace(backbone, tokenizer_cache={})
     form = instruction_format(same, "Say it:", [EXAMPLES[0]])
     assert form == TextFormat(form.prompt, "{target}")

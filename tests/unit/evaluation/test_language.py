@@ -1,16 +1,11 @@
 """Perplexity of texts: equal to transformers' own loss, window by window."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TEXT_FORMAT
 from prefixtune.data.examples import Example
 from prefixtune.errors import ConfigError
@@ -20,11 +15,11 @@ TEXTS = ["the pub is near the river", "it rained", "a long walk by the river " *
 
 
 @pytest.fixture
-def model(tiny_backbone: Callable[..., Any]) -> Any:
+def model(tiny_backbone):
     return tiny_backbone("llama")
 
 
-def test_the_perplexity_of_texts_is_that_of_transformers(model: Backbone) -> None:
+def test_the_perplexity_of_texts_is_that_of_transformers(model):
     outcome = evaluate(model, [{"text": text} for text in TEXTS])
     losses, tokens = [], []
     for text in TEXTS:
@@ -40,9 +35,9 @@ def test_the_perplexity_of_texts_is_that_of_transformers(model: Backbone) -> Non
     assert not outcome.scores["perplexity"].higher_is_better
 
 
-def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(model: Backbone) -> None:
+def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(model):
     long = Example("", (" ".join(TEXTS * 60),))
-    seen: list[int] = []
+    seen = []
     alone = evaluate(model, [long]).scores["perplexity"].score
     both = evaluate(model, [long, Example("", ("it rained",)), long], on_batch=seen.append, intervals=True)
     assert seen[-1] == 3
@@ -52,7 +47,7 @@ def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(model: 
     assert both.outputs[0] == both.outputs[2] == f"perplexity {alone:.3f} of {both.outputs[0].split()[-2]} tokens"
 
 
-def test_max_length_is_that_of_the_windows(model: Backbone) -> None:
+def test_max_length_is_that_of_the_windows(model):
     text = {"text": " ".join(TEXTS)}
     whole, short = (evaluate(model, [text], max_total_length=length).scores for length in (0, 16))
     stored = evaluate(model, [text], text_format=replace(TEXT_FORMAT, max_length=16)).scores
@@ -61,6 +56,6 @@ def test_max_length_is_that_of_the_windows(model: Backbone) -> None:
     assert whole["perplexity"].implementation.endswith(f"windows of {model.max_positions} positions")
 
 
-def test_an_encoder_decoder_cannot_go_on_with_a_text(tiny_backbone: Any) -> None:
+def test_an_encoder_decoder_cannot_go_on_with_a_text(tiny_backbone):
     with pytest.raises(ConfigError):
         evaluate(tiny_backbone("t5"), [{"text": "it rained"}])

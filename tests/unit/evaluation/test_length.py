@@ -1,11 +1,6 @@
 """A curve over lengths: its losses, what is chosen, and going on where it was stopped."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +10,7 @@ import prefixtune as pt
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import ConfigError
 from prefixtune.evaluation import length as module
-from prefixtune.evaluation.length import Point, choose, curve_lengths, find_length, measure_lengths
+from prefixtune.evaluation.length import choose, curve_lengths, find_length, measure_lengths
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import tokenize
 from prefixtune.training.score import evaluation_loss, score_targets
@@ -25,22 +20,22 @@ DEV = [pt.Example("n : x", ("xx it is.", "it is x")), pt.Example("n : y", ("yy i
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama")
 
 
-def config(tmp_path: Path, **more: Any) -> pt.TrainConfig:
+def config(tmp_path, **more):
     values = {"prefix_length": 6, "init_text": "abc", "max_steps": 4, "save_every": 2, "batch_size": 4}
     return pt.TrainConfig(**{**values, "output": str(tmp_path / "run"), **more})
 
 
-def study(backbone: Any, tmp_path: Path, **arguments: Any) -> Any:
+def study(backbone, tmp_path, **arguments):
     given = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False}
     return find_length(config(tmp_path), **{**given, **arguments})
 
 
-def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: Path) -> None:
-    seen: list[int] = []
+def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone, tmp_path):
+    seen = []
     result = study(backbone, tmp_path, on_length=seen.append)
     whole, short = load_prefix(tmp_path / "run"), load_prefix(result.path)
     assert whole.header["training"]["nested"] is True
@@ -51,7 +46,6 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: P
     assert short.header["composition"]["parts"][0]["dev_loss"] == whole.header["training"]["dev_loss"]
     assert [point.prefix_length for point in result.lengths] == [1, 2, 3, 4, 6]
     data = tokenize(config(tmp_path), backbone, EXAMPLES, DEV)
-    assert data.dev is not None
     for point in result.lengths:
         loss = evaluation_loss(backbone, whole[: point.prefix_length], data.dev.examples)
         assert point.loss == pytest.approx(loss, rel=1e-6)
@@ -63,12 +57,12 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone: Any, tmp_path: P
     assert seen == [1, 2, 3, 4, 6]
 
 
-def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_curve_goes_on(backbone, tmp_path, monkeypatch):
     whole = study(backbone, tmp_path / "whole", lengths=(2, 4))
-    measured: list[int] = []
+    measured = []
     original = score_targets
 
-    def counted(backbone: Any, prefix: Prefix, *arguments: Any) -> Any:
+    def counted(backbone, prefix, *arguments):
         measured.append(prefix.prefix_length)
         if len(measured) == 2:
             raise KeyboardInterrupt
@@ -82,7 +76,7 @@ def test_a_stopped_curve_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pyt
     assert result.lengths == whole.lengths
 
 
-def points(losses: dict[int, float], noise: float, count: int = 200) -> list[Point]:
+def points(losses, noise, count=200):
     """Sources whose difficulty varies far more than the lengths differ; only pairs show the difference."""
     rng = np.random.default_rng(0)
     hard = rng.normal(3, 1, count)
@@ -94,7 +88,7 @@ def points(losses: dict[int, float], noise: float, count: int = 200) -> list[Poi
     return measure_lengths(by_source, Prefix({"decoder": (layer,)}))
 
 
-def test_the_shortest_that_is_not_significantly_worse_is_chosen() -> None:
+def test_the_shortest_that_is_not_significantly_worse_is_chosen():
     curve = points({1: 0.5, 4: 0.1, 16: 0.0, 64: 0.0}, noise=0.05)
     best, chosen = choose(curve)
     assert best.prefix_length in (16, 64)
@@ -110,7 +104,7 @@ def test_the_shortest_that_is_not_significantly_worse_is_chosen() -> None:
     assert choose(points({1: 0.5, 4: 0.1, 16: 0.0, 64: 0.0}, noise=2.0, count=8))[1].prefix_length < 16
 
 
-def test_usual_lengths_and_wrong_ones() -> None:
+def test_usual_lengths_and_wrong_ones():
     assert curve_lengths(64) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     assert curve_lengths(10) == [1, 2, 3, 4, 6, 8, 10]
     assert curve_lengths(1) == [1]
@@ -119,15 +113,15 @@ def test_usual_lengths_and_wrong_ones() -> None:
         curve_lengths(50, [51])
 
 
-def test_what_cannot_be_compared_is_refused(backbone: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused(backbone, tmp_path):
     with pytest.raises(ConfigError):
         study(backbone, tmp_path, dev_examples=None)
     with pytest.raises(ConfigError):
         find_length(config(tmp_path).replace(nested=False, method="lora"), dev_examples=DEV)
 
 
-def test_lengths_are_checked_before_training(backbone: Any, tmp_path: Path) -> None:
-    def never(event: Any) -> None:
+def test_lengths_are_checked_before_training(backbone, tmp_path):
+    def never(event):
         raise AssertionError(f"an event before the lengths were checked: {event}")
 
     text = config(tmp_path, prefix_length=0, initialization="text")

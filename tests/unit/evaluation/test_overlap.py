@@ -1,12 +1,6 @@
 """Test sources that are also in the training set: counted, warned of, and kept with the scores."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
-
-import pytest
 
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -19,12 +13,12 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
 
-def write(path: Path, names: list[str]) -> str:
+def write(path, names):
     path.write_text("".join(json.dumps({"name": name, "text": f"{name} eats."}) + "\n" for name in names))
     return str(path)
 
 
-def test_sources_are_compared_without_their_white_space() -> None:
+def test_sources_are_compared_without_their_white_space():
     training = [Example("name : Ann", ("x",)), Example("name : Bo", ("y",))]
     tested = [Example(" name :\tAnn\n"), Example("name : ann"), Example("name : Bo"), Example("name:Bo")]
     found = find_overlap(tested, training, "my.csv")
@@ -32,7 +26,7 @@ def test_sources_are_compared_without_their_white_space() -> None:
     assert "2 of 4 test sources (50.0%)" in str(found)
 
 
-def test_a_question_is_the_same_as_a_chat_a_row_or_with_a_system_message() -> None:
+def test_a_question_is_the_same_as_a_chat_a_row_or_with_a_system_message():
     system, asked = Message("system", "Be brief."), Message("user", "How high?")
     forms = [Example("How high?"), Example("How high?", messages=(asked,)), Example("x", messages=(system, asked))]
     for one in forms:
@@ -43,25 +37,21 @@ def test_a_question_is_the_same_as_a_chat_a_row_or_with_a_system_message() -> No
     assert find_overlap([Example("", ("a text",))], [Example("", ("a  text",))], "my.txt").count == 1
 
 
-def test_the_training_set_is_read_as_the_run_read_it(tmp_path: Path) -> None:
+def test_the_training_set_is_read_as_the_run_read_it(tmp_path):
     path = write(tmp_path / "train.jsonl", ["Ann", "Bo", "Cy"])
     config = TrainConfig(train=path, source="Say {name}", target="text", limit=2)
     read = training_examples(config)
-    assert read is not None
     assert [example.source for example in read] == ["Say Ann", "Say Bo"]
     toy = training_examples(TrainConfig(task="toy"))
-    assert toy is not None
     assert len(toy) == 320
 
 
-def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(
-    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(tmp_path, tiny_models, tiny_tokenizer, capsys):
     tiny_models("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     test = write(tmp_path / "test.jsonl", ["Bo", "Zed", "Cy"])
     for run, names in (("one", ["Ann", "Bo"]), ("two", ["Zed", "Di"])):
-        settings: dict[str, Any] = {"source": "name", "target": "text", "max_steps": 1, "device": "cpu"}
+        settings = {"source": "name", "target": "text", "max_steps": 1, "device": "cpu"}
         training_set = write(tmp_path / f"{run}.jsonl", names)
         train(
             TrainConfig(train=training_set, backbone=str(tmp_path / "model"), output=str(tmp_path / run), **settings),

@@ -1,10 +1,6 @@
 """Every kind of model and prefix gets every view, or the reason why not; what is found fits page and JSON."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.explain.explain import explain, summarize
 from prefixtune.explain.page import compose
-from prefixtune.explain.subject import TITLES, View, make_subject
+from prefixtune.explain.subject import TITLES, make_subject
 from prefixtune.pages.page import to_html
 from prefixtune.prefix.prefix import Head, Prefix
 from zoo import make_model
@@ -23,7 +19,7 @@ HEAD = {"labels": {"kind": "classification", "by": "head", "names": ["x", "y"], 
 LABEL_WORDS = {"labels": {"kind": "classification", "by": "words", "names": ["x", "y"], "words": ["yes", "no"]}}
 
 
-def shown(views: list[View]) -> None:
+def shown(views):
     for view in views:
         json.dumps(view.to_dict(), allow_nan=False)
     page = to_html(compose(views, [("prefix", "p")], "Page"))
@@ -46,14 +42,7 @@ def shown(views: list[View]) -> None:
     ],
     ids=["bart", "words", "padded", "shared", "head", "disentangled"],
 )
-def test_kinds(
-    family: str,
-    header: dict[str, Any],
-    left_out: dict[str, str],
-    tiny_tokenizer: Any,
-    enclosing_tokenizer: Any,
-    random_prefix: Callable[..., Any],
-) -> None:
+def test_kinds(family, header, left_out, tiny_tokenizer, enclosing_tokenizer, random_prefix):
     labelled, has_head = "labels" in header, header.get("labels", {}).get("by") == "head"
     tokenizer = enclosing_tokenizer if has_head else tiny_tokenizer
     backbone = Backbone.from_model(make_model(family, tokenizer, 0), tokenizer, f"tiny-{family}")

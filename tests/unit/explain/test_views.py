@@ -1,10 +1,6 @@
 """The views of a tiny prefix: what they find where the answer is known, what controls change, what is left out."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -21,15 +17,13 @@ from prefixtune.explain.nearest import cosines, nearest_view
 from prefixtune.explain.subject import random_like, shuffled
 from prefixtune.prefix.text_format import TextFormat
 
-Make = Callable[..., Any]
 
-
-def mean(losses: Any) -> float:
+def mean(losses):
     return float(losses[:, 0].sum() / losses[:, 1].sum())
 
 
 @pytest.fixture
-def wide(tiny_backbone: Make) -> Any:
+def wide(tiny_backbone):
     """A backbone that has room for questions."""
     return tiny_backbone("llama", max_position_embeddings=512)
 
@@ -37,7 +31,7 @@ def wide(tiny_backbone: Make) -> Any:
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_random_prefix_has_the_same_norms_and_other_directions(make: Make) -> None:
+def test_a_random_prefix_has_the_same_norms_and_other_directions(make):
     prefix = make("llama").prefix
     random = random_like(prefix, 3)
     for one, other in zip(prefix.tensors(), random.tensors(), strict=True):
@@ -47,10 +41,9 @@ def test_a_random_prefix_has_the_same_norms_and_other_directions(make: Make) -> 
     assert not random.equal(random_like(prefix, 4))
 
 
-def test_shuffled_values_never_stay_with_their_keys(make: Make) -> None:
+def test_shuffled_values_never_stay_with_their_keys(make):
     prefix = make("llama", length=5).prefix
     moved = shuffled(prefix, 0)
-    assert moved is not None
     for (key, value), (same, other) in zip(prefix.layers["decoder"], moved.layers["decoder"], strict=True):
         assert torch.equal(key, same)
         distances = torch.cdist(value.transpose(0, 1).flatten(1), other.transpose(0, 1).flatten(1))
@@ -62,7 +55,7 @@ def test_shuffled_values_never_stay_with_their_keys(make: Make) -> None:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def test_attention_adds_up_and_controls_change_it(make: Make) -> None:
+def test_attention_adds_up_and_controls_change_it(make):
     subject = make("llama")
     numbers = attention_view(subject).numbers
     mass = numbers["sites"]["decoder"]
@@ -78,7 +71,7 @@ def test_attention_adds_up_and_controls_change_it(make: Make) -> None:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def test_losses_of_parts(make: Make) -> None:
+def test_losses_of_parts(make):
     subject = make("llama")
     numbers = loss_view(subject).numbers
     whole, bare = row_losses(subject, subject.prefix), row_losses(subject, None)
@@ -94,7 +87,7 @@ def test_losses_of_parts(make: Make) -> None:
     assert numbers["controls"]["shuffled"]["loss"] != pytest.approx(mean(whole))
 
 
-def test_texts_are_read_in_the_windows_of_training_and_count_as_one_row_each(make: Make, tiny_backbone: Make) -> None:
+def test_texts_are_read_in_the_windows_of_training_and_count_as_one_row_each(make, tiny_backbone):
     texts = [pt.Example("", ("the fox sleeps. " * 12,)), pt.Example("", ("an owl",)), pt.Example("", ("hare " * 20,))]
     header = {"text_format": {**TEXT_FORMAT.to_dict(), "max_length": 40}}
     subject = make("llama", examples=texts, header=header)
@@ -109,7 +102,7 @@ def test_texts_are_read_in_the_windows_of_training_and_count_as_one_row_each(mak
     assert len(row_losses(few, few.prefix)) == 1, "windows of one text are one row"
 
 
-def test_rows_are_as_long_as_in_training(make: Make) -> None:
+def test_rows_are_as_long_as_in_training(make):
     long = [pt.Example("s" * 60, ("yes",)), pt.Example("s", ("no",))]
     form = {**TextFormat().to_dict(), "max_length": 40}
     subject = make("llama", examples=long, header={"text_format": {**form, "on_too_long": "cut"}})
@@ -121,7 +114,7 @@ def test_rows_are_as_long_as_in_training(make: Make) -> None:
 # --- nearest text -----------------------------------------------------------------------------------------------------
 
 
-def test_a_prefix_of_a_text_is_nearest_to_that_text(make: Make, tiny_backbone: Make) -> None:
+def test_a_prefix_of_a_text_is_nearest_to_that_text(make, tiny_backbone):
     backbone = tiny_backbone("llama")
     plain = make(backbone)
     ids = [*plain.tokenized[3].prompt, *plain.tokenized[3].targets[0]]
@@ -138,7 +131,7 @@ def test_a_prefix_of_a_text_is_nearest_to_that_text(make: Make, tiny_backbone: M
 # --- description ------------------------------------------------------------------------------------------------------
 
 
-def test_descriptions_are_scored_in_the_prefixs_place(make: Make, wide: Any) -> None:
+def test_descriptions_are_scored_in_the_prefixs_place(make, wide):
     subject = make(wide)
     numbers = description_view(subject).numbers
     assert numbers["descriptions"].keys() == {"prefix", "bare", "random"}
@@ -148,12 +141,12 @@ def test_descriptions_are_scored_in_the_prefixs_place(make: Make, wide: Any) -> 
     assert (numbers["unrelated"]["faithfulness"] is None) == (numbers["bare_loss"] - numbers["prefix_loss"] < 0.01)
 
 
-def test_a_description_takes_no_room_from_rows_of_training_length(make: Make, wide: Any) -> None:
+def test_a_description_takes_no_room_from_rows_of_training_length(make, wide):
     longest = max(len(row.prompt) + len(row.targets[0]) for row in make(wide).tokenized)
     form = {**TextFormat().to_dict(), "max_length": longest, "on_too_long": "error"}
     limited, free = (description_view(make(wide, header=header)).numbers for header in ({"text_format": form}, None))
     assert limited["unrelated"]["loss"] == pytest.approx(free["unrelated"]["loss"])
 
 
-def test_without_room_for_a_question_there_is_no_description(make: Make) -> None:
+def test_without_room_for_a_question_there_is_no_description(make):
     assert "no question fits" in description_view(make("llama", length=110)).left_out

@@ -1,12 +1,5 @@
 """Decoding options: what is refused, and what the model's own settings may not change."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
-import pytest
-
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import SequenceOutput, Token
@@ -14,9 +7,7 @@ from prefixtune.inference.generate import generate, stream, write
 from prefixtune.prefix.prefix import Prefix
 
 
-def test_the_models_own_generation_settings_do_not_leak(
-    tiny_models: Callable[..., Any], tiny_tokenizer: Any, tiny_backbone: Callable[..., Any]
-) -> None:
+def test_the_models_own_generation_settings_do_not_leak(tiny_models, tiny_tokenizer, tiny_backbone):
     model = tiny_models("llama")
     model.generation_config.repetition_penalty = 3.0
     model.generation_config.no_repeat_ngram_size = 2
@@ -26,15 +17,13 @@ def test_the_models_own_generation_settings_do_not_leak(
     assert generate(poisoned, texts, max_new_tokens=12) == generate(plain, texts, max_new_tokens=12)
 
 
-def test_a_tiny_temperature_takes_the_likeliest_tokens(tiny_backbone: Callable[..., Any]) -> None:
+def test_a_tiny_temperature_takes_the_likeliest_tokens(tiny_backbone):
     backbone = tiny_backbone("llama")
     greedy = generate(backbone, ["some text"], max_new_tokens=8)
     assert generate(backbone, ["some text"], max_new_tokens=8, temperature=1e-39, seed=1) == greedy
 
 
-def test_words_around_the_target_are_taken_off(
-    tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_around_the_target_are_taken_off(tiny_backbone, random_prefix, monkeypatch):
     backbone = tiny_backbone("llama")
     header = {"text_format": {"prompt": "{source}{separator}", "target": "Answer: {target} ."}}
     prefix = Prefix(random_prefix(backbone, 3).layers, header).detach()

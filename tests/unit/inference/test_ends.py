@@ -1,10 +1,5 @@
 """An output ends at the token that ends a turn in the prefix's chat template, in each way of generating."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from prefixtune.engine.config import EngineConfig
@@ -16,7 +11,7 @@ from prefixtune.inference.generate import generate, generate_ids, write
 from prefixtune.inference.prompts import Prompt, prepare_prompts
 
 
-def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Callable[..., list[int]]) -> None:
+def test_all_ways_end_there(tiny_backbone, random_ids):
     backbone, config = tiny_backbone("llama"), GenerateConfig(max_new_tokens=12)
     prompts = [random_ids(count, seed=count) for count in (4, 6, 5)]
     free = generate_ids(backbone, prompts, [None] * 3, config=config)
@@ -37,7 +32,7 @@ def test_all_ways_end_there(tiny_backbone: Callable[..., Any], random_ids: Calla
         assert [token.id for token in output.tokens] == ids
 
 
-def test_a_special_token_may_be_a_stop_string(tiny_backbone: Callable[..., Any]) -> None:
+def test_a_special_token_may_be_a_stop_string(tiny_backbone):
     backbone = tiny_backbone("llama")
     bos = backbone.tokenizer.bos_token_id
     config = GenerateConfig(stop=["b", "<s>", "<x>"])
@@ -45,7 +40,7 @@ def test_a_special_token_may_be_a_stop_string(tiny_backbone: Callable[..., Any])
     assert [one.ends for one in prepare_prompts(backbone, ["x"], [None], GenerateConfig())] == [()]
 
 
-def test_a_conversation_without_a_template_anywhere(tiny_backbone: Callable[..., Any]) -> None:
+def test_a_conversation_without_a_template_anywhere(tiny_backbone):
     backbone, one = tiny_backbone("llama"), [{"role": "user", "content": "Hi"}]
     assert generate(backbone, [one], max_new_tokens=4) == generate(backbone, ["Hi"], max_new_tokens=4)
     chat = [*one, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on"}]

@@ -1,11 +1,6 @@
 """The object of `load`: it says what the functions say, with the prefix in front."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -37,29 +32,29 @@ FEW = {"max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Backbone:
+def backbone(tiny_models, tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = TEMPLATE
     return Backbone.from_model(tiny_models("qwen2"), tokenizer, "tiny-qwen2")
 
 
 @pytest.fixture
-def make_prefix(backbone: Backbone, random_prefix: Callable[..., Any]) -> Callable[..., Prefix]:
-    def make(length: int = 3, seed: int = 0, **facts: Any) -> Prefix:
+def make_prefix(backbone, random_prefix):
+    def make(length=3, seed=0, **facts):
         prefix = random_prefix(backbone, length, seed, scale=3.0).detach()
         return Prefix(prefix.layers, make_header(backbone, **facts))
 
     return make
 
 
-def ids_of(backbone: Backbone, messages: Sequence[Any], prefix: Prefix | None) -> str:
+def ids_of(backbone, messages, prefix):
     """The answer by hand: the chat template's ids, continued."""
     config = pt.GenerateConfig(**FEW)
     (ids,) = generate_ids(backbone, [encode_chat(backbone, messages)], [prefix], config=config)
     return backbone.decode(ids).strip()
 
 
-def test_texts(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+def test_texts(backbone, make_prefix):
     prefix = make_prefix()
     model = load(backbone, prefix)
     expected = generate(backbone, TEXTS, prefix, **FEW)
@@ -71,7 +66,7 @@ def test_texts(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
     assert model.generate([]) == []
 
 
-def test_the_bare_model_continues_a_text_as_it_is(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+def test_the_bare_model_continues_a_text_as_it_is(backbone, make_prefix):
     (ids,) = generate_ids(backbone, [backbone.encode("some text")], [None], config=pt.GenerateConfig(**FEW))
     expected = backbone.decode(ids).strip()
     assert load(backbone).generate("some text", **FEW) == expected
@@ -81,9 +76,8 @@ def test_the_bare_model_continues_a_text_as_it_is(backbone: Backbone, make_prefi
     assert generate(backbone, ["some text"], text_format=TextFormat(), **FEW) != [expected]
 
 
-def test_an_answer_has_as_many_tokens_as_fit(backbone: Backbone) -> None:
+def test_an_answer_has_as_many_tokens_as_fit(backbone):
     model, most = load(backbone), backbone.max_positions
-    assert most is not None
     long = [{"role": "user", "content": "x" * (most - 40)}]
     assert model.chat(long) == model.chat(long, max_new_tokens=most - len(encode_chat(backbone, long)))
     assert "".join(model.stream(long)).strip() == model.chat(long)
@@ -91,11 +85,8 @@ def test_an_answer_has_as_many_tokens_as_fit(backbone: Backbone) -> None:
         model.chat(long, max_new_tokens=60)
 
 
-def test_room_for_an_answer_is_counted_as_the_caller_decodes(
-    backbone: Backbone, make_prefix: Callable[..., Prefix]
-) -> None:
+def test_room_for_an_answer_is_counted_as_the_caller_decodes(backbone, make_prefix):
     most = backbone.max_positions
-    assert most is not None
     long = [{"role": "user", "content": "x" * (2 * most)}]
     model, seen = load(backbone), []
     options = {"on_too_long": "cut", "on_cut": seen.extend}
@@ -130,9 +121,7 @@ def test_room_for_an_answer_is_counted_as_the_caller_decodes(
     assert model.chat(short, text_format=around) == model.chat(short, text_format=around, max_new_tokens=room)
 
 
-def test_an_encoder_decoder_answers_with_as_many_tokens_as_it_has_positions(
-    tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]
-) -> None:
+def test_an_encoder_decoder_answers_with_as_many_tokens_as_it_has_positions(tiny_backbone, random_prefix):
     backbone = tiny_backbone("marian", max_position_embeddings=40)
     most = backbone.max_positions
     form = TextFormat("{source}", "{target}", longest_prompt=20)
@@ -146,9 +135,7 @@ def test_an_encoder_decoder_answers_with_as_many_tokens_as_it_has_positions(
         generate(backbone, ["hello"], max_new_tokens=most + 1)
 
 
-def test_logits_that_are_not_finite_are_said_to_be(
-    tiny_models: Callable[..., Any], tiny_tokenizer: Any, random_prefix: Callable[..., Any]
-) -> None:
+def test_logits_that_are_not_finite_are_said_to_be(tiny_models, tiny_tokenizer, random_prefix):
     backbone = Backbone.from_model(tiny_models("llama").to(torch.float16), tiny_tokenizer, "tiny-float16")
     prefix = random_prefix(backbone, 3).detach()
     prefix.layers["decoder"][1][1][0, 0, 0] = 1e5
@@ -171,7 +158,7 @@ def test_logits_that_are_not_finite_are_said_to_be(
             generate(backbone, ["hello"] * 3, [None, prefix, None], num_beams=beams, **FEW)
 
 
-def test_conversations_go_through_the_chat_template(backbone: Backbone, make_prefix: Callable[..., Prefix]) -> None:
+def test_conversations_go_through_the_chat_template(backbone, make_prefix):
     prefix = make_prefix()
     model = load(backbone, prefix)
     expected = ids_of(backbone, TALK, prefix)
@@ -183,9 +170,7 @@ def test_conversations_go_through_the_chat_template(backbone: Backbone, make_pre
     assert model.chat("hello", **FEW) == ids_of(backbone, TALK[:1], prefix)
 
 
-def test_a_prefix_for_single_texts_reads_the_last_message(
-    backbone: Backbone, make_prefix: Callable[..., Prefix]
-) -> None:
+def test_a_prefix_for_single_texts_reads_the_last_message(backbone, make_prefix):
     prefix = make_prefix(text_format=TextFormat("{source} ->", " {target}").to_dict())
     model = load(backbone, prefix)
     expected = generate(backbone, ["who are you"], prefix, **FEW)[0]
@@ -196,7 +181,7 @@ def test_a_prefix_for_single_texts_reads_the_last_message(
         assert "".join(model.stream(TALK, **FEW)).strip() == expected
 
 
-def test_labels(backbone: Backbone) -> None:
+def test_labels(backbone):
     model = load(backbone)
     expected = classify(backbone, TEXTS, labels=["yes", "no"])
     assert model.classify(TEXTS, labels=["yes", "no"]) == expected
@@ -208,7 +193,7 @@ def test_labels(backbone: Backbone) -> None:
         classify(backbone, TEXTS, labels=["yes", "no", "yes"])
 
 
-def test_files_name_their_backbone(backbone: Backbone, make_prefix: Callable[..., Prefix], tmp_path: Path) -> None:
+def test_files_name_their_backbone(backbone, make_prefix, tmp_path):
     backbone.model.save_pretrained(tmp_path / "model")
     backbone.tokenizer.save_pretrained(tmp_path / "model")
     prefix = make_prefix()
@@ -220,14 +205,11 @@ def test_files_name_their_backbone(backbone: Backbone, make_prefix: Callable[...
     assert load(prefix=folder, **options).generate(TEXTS, **FEW) == expected
     assert load(tmp_path / "model", folder / "prefix.safetensors", **options).generate(TEXTS, **FEW) == expected
     both = load(prefix=[folder, str(folder)], **options).prefix
-    assert both is not None
     assert both.length() == 6
     assert both.header["composition"]["parts"][0]["name"] == str(folder)
 
 
-def test_what_is_wrong_gets_one_line(
-    backbone: Backbone, make_prefix: Callable[..., Prefix], tiny_backbone: Callable[..., Any]
-) -> None:
+def test_what_is_wrong_gets_one_line(backbone, make_prefix, tiny_backbone):
     model = load(backbone, make_prefix())
     for messages in ([], [{"role": "user"}], [{"role": "user", "content": ""}], TALK[:2]):
         with pytest.raises(RequestError):

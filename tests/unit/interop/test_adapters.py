@@ -1,11 +1,6 @@
 """PEFT's files without PEFT: there and back bit for bit, and every refusal."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,37 +14,35 @@ from prefixtune.prefix.prefix import Head, Prefix, save_prefix
 from zoo import make_model
 
 P = 4
-Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_backbone: Make) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def prefix(llama: Any, random_prefix: Make) -> Prefix:
+def prefix(llama, random_prefix):
     return Prefix(
         random_prefix(llama, P).detach().layers, make_header(llama, task="toy", text_format={"prompt": "x {source}"})
     )
 
 
 @pytest.fixture
-def folder(prefix: Prefix, tmp_path: Path) -> Path:
+def folder(prefix, tmp_path):
     return export_peft(prefix, tmp_path / "adapter")
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return facts
+def facts_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
 
 
-def change(folder: Path, **changes: Any) -> Path:
+def change(folder, **changes):
     (folder / "adapter_config.json").write_text(json.dumps({**facts_of(folder), **changes}))
     return folder
 
 
-def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+def rewrite(folder, tensors):
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -58,7 +51,7 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_prefix_comes_back_bit_for_bit(prefix, llama, dtype, tmp_path):
     exported = prefix.to(dtype)
     imported = import_peft(export_peft(exported, tmp_path / "adapter", llama), llama)
     assert imported.equal(exported)
@@ -66,7 +59,7 @@ def test_a_prefix_comes_back_bit_for_bit(prefix: Prefix, llama: Any, dtype: torc
     assert {name: imported.header[name] for name in prefix.header} == prefix.header
 
 
-def test_what_peft_trained_becomes_our_file(folder: Path, prefix: Prefix, llama: Any, tmp_path: Path) -> None:
+def test_what_peft_trained_becomes_our_file(folder, prefix, llama, tmp_path):
     rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     rewrite(folder, {"prompt_embeddings": rows})
     made = import_peft(folder, llama)
@@ -80,7 +73,7 @@ def test_what_peft_trained_becomes_our_file(folder: Path, prefix: Prefix, llama:
     assert alone == {"name": "tiny-llama", "kind": "decoder"}
 
 
-def test_a_cartridge_keeps_its_frozen_positions(prefix: Prefix, tmp_path: Path) -> None:
+def test_a_cartridge_keeps_its_frozen_positions(prefix, tmp_path):
     first = export_peft(prefix, tmp_path / "a", peft_type="CARTRIDGE", num_frozen_tokens=2)
     assert (facts_of(first)["peft_type"], facts_of(first)["num_frozen_tokens"]) == ("CARTRIDGE", 2)
     stored = load_prefix(save_prefix(tmp_path / "p.safetensors", import_peft(first)))
@@ -93,9 +86,7 @@ def test_a_cartridge_keeps_its_frozen_positions(prefix: Prefix, tmp_path: Path) 
 # --- what PEFT cannot hold -------------------------------------------------------------------------------------------
 
 
-def test_prefixes_that_peft_cannot_hold(
-    prefix: Prefix, llama: Any, tiny_backbone: Make, random_prefix: Make, tmp_path: Path
-) -> None:
+def test_prefixes_that_peft_cannot_hold(prefix, tiny_backbone, random_prefix, tmp_path):
     bart = tiny_backbone("bart")
     three = Prefix(random_prefix(bart, 2).detach().layers, make_header(bart))
     (key, value), *others = prefix.layers["decoder"]
@@ -119,9 +110,7 @@ def test_prefixes_that_peft_cannot_hold(
 
 
 @pytest.mark.parametrize("name", ["lfm2", "gemma3n_text"])
-def test_models_in_which_peft_would_miss_the_layers(
-    name: str, random_prefix: Make, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_models_in_which_peft_would_miss_the_layers(name, random_prefix, tiny_tokenizer, tmp_path):
     backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
     made = random_prefix(backbone, P).detach()
     with pytest.raises(BackboneError):
@@ -145,12 +134,12 @@ def test_models_in_which_peft_would_miss_the_layers(
         {"peft_type": "CARTRIDGE", "num_frozen_tokens": 5},
     ],
 )
-def test_configurations_that_are_refused(folder: Path, changes: dict[str, Any]) -> None:
+def test_configurations_that_are_refused(folder, changes):
     with pytest.raises(CheckpointError):
         import_peft(change(folder, **changes))
 
 
-def test_tensors_that_are_refused(folder: Path, llama: Any, tiny_backbone: Make) -> None:
+def test_tensors_that_are_refused(folder, tiny_backbone):
     rows = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     with pytest.raises(BackboneError):
         import_peft(folder, tiny_backbone("gpt2"))
@@ -172,7 +161,7 @@ def test_tensors_that_are_refused(folder: Path, llama: Any, tiny_backbone: Make)
         import_peft(folder)
 
 
-def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_folders_that_are_refused(folder, tmp_path):
     with pytest.raises(CheckpointError):
         import_peft(tmp_path)
     (folder / "adapter_model.safetensors").unlink()
@@ -184,7 +173,7 @@ def test_folders_that_are_refused(folder: Path, tmp_path: Path) -> None:
             import_peft(folder)
 
 
-def test_nothing_of_another_kind_is_written_over(folder: Path, prefix: Prefix, tmp_path: Path) -> None:
+def test_nothing_of_another_kind_is_written_over(folder, prefix, tmp_path):
     export_peft(prefix, folder)  # An earlier one is replaced.
     lora = change(folder, peft_type="LORA")
     before = {path.name: path.read_bytes() for path in lora.iterdir()}
@@ -197,7 +186,7 @@ def test_nothing_of_another_kind_is_written_over(folder: Path, prefix: Prefix, t
         export_peft(prefix, tmp_path / "model")
 
 
-def test_a_pickle_is_refused(folder: Path) -> None:
+def test_a_pickle_is_refused(folder):
     stored, pickle = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     torch.save(load_file(stored), pickle)
     stored.unlink()

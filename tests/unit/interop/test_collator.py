@@ -1,10 +1,5 @@
 """Batches of conversations for trainers: what the assistant writes is learned, and nothing else."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from prefixtune.data.chat import chat_format
@@ -24,7 +19,7 @@ CHAT = [
 ]
 
 
-def test_rows_that_are_padded_already(tiny_backbone: Callable[..., Any]) -> None:
+def test_rows_that_are_padded_already(tiny_backbone):
     row = {"input_ids": [2, 2, 5, 6], "attention_mask": [0, 0, 1, 1], "labels": [-100, -100, 5, 6]}
     longer = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}
     for name, learned in (("llama", [5, 6, -100]), ("bart", [-100, -100, 5, 6])):
@@ -39,7 +34,7 @@ def test_rows_that_are_padded_already(tiny_backbone: Callable[..., Any]) -> None
     ("template", "expected"),
     [(TEMPLATE, ["Yes?<pad>No.<pad>", "No.<pad>"]), (REWRITES, ["Yes?<pad>", "No.<pad>", "No.<pad>"])],
 )
-def test_labels_of_conversations(tiny_backbone: Callable[..., Any], template: str, expected: list[str]) -> None:
+def test_labels_of_conversations(tiny_backbone, template, expected):
     backbone = tiny_backbone("llama")
     collate = Collator(backbone, chat_format(backbone, template), prefix_length=3)
     batch = collate([{"messages": CHAT}, {"source": "Go on", "target": "No."}])

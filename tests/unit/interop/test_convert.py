@@ -1,11 +1,6 @@
 """`prefixtune convert`: the input is recognized, the outcome is right, and mistakes end with 2."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +11,9 @@ from prefixtune.cli.main import main
 from prefixtune.interop.peft import export_peft
 from prefixtune.prefix.prefix import Prefix, save_prefix
 
-Make = Callable[..., Any]
-
 
 @pytest.fixture(scope="module")
-def model(tiny_models: Make, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny_models, tiny_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "gpt2"
     tiny_models("gpt2").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -28,23 +21,22 @@ def model(tiny_models: Make, tiny_tokenizer: Any, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def prefix(tiny_backbone: Make, random_prefix: Make) -> Prefix:
+def prefix(tiny_backbone, random_prefix):
     backbone = tiny_backbone("gpt2")
     return Prefix(random_prefix(backbone, 4).detach().layers, make_header(backbone, task="toy"))
 
 
 @pytest.fixture
-def ours(prefix: Prefix, tmp_path: Path) -> Path:
+def ours(prefix, tmp_path):
     return save_prefix(tmp_path / "p.safetensors", prefix)
 
 
-def convert(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+def convert(capsys, *words):
     assert main(["convert", *map(str, words), "--json"]) == 0
-    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return printed
+    return json.loads(capsys.readouterr().out)
 
 
-def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_and_back(ours, prefix, tmp_path, capsys):
     adapter, back = tmp_path / "adapter", tmp_path / "back.safetensors"
     assert convert(capsys, ours, adapter, "--to", "peft") == {
         "from": "prefixtune",
@@ -60,7 +52,7 @@ def test_there_and_back(ours: Path, prefix: Prefix, tmp_path: Path, capsys: pyte
     assert load_prefix(back).header["task"] == "toy"
 
 
-def test_the_folder_of_a_run(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_of_a_run(ours, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     ours.rename(run / "prefix.safetensors")
@@ -71,9 +63,7 @@ def test_the_folder_of_a_run(ours: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert convert(capsys, tmp_path / "adapter", tmp_path / "back.safetensors", "--to", "prefixtune")["from"] == "peft"
 
 
-def test_the_backbone_is_checked_and_named(
-    ours: Path, model: Path, prefix: Prefix, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_backbone_is_checked_and_named(ours, model, prefix, tmp_path, capsys):
     bare = export_peft(Prefix(prefix.layers), tmp_path / "bare")
     made = convert(capsys, bare, tmp_path / "q.safetensors", "--to", "prefixtune", "--backbone", model)
     assert made["backbone"] == str(model)
@@ -84,7 +74,7 @@ def test_the_backbone_is_checked_and_named(
     )
 
 
-def test_mistakes_end_with_2(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_2(ours, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
     torch.save({}, tmp_path / "pickle.bin")

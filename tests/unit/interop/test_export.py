@@ -1,11 +1,6 @@
 """What no export accepts: a reason is given, and nothing is written."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +11,6 @@ from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.interop.onnx.run import target_of
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.prefix.text_format import TextFormat
-
-Make = Callable[..., Any]
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -42,9 +35,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
         ("llama", {"rope_parameters": DYNAMIC}),
     ],
 )
-def test_backbones_that_no_runtime_can_use(
-    name: str, changes: dict[str, Any], tiny_backbone: Make, random_prefix: Make
-) -> None:
+def test_backbones_that_no_runtime_can_use(name, changes, tiny_backbone, random_prefix):
     backbone = tiny_backbone(name, **changes)
     with pytest.raises(BackboneError, match="ONNX"):
         check_exportable(random_prefix(backbone, 3), backbone, "ONNX")
@@ -57,14 +48,12 @@ def test_backbones_that_no_runtime_can_use(
         ("qwen2", {"sliding_window": 5, "use_sliding_window": False}),
     ],
 )
-def test_backbones_that_see_the_whole_text(
-    name: str, changes: dict[str, Any], tiny_backbone: Make, random_prefix: Make
-) -> None:
+def test_backbones_that_see_the_whole_text(name, changes, tiny_backbone, random_prefix):
     backbone = tiny_backbone(name, **changes)
     check_exportable(random_prefix(backbone, 3), backbone, "llama.cpp")
 
 
-def test_prefixes_that_no_runtime_gets(tiny_backbone: Make, random_prefix: Make, tmp_path: Path) -> None:
+def test_prefixes_that_no_runtime_gets(tiny_backbone, random_prefix, tmp_path):
     backbone = tiny_backbone("llama")
     good = random_prefix(backbone, 3).detach()
     empty = Prefix({"decoder": tuple((key[:, :0], value[:, :0]) for key, value in good.layers["decoder"])})
@@ -84,5 +73,5 @@ def test_prefixes_that_no_runtime_gets(tiny_backbone: Make, random_prefix: Make,
 
 @pytest.mark.parametrize("template", ["<<{target}>>", "{target} END"])
 @pytest.mark.parametrize("output", ["<< Aromi >>", "Aromi END"])
-def test_the_exported_script_leaves_the_target_as_generate_does(template: str, output: str) -> None:
+def test_the_exported_script_leaves_the_target_as_generate_does(template, output):
     assert target_of(template, output) == TextFormat(target=template).extract_target(output)

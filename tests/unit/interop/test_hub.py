@@ -6,10 +6,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -29,25 +26,25 @@ LICENSES = (None, "apache-2.0", "cc-by-4.0", "other")
 class Hub(ThreadingHTTPServer):
     """As much of the hub as an upload and a download need: repositories of small files, one commit."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.calls: list[tuple[str, str]] = []
-        self.created: list[dict[str, Any]] = []
-        self.refuse: int | None = None
+        self.repos = {}
+        self.calls = []
+        self.created = []
+        self.refuse = None
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Hub
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
-    def answer(self, status: int, body: bytes | dict[str, Any] = b"", **headers: str) -> None:
+    def answer(self, status, body=b"", **headers):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -57,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def read_body(self) -> bytes:
+    def read_body(self):
         if "Content-Length" in self.headers:
             return self.rfile.read(int(self.headers["Content-Length"]))
         body = b""
@@ -67,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.read_body()
         self.server.calls.append(("POST", self.path))
         if self.server.refuse:
@@ -101,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
             200, {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         )
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.server.calls.append((self.command, self.path))
         name, _, rest = self.path.lstrip("/").partition("/resolve/")
         file = rest.partition("/")[2]
@@ -117,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def fake_hub(monkeypatch, tmp_path):
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -136,14 +133,14 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def artifact(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any], tmp_path: Path) -> Path:
+def artifact(tiny_backbone, random_prefix, tmp_path):
     backbone = tiny_backbone("llama")
     header = make_header(backbone, task="e2e", license="CC-BY-4.0", training={"steps": 9, "num_targets": 5})
     return save_prefix(tmp_path / "mine.safetensors", Prefix(random_prefix(backbone, 4).layers, header))
 
 
 @pytest.fixture
-def evaluation(tmp_path: Path) -> Path:
+def evaluation(tmp_path):
     scores = {"bleu": {"score": 60.3338, "implementation": "sacrebleu 2.6.0", "interval": [58.516, 62.131]}}
     facts = {"kind": "evaluation", "task": "e2e", "data": "e2e", "split": "test", "num_examples": 300, "scores": scores}
     folder = tmp_path / "evaluation"
@@ -152,7 +149,7 @@ def evaluation(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_was_pushed_is_pulled(fake_hub: Hub, artifact: Path, evaluation: Path) -> None:
+def test_what_was_pushed_is_pulled(fake_hub, artifact, evaluation):
     url = load_prefix(artifact).push_to_hub("me/pubs", evaluation=evaluation)
     assert url == f"{fake_hub.url}/me/pubs/commit/{COMMIT}"
     assert fake_hub.created[0].get("private") is True or fake_hub.created[0].get("visibility") == "private"
@@ -164,9 +161,7 @@ def test_what_was_pushed_is_pulled(fake_hub: Hub, artifact: Path, evaluation: Pa
     assert any("/resolve/v2/" in path for _, path in fake_hub.calls)
 
 
-def test_a_missing_path_is_never_looked_for_on_the_hub(
-    fake_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_path_is_never_looked_for_on_the_hub(fake_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/missing", "./me/missing", "me/missing.safetensors", "missing", "me/pubs"):
@@ -186,9 +181,7 @@ def test_a_missing_path_is_never_looked_for_on_the_hub(
         ("", (None, None)),
     ],
 )
-def test_any_license_note_becomes_one_that_the_hub_takes(
-    license_note: str, fields: tuple[str | None, str | None], fake_hub: Hub, artifact: Path, rewrite_header: Any
-) -> None:
+def test_any_license_note_becomes_one_that_the_hub_takes(license_note, fields, fake_hub, artifact, rewrite_header):
     rewrite_header(artifact, license=license_note)
     load_prefix(artifact).push_to_hub("me/pubs")
     card = ModelCard(fake_hub.repos["me/pubs"]["README.md"].decode())
@@ -196,9 +189,7 @@ def test_any_license_note_becomes_one_that_the_hub_takes(
     assert f"| license | {license_note} |" in card.text or not license_note
 
 
-def test_a_path_that_exists_is_not_looked_for_on_the_hub(
-    fake_hub: Hub, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_that_exists_is_not_looked_for_on_the_hub(fake_hub, artifact, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Prefix.from_pretrained(artifact).save_pretrained("me/pubs")
     assert Prefix.from_pretrained("me/pubs").equal(load_prefix(artifact))
@@ -209,9 +200,7 @@ def test_a_path_that_exists_is_not_looked_for_on_the_hub(
         Prefix.from_pretrained("me/none")
 
 
-def test_the_commands(
-    fake_hub: Hub, artifact: Path, evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(fake_hub, artifact, evaluation, tmp_path, capsys):
     assert main(["push", str(artifact), "me/pubs", "--card", "--evaluation", str(evaluation)]) == 0
     assert capsys.readouterr().out.startswith("---\n")
     assert fake_hub.calls == [], "a card is only shown"
@@ -223,7 +212,7 @@ def test_the_commands(
     assert out.exists()
 
 
-def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_errors_are_reported_and_change_nothing(fake_hub, artifact, tmp_path):
     fake_hub.repos |= {"me/empty": {}, "me/broken": {FILE: b"not a prefix"}}
     for name in ("me/nothing", "me/empty", "me/broken"):
         with pytest.raises(PrefixError):
@@ -243,7 +232,7 @@ def test_errors_are_reported_and_change_nothing(fake_hub: Hub, artifact: Path, t
         load_prefix(artifact).push_to_hub("me/pubs")
 
 
-def test_without_the_hub_it_says_so(fake_hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_it_says_so(fake_hub, artifact, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PrefixError, match="cannot upload"):
         load_prefix(artifact).push_to_hub("me/pubs")

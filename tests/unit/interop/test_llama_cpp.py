@@ -1,14 +1,9 @@
 """Sequence-state files of llama.cpp: their bytes, and what the check of a server notices."""
 
-from __future__ import annotations
-
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +14,6 @@ from prefixtune.interop.llama_cpp import check as llama_cpp_check
 from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
 
-Make = Callable[..., Any]
-
 ROWS = [(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[0.5, -1.0], [2.0, -2.0], [4.0, -4.0]]))]
 """One layer, three positions, one head of size two."""
 
@@ -29,14 +22,14 @@ TOKENS = [7, 8, 9]
 CELLS = struct.pack("<II iIi iIi iIi", 1, 3, 0, 1, 0, 1, 1, 0, 2, 1, 0)
 
 
-def test_a_file_spelled_out() -> None:
+def test_a_file_spelled_out():
     written = encode_file(ROWS, TOKENS, version=4, kv_type="f32")
     expected = struct.pack("<III3i", 0x67677371, 4, 3, 7, 8, 9) + CELLS + struct.pack("<IIII", 0, 1, 0, 0)
     expected += struct.pack("<iQ6f", 0, 8, 1, 2, 3, 4, 5, 6) + struct.pack("<iQ6f", 0, 8, 0.5, -1, 2, -2, 4, -4)
     assert written == expected
 
 
-def test_version_3_says_nothing_of_rotation_and_values_may_be_transposed() -> None:
+def test_version_3_says_nothing_of_rotation_and_values_may_be_transposed():
     written = encode_file(ROWS, TOKENS, version=3, kv_type="f16", transposed=True)
     expected = struct.pack("<III3i", 0x67677371, 3, 3, 7, 8, 9) + CELLS + struct.pack("<II", 1, 1)
     expected += struct.pack("<iQ6e", 1, 4, 1, 2, 3, 4, 5, 6) + struct.pack("<iII6e", 1, 2, 2, 0.5, 2, 4, -1, -2, -4)
@@ -44,12 +37,12 @@ def test_version_3_says_nothing_of_rotation_and_values_may_be_transposed() -> No
 
 
 @pytest.mark.parametrize("options", [{"version": 5}, {"version": 1}, {"kv_type": "q8_0"}])
-def test_unknown_layouts_are_refused(options: dict[str, Any]) -> None:
+def test_unknown_layouts_are_refused(options):
     with pytest.raises(ConfigError):
         encode_file(ROWS, TOKENS, **options)
 
 
-def test_numbers_beyond_half_precision_are_refused() -> None:
+def test_numbers_beyond_half_precision_are_refused():
     large = [(ROWS[0][0] * 1e5, ROWS[0][1])]
     with pytest.raises(ConfigError, match="float16") as caught:
         encode_file(large, TOKENS)
@@ -57,7 +50,7 @@ def test_numbers_beyond_half_precision_are_refused() -> None:
     assert encode_file(large, TOKENS, kv_type="f32")
 
 
-def test_keys_of_llama_are_interleaved_and_values_never(tiny_backbone: Make, random_prefix: Make) -> None:
+def test_keys_of_llama_are_interleaved_and_values_never(tiny_backbone, random_prefix):
     for name, order in (("llama", [0, 4, 1, 5, 2, 6, 3, 7]), ("qwen2", list(range(8)))):
         backbone = tiny_backbone(name)
         prefix = random_prefix(backbone, 3)
@@ -68,7 +61,7 @@ def test_keys_of_llama_are_interleaved_and_values_never(tiny_backbone: Make, ran
             assert torch.equal(rows[1][:, head * 8 : head * 8 + 8], value[head])
 
 
-def test_placeholders_follow_from_the_numbers(tiny_backbone: Make, random_prefix: Make) -> None:
+def test_placeholders_follow_from_the_numbers(tiny_backbone, random_prefix):
     backbone = tiny_backbone("llama")
     prefix = random_prefix(backbone, 40)
     tokens = placeholders_for(prefix, backbone)
@@ -81,18 +74,14 @@ def test_placeholders_follow_from_the_numbers(tiny_backbone: Make, random_prefix
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def test_model_types_that_were_not_compared_are_refused(
-    tiny_backbone: Make, random_prefix: Make, tmp_path: Path
-) -> None:
+def test_model_types_that_were_not_compared_are_refused(tiny_backbone, random_prefix, tmp_path):
     backbone = tiny_backbone("gemma")
     with pytest.raises(BackboneError, match="gemma"):
         export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_refused(
-    tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_is_refused(tiny_backbone, random_prefix, tmp_path, monkeypatch):
     backbone = tiny_backbone("llama")
     monkeypatch.setattr("prefixtune.interop.llama_cpp.export.has_adapter", lambda model: True)
     with pytest.raises(BackboneError):
@@ -112,12 +101,12 @@ FACTS = {
 class Server:
     """A fake llama-server, whose answers can be spoiled."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.restored, self.cached, self.spoiled, self.asked, self.key = 3, 3, "", [], ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
+            def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((self.path, body))
                 wrong_key = outer.key and self.headers["Authorization"] != f"Bearer {outer.key}"
@@ -128,7 +117,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, *_):
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -136,7 +125,7 @@ class Server:
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
         self.thread.start()
 
-    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+    def answer(self, path, body):
         if "restore" in path:
             return (400, {"error": "no"}) if self.spoiled == "file" else (200, {"n_restored": self.restored})
         held = body["prompt"][:3] == TOKENS
@@ -152,7 +141,7 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server():
     made = Server()
     yield made
     made.http.shutdown()
@@ -160,7 +149,7 @@ def server() -> Iterator[Server]:
     made.http.server_close()
 
 
-def test_a_prefix_in_effect(server: Server) -> None:
+def test_a_prefix_in_effect(server):
     lines = check(server.url, FACTS, slot=2, text="hello", timeout=5.0)
     assert lines[0] == "n_restored 3, timings.cache_n 3"
     assert "differ by up to 1" in lines[1]
@@ -186,9 +175,7 @@ def test_a_prefix_in_effect(server: Server) -> None:
         ({"spoiled": "file"}, "answered 400"),
     ],
 )
-def test_a_prefix_that_is_not_in_effect(
-    change: dict[str, Any], message: str, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prefix_that_is_not_in_effect(change, message, server, tmp_path, capsys):
     for name, value in change.items():
         setattr(server, name, value)
     with pytest.raises(NotInEffectError, match=message):
@@ -198,7 +185,7 @@ def test_a_prefix_that_is_not_in_effect(
     assert "error: the prefix is not in effect" in capsys.readouterr().err
 
 
-def test_a_server_with_a_key(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_a_key(server, tmp_path, monkeypatch):
     server.key = "secret"
     (tmp_path / "export.json").write_text(json.dumps(FACTS))
     arguments = [server.url, "--export", str(tmp_path / "export.json")]

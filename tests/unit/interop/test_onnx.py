@@ -1,14 +1,9 @@
 """Exports to ONNX that fail, and the loop over a graph, without any runtime."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
-from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +17,6 @@ from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
 
-Make = Callable[..., Any]
-
 FACTS = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 3, "pad_id": 0, "end_ids": [9]}
 
 PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(FACTS)}
@@ -32,17 +25,17 @@ PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(F
 class Graph:
     """Records its inputs; its logits say that the token after t is t + 1."""
 
-    def __init__(self) -> None:
-        self.fed: list[dict[str, Any]] = []
+    def __init__(self):
+        self.fed = []
 
-    def __call__(self, feed: dict[str, Any]) -> list[Any]:
+    def __call__(self, feed):
         self.fed.append(feed)
         ids = feed["input_ids"]
         grown = [np.pad(feed[name], ((0, 0), (0, 0), (0, ids.shape[1]), (0, 0))) for name in past_names(FACTS)]
         return [np.eye(12, dtype=np.float32)[ids + 1], *grown]
 
 
-def test_masks_positions_and_past_of_a_padded_batch() -> None:
+def test_masks_positions_and_past_of_a_padded_batch():
     graph = Graph()
     assert generate(graph, FACTS, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7, 8], [5, 6, 7]]
     first, second, third = graph.fed
@@ -57,7 +50,7 @@ def test_masks_positions_and_past_of_a_padded_batch() -> None:
 
 
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def runtime(monkeypatch):
     """Stands in for the extra's libraries; the last of them."""
     made = [ModuleType(name) for name in ("onnx", "onnxscript", "onnxruntime")]
     for module in made:
@@ -67,12 +60,10 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return made[-1]
 
 
-def test_a_model_that_cannot_be_traced(
-    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_traced(runtime, tiny_backbone, random_prefix, tmp_path, monkeypatch):
     backbone = tiny_backbone("llama")
 
-    def export(*args: Any, **options: Any) -> Any:
+    def export(*args, **options):
         raise RuntimeError("\nno such operator: aten::strange\nand much more")
 
     monkeypatch.setattr(torch.onnx, "export", export)
@@ -81,17 +72,15 @@ def test_a_model_that_cannot_be_traced(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_graph_that_computes_something_else_is_not_kept(
-    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_computes_something_else_is_not_kept(runtime, tiny_backbone, random_prefix, tmp_path, monkeypatch):
     backbone = tiny_backbone("llama")
     size = len(backbone.tokenizer)
 
     class Session:
-        def __init__(self, *args: Any, **options: Any) -> None:
+        def __init__(self, *args, **options):
             pass
 
-        def run(self, names: None, feed: dict[str, Any]) -> list[Any]:
+        def run(self, names, feed):
             past = [feed[f"past_key_values.{n}.{part}"] for n in range(3) for part in ("key", "value")]
             return [np.zeros((*feed["input_ids"].shape, size), dtype=np.float32), *past]
 
@@ -102,14 +91,12 @@ def test_a_graph_that_computes_something_else_is_not_kept(
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_prefix_next_to_an_export_stays(
-    runtime: ModuleType, tiny_backbone: Make, random_prefix: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prefix_next_to_an_export_stays(runtime, tiny_backbone, random_prefix, tmp_path, monkeypatch):
     backbone = tiny_backbone("llama")
     form = TextFormat("{source}", "{target}", chat_template="{{ messages[-1].content }}", end="<pad>")
     allow_template(form.chat_template)
     prefix = dataclasses.replace(random_prefix(backbone, 3), header={"text_format": form.to_dict()})
-    runtime.__version__ = "1.0"  # type: ignore[attr-defined]
+    runtime.__version__ = "1.0"
     monkeypatch.setattr(target, "_trace", lambda backbone, facts, path: path.write_bytes(b"graph"))
     monkeypatch.setattr(target, "_compare", lambda *_: 0.0)
     target.export_onnx(prefix, backbone, tmp_path)

@@ -1,9 +1,6 @@
 """Heat maps: cells in the page, whose colour says how large a value is and its sign; all numbers in the CSV."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
 
 from prefixtune.pages.document import Document, HeatMap, Section
 from prefixtune.pages.page import save_figures, to_html
@@ -20,7 +17,7 @@ MAP = HeatMap(
 DOCUMENT = Document("Page", "", [Section("Attention", [(MAP,)])], command="explain")
 
 
-def test_the_page_draws_every_cell() -> None:
+def test_the_page_draws_every_cell():
     page = to_html(DOCUMENT)
     svg = page[page.index('<svg class="chart"') : page.index("</svg>")]
     positive = re.findall(r'fill="var\(--s0\)"(?: fill-opacity="([\d.]+)")?', svg)
@@ -30,7 +27,7 @@ def test_the_page_draws_every_cell() -> None:
     assert "Written by prefixtune explain." in page
 
 
-def test_figures_hold_all_numbers(tmp_path: Path) -> None:
+def test_figures_hold_all_numbers(tmp_path):
     (name,) = save_figures(DOCUMENT, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{name}.{kind}" for kind in ("csv", "pdf", "png", "svg")

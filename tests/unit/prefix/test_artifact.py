@@ -1,13 +1,9 @@
 """The artifact and the training state: what is kept, and every refusal."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,22 +20,22 @@ from prefixtune.training.checkpoint import load_state, save_state
 
 
 @pytest.fixture
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def prefix(llama: Any, random_prefix: Callable[..., Any]) -> Prefix:
+def prefix(llama, random_prefix):
     made = random_prefix(llama, 4).detach()
     return Prefix(made.layers, make_header(llama, task="toy", license="CC0"))
 
 
 @pytest.fixture
-def path(tmp_path: Path, prefix: Prefix) -> Path:
+def path(tmp_path, prefix):
     return save_prefix(tmp_path / "p.safetensors", prefix)
 
 
-def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header: Callable[[Any], Any] = dict) -> Path:
+def rewrite(path, tensors=dict, header=dict):
     """Change a file's tensors or header by hand, with a checksum that fits."""
     with safe_open(path, "pt") as handle:
         stored = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -47,7 +43,7 @@ def rewrite(path: Path, tensors: Callable[[dict[str, Any]], Any] = dict, header:
     return write_by_hand(path, tensors(stored), json.dumps(header(facts)))
 
 
-def write_by_hand(path: Path, tensors: dict[str, Any], header: str) -> Path:
+def write_by_hand(path, tensors, header):
     save_file(tensors, path, {"prefixtune": header, "prefixtune_checksum": checksum_by_hand(tensors, header)})
     return path
 
@@ -55,7 +51,7 @@ def write_by_hand(path: Path, tensors: dict[str, Any], header: str) -> Path:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_equal_prefixes_are_equal_files(path: Path, prefix: Prefix):
+def test_equal_prefixes_are_equal_files(path, prefix):
     described = Prefix(prefix.layers, {**prefix.header, "description": 'é \x1f\x7f \\ / "\n\u2028 😀'})
     for made in (prefix, described):
         files = {save_prefix(path.parent / f"{number}.safetensors", made).read_bytes() for number in range(12)}
@@ -64,13 +60,13 @@ def test_equal_prefixes_are_equal_files(path: Path, prefix: Prefix):
     assert load_prefix(path.parent / "0.safetensors").header["description"] == described.header["description"]
 
 
-def test_more_than_ten_layers_keep_their_order(tmp_path: Path):
+def test_more_than_ten_layers_keep_their_order(tmp_path):
     layers = tuple((torch.full((1, 2, 3), float(n)), torch.full((1, 2, 3), -float(n))) for n in range(12))
     prefix = Prefix({"decoder": layers})
     assert load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).equal(prefix)
 
 
-def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: Any, tmp_path: Path):
+def test_a_head_stays_in_float32_in_the_file_and_in_service(path, llama, tmp_path):
     head = Head(torch.randn(3, llama.hidden_size), torch.randn(3))
     labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
     made = load_prefix(path)
@@ -79,7 +75,6 @@ def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: A
     half = dataclasses.replace(llama, compute_dtype=torch.bfloat16)
     PrefixValidator(half, 10**6).read_header(file)
     for prefix in (load_prefix(file, llama), PrefixValidator(half, 10**6).load(file, "head")):
-        assert prefix.head is not None
         assert prefix.dtype == torch.bfloat16
         assert torch.equal(prefix.head.weight, head.weight)
         assert torch.equal(prefix.head.bias, head.bias)
@@ -88,7 +83,7 @@ def test_a_head_stays_in_float32_in_the_file_and_in_service(path: Path, llama: A
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_other_weights_are_refused_and_may_be_allowed(path: Path, prefix: Prefix, tiny_backbone: Any, llama: Any):
+def test_other_weights_are_refused_and_may_be_allowed(path, prefix, tiny_backbone, llama):
     other = tiny_backbone("llama", seed=1)
     with pytest.raises(BackboneError) as error:
         load_prefix(path, other)
@@ -106,14 +101,14 @@ def test_other_weights_are_refused_and_may_be_allowed(path: Path, prefix: Prefix
     assert load_prefix(path, llama).equal(prefix)
 
 
-def test_other_shapes_are_always_refused(path: Path, tiny_backbone: Any):
+def test_other_shapes_are_always_refused(path, tiny_backbone):
     for other in (tiny_backbone("qwen3"), tiny_backbone("llama", num_hidden_layers=2)):
         with pytest.raises(BackboneError):
             load_prefix(path, other, allow_other_backbone=True)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.999])
-def test_a_truncated_file_is_refused(share: float, path: Path):
+def test_a_truncated_file_is_refused(share, path):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(CheckpointError) as error:
@@ -121,8 +116,8 @@ def test_a_truncated_file_is_refused(share: float, path: Path):
     assert "truncated" in error.value.hint
 
 
-def test_numbers_that_are_not_finite_are_refused(path: Path, prefix: Prefix, tmp_path: Path):
-    def poison(tensors: dict[str, Any]) -> dict[str, Any]:
+def test_numbers_that_are_not_finite_are_refused(path, prefix, tmp_path):
+    def poison(tensors):
         tensors["decoder.1.key"][0, 0, 0] = torch.nan
         return tensors
 
@@ -136,7 +131,7 @@ def test_numbers_that_are_not_finite_are_refused(path: Path, prefix: Prefix, tmp
     assert not target.exists()
 
 
-def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: Path):
+def test_a_safetensors_file_of_something_else_is_refused(tmp_path, path):
     other = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, other, {"format": "pt"})
     with pytest.raises(CheckpointError):
@@ -159,7 +154,7 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path, path: P
         lambda _: {},
     ],
 )
-def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], path: Path):
+def test_foreign_or_missing_tensors_are_refused(change, path):
     rewrite(path, change)
     with pytest.raises(CheckpointError) as error:
         load_prefix(path)
@@ -169,7 +164,7 @@ def test_foreign_or_missing_tensors_are_refused(change: Callable[..., Any], path
 
 
 @pytest.mark.parametrize("shape", [[10**1500, 10**1500, 10**1500], [2**40] * 3, [1] * 10_000, [-1, 2, 3]])
-def test_shapes_that_no_tensor_has_are_refused(shape: Any, path: Path):
+def test_shapes_that_no_tensor_has_are_refused(shape, path):
     table = {"decoder.0.key": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
     text = json.dumps({"__metadata__": {"prefixtune": '{"format_version": 2}'}, **table}).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
@@ -179,7 +174,7 @@ def test_shapes_that_no_tensor_has_are_refused(shape: Any, path: Path):
 
 
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_head_has_a_row_for_each_label(rows: int | None, prefix: Prefix, tmp_path: Path):
+def test_a_head_has_a_row_for_each_label(rows, prefix, tmp_path):
     labels = {"kind": "classification", "by": "head", "names": ["a", "b", "c"]}
     head = None if rows is None else Head(torch.zeros(rows, 8), torch.zeros(rows))
     with pytest.raises(CheckpointError):
@@ -187,13 +182,13 @@ def test_a_head_has_a_row_for_each_label(rows: int | None, prefix: Prefix, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_read_error_and_a_name_that_none_can_have(path: Path, prefix: Prefix, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_error_and_a_name_that_none_can_have(path, prefix, monkeypatch):
     with pytest.raises(PrefixError):
         save_prefix(path.parent / "a\0b.safetensors", prefix)
     with pytest.raises(PrefixError):
         load_prefix(path.parent / "a\0b.safetensors")
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("prefixtune.prefix.file.safe_open", fail)
@@ -202,11 +197,11 @@ def test_a_read_error_and_a_name_that_none_can_have(path: Path, prefix: Prefix, 
     assert is_unread(error.value)
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
+def test_a_pickle_is_refused_and_never_run(tmp_path):
     ran = tmp_path / "ran"
 
     class Bomb:
-        def __reduce__(self) -> Any:
+        def __reduce__(self):
             return Path.touch, (ran,)
 
     bad = tmp_path / "p.safetensors"
@@ -220,7 +215,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
     assert not ran.exists()
 
 
-def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
+def test_paths_are_checked(tmp_path, prefix):
     with pytest.raises(CheckpointError):
         load_prefix(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError):
@@ -233,7 +228,7 @@ def test_paths_are_checked(tmp_path: Path, prefix: Prefix):
         save_prefix(tmp_path / "file" / "p.safetensors", prefix)
 
 
-def test_a_dtype_that_could_not_be_read_again_is_refused(path: Path, prefix: Prefix) -> None:
+def test_a_dtype_that_could_not_be_read_again_is_refused(path, prefix):
     before = path.read_bytes()
     with pytest.raises(ConfigError):
         save_prefix(path, prefix, dtype=torch.float8_e4m3fn)

@@ -1,12 +1,7 @@
 """The model card of a prefix: what the hub reads of it, and what people see."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable
 from html import escape
-from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -23,14 +18,14 @@ EVALUATION |= {"scores": SCORES}
 
 
 @pytest.fixture
-def prefix(tiny_backbone: Callable[..., Any], random_prefix: Callable[..., Any]) -> Prefix:
+def prefix(tiny_backbone, random_prefix):
     backbone = dataclasses.replace(tiny_backbone("llama"), name="meta-llama/Llama-3.2-1B")
     training = {"steps": 9, "num_targets": 5, "dataset": "GEM/e2e_nlg"}
     header = make_header(backbone, task="e2e", license="CC-BY-4.0", training=training)
     return Prefix(random_prefix(backbone, 4).layers, header)
 
 
-def test_the_hub_reads_it(prefix: Prefix) -> None:
+def test_the_hub_reads_it(prefix):
     text = prefix.card("me/pubs", EVALUATION)
     card = ModelCard(text)
     assert card.data.base_model == "meta-llama/Llama-3.2-1B"
@@ -52,9 +47,7 @@ def test_the_hub_reads_it(prefix: Prefix) -> None:
 
 
 @pytest.mark.parametrize("name", ["/home/somebody/models", "a/b/somebody", "models/somebody"])
-def test_it_names_no_folder_of_a_machine(
-    name: str, prefix: Prefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_names_no_folder_of_a_machine(name, prefix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/somebody").mkdir(parents=True)
     prefix.header["backbone"]["name"] = name
@@ -64,7 +57,7 @@ def test_it_names_no_folder_of_a_machine(
     assert "model-index" not in text
 
 
-def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
+def test_a_header_makes_no_link_and_no_picture(prefix):
     words = "![a](http://evil/a.png) [b](http://evil) <img src=c> **d** `e` \\[f](http://evil)"
     prefix.header["task"] = prefix.header["training"]["dev_loss"] = words
     page = MarkdownIt("commonmark").enable("table").render(ModelCard(prefix.card("me/pubs")).text)
@@ -82,6 +75,6 @@ def test_a_header_makes_no_link_and_no_picture(prefix: Prefix) -> None:
         "no/such/folder",
     ],
 )
-def test_what_holds_no_scores_is_refused(wrong: Any, prefix: Prefix) -> None:
+def test_what_holds_no_scores_is_refused(wrong):
     with pytest.raises(ConfigError):
         read_evaluations(wrong)

@@ -1,13 +1,8 @@
 """Chat templates: one from elsewhere is not even compiled before somebody has named it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jinja2
 import pytest
@@ -24,22 +19,22 @@ TALK = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(autouse=True)
-def of_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def of_nobody(monkeypatch, tmp_path):
     """Nothing is named yet, in this process or before."""
     monkeypatch.setattr("prefixtune.prefix.chat_format._allowed", {"", "model"})
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def stored(llama: Any, random_prefix: Callable[..., Any], tmp_path: Path) -> Callable[[str], Path]:
+def stored(llama, random_prefix, tmp_path):
     """Store a prefix with a chat template of its own."""
 
-    def store(template: str) -> Path:
+    def store(template):
         form = TextFormat("{source}", "{target}", end="</s>", chat_template=template).to_dict()
         header = make_header(llama, text_format=form)
         return save_prefix(tmp_path / "p.safetensors", Prefix(random_prefix(llama, 3).detach().layers, header))
@@ -47,13 +42,11 @@ def stored(llama: Any, random_prefix: Callable[..., Any], tmp_path: Path) -> Cal
     return store
 
 
-def test_reading_a_file_compiles_nothing(
-    stored: Callable[[str], Path], llama: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reading_a_file_compiles_nothing(stored, llama, monkeypatch, capsys):
     # Jinja computes constants when it compiles: this one would take gigabytes.
     path = stored("{{ 'a'" + "|tojson" * 26 + " }}")
 
-    def compiled(*_: Any, **__: Any) -> None:
+    def compiled(*_, **__):
         raise AssertionError("a template was compiled")
 
     monkeypatch.setattr(jinja2.Environment, "compile", compiled)
@@ -66,7 +59,7 @@ def test_reading_a_file_compiles_nothing(
         load(llama, path).generate([TALK])
 
 
-def test_a_template_of_a_file_runs_once_it_was_named(stored: Callable[[str], Path], llama: Any, tmp_path: Path) -> None:
+def test_a_template_of_a_file_runs_once_it_was_named(stored, llama, tmp_path):
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     path, file = stored(template), tmp_path / "mine.jinja"
     with pytest.raises(RequestError) as refused:
@@ -82,7 +75,7 @@ def test_a_template_of_a_file_runs_once_it_was_named(stored: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("remember", [False, True])
-def test_what_was_named_is_remembered_for_the_user_alone(remember: bool, tmp_path: Path) -> None:
+def test_what_was_named_is_remembered_for_the_user_alone(remember, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}\n", encoding="utf-8")
     allow_named(str(file), (), remember=remember)
@@ -92,7 +85,7 @@ def test_what_was_named_is_remembered_for_the_user_alone(remember: bool, tmp_pat
     assert done.stdout == f"{remember}\n", done.stderr
 
 
-def test_a_file_of_templates_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_file_of_templates_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.jinja").write_bytes(b"\xff\xfe\xff")
     for name in (*(str(tmp_path / one) for one in ("bad.jinja", "none.jinja", "a\0b", ".")), "own"):
         with pytest.raises(ConfigError):
@@ -100,7 +93,7 @@ def test_a_file_of_templates_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ 1 / 0 }}"])
-def test_a_template_that_fails(template: str, llama: Any) -> None:
+def test_a_template_that_fails(template, llama):
     allow_template(template)
     with pytest.raises(RequestError):
         render_chat(llama.tokenizer, TextFormat(chat_template=template), TALK, add_generation_prompt=True)

@@ -1,9 +1,5 @@
 """Prefixes of several: what is put where, what the header keeps, and what is refused."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -16,10 +12,10 @@ ROTATION = Rotation("rotary", {"decoder": (PairTurns((0,), (2,), (0.5,)), None)}
 FORMAT = {"prompt": "{source}{separator}", "target": "{target}", "separator": " ", "end": "</s>"}
 
 
-def _prefix(length: int, seed: int = 0, *, dtype: torch.dtype = torch.float32, **header: Any) -> Prefix:
+def _prefix(length, seed=0, *, dtype=torch.float32, **header):
     generator = torch.Generator().manual_seed(seed)
 
-    def draw() -> torch.Tensor:
+    def draw():
         return torch.randn(2, length, 4, generator=generator).to(dtype)
 
     origin = {"name": "tiny", "fingerprint": "abc:", "kind": "decoder"}
@@ -29,7 +25,7 @@ def _prefix(length: int, seed: int = 0, *, dtype: torch.dtype = torch.float32, *
     )
 
 
-def _with_head(prefix: Prefix, *labels: str) -> Prefix:
+def _with_head(prefix, *labels):
     header = {**prefix.header, "labels": {"kind": "classification", "by": "head", "names": list(labels)}}
     return Prefix(prefix.layers, header, Head(torch.randn(len(labels), 8), torch.randn(len(labels))))
 
@@ -37,7 +33,7 @@ def _with_head(prefix: Prefix, *labels: str) -> Prefix:
 # --- one after the other ---------------------------------------------------------------------------------------------
 
 
-def test_the_header_keeps_what_each_part_was() -> None:
+def test_the_header_keeps_what_each_part_was():
     manual = _prefix(
         3, 1, task="manual", form="question", training={"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9}
     )
@@ -70,7 +66,7 @@ def test_the_header_keeps_what_each_part_was() -> None:
     }
 
 
-def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text() -> None:
+def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text():
     a, b, other = (
         _prefix(2, seed, text_format={**FORMAT, "longest_prompt": longest, "longest_target": 5, **more})
         for seed, longest, more in ((1, 30, {}), (2, 20, {}), (3, 90, {"prompt": "Q: {source}"}))
@@ -80,7 +76,7 @@ def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text() -> N
     assert concatenate([a, b, other]).header["text_format"] == other.header["text_format"]
 
 
-def test_joined_parts_of_parts_are_one_list_in_order() -> None:
+def test_joined_parts_of_parts_are_one_list_in_order():
     a, b, c = (_prefix(length, length) for length in (3, 5, 2))
     nested = concatenate([concatenate([a, b]), c])
     flat = concatenate([a, b, c])
@@ -94,7 +90,7 @@ def test_joined_parts_of_parts_are_one_list_in_order() -> None:
     assert entry["composition"] == {"mode": "average", "hashes": [content_hash(a), content_hash(_prefix(3, 9))]}
 
 
-def test_one_part_may_classify() -> None:
+def test_one_part_may_classify():
     classifier = _with_head(_prefix(3, 1), "good", "bad")
     joined = concatenate([classifier, _prefix(2, 2, task="style")])
     assert joined.head is classifier.head
@@ -103,7 +99,7 @@ def test_one_part_may_classify() -> None:
         concatenate([classifier, _with_head(_prefix(2, 2), "yes", "no")])
 
 
-def test_what_cannot_be_joined_is_refused_by_name() -> None:
+def test_what_cannot_be_joined_is_refused_by_name():
     other = {"name": "large", "fingerprint": "abd:", "kind": "decoder"}
     with pytest.raises(BackboneError):
         concatenate([_prefix(3), _prefix(3, backbone=other)], names=["one", "two"])
@@ -124,13 +120,13 @@ def test_what_cannot_be_joined_is_refused_by_name() -> None:
         concatenate([_prefix(3), narrow])
 
 
-def _at(**layers: int) -> Prefix:
+def _at(**layers):
     """A prefix of two positions without a header: site -> its layers."""
     pair = (torch.ones(2, 2, 4), torch.ones(2, 2, 4))
     return Prefix({site: (pair,) * count for site, count in layers.items()})
 
 
-def test_every_site_has_one_shape_in_all_parts_that_have_it() -> None:
+def test_every_site_has_one_shape_in_all_parts_that_have_it():
     joined = concatenate([_at(encoder=2), _at(cross=3), _at(encoder=2, cross=3)])
     assert joined.lengths == {"encoder": 4, "cross": 4}
     with pytest.raises(BackboneError):
@@ -138,7 +134,7 @@ def test_every_site_has_one_shape_in_all_parts_that_have_it() -> None:
 
 
 @pytest.mark.parametrize("mode", [concatenate, average])
-def test_a_rotation_of_another_model_is_refused(mode: Any) -> None:
+def test_a_rotation_of_another_model_is_refused(mode):
     made_up = _prefix(3, 2, rotation=Rotation("rotary", {"decoder": (PairTurns((0,), (4,), (0.5,)), None)}).to_header())
     with pytest.raises(CheckpointError):
         mode([_prefix(3, 1), made_up])
@@ -146,7 +142,7 @@ def test_a_rotation_of_another_model_is_refused(mode: Any) -> None:
     assert concatenate([made_up, _prefix(3, 1)], ROTATION).header["rotation"] == ROTATION.to_header()
 
 
-def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
+def test_a_made_up_composition_in_a_header_does_no_harm():
     for made_up in ({"mode": 3, "parts": "x"}, {"parts": [1, 2]}, {}):
         joined = concatenate([_prefix(3, 1, composition=made_up), _prefix(2, 2)])
         assert len(joined.header["composition"]["parts"]) == 2
@@ -155,7 +151,7 @@ def test_a_made_up_composition_in_a_header_does_no_harm() -> None:
 # --- number by number ------------------------------------------------------------------------------------------------
 
 
-def test_blends_are_weighted_sums() -> None:
+def test_blends_are_weighted_sums():
     a, b = (_prefix(3, seed) for seed in (1, 2))
     mean, mixed = average([a, b]), average([a, b], (0.25, 0.75))
     for x, y, one, two in zip(*(prefix.tensors() for prefix in (a, b, mean, mixed)), strict=True):
@@ -165,12 +161,9 @@ def test_blends_are_weighted_sums() -> None:
     assert Rotation.from_header(mean.header["rotation"]) == ROTATION
 
 
-def test_heads_of_the_same_labels_are_averaged() -> None:
+def test_heads_of_the_same_labels_are_averaged():
     one, two = _with_head(_prefix(3, 1), "good", "bad"), _with_head(_prefix(3, 2), "good", "bad")
     mean = average([one, two])
-    assert mean.head is not None
-    assert one.head is not None
-    assert two.head is not None
     assert torch.allclose(mean.head.weight, (one.head.weight + two.head.weight) / 2, atol=1e-6)
     with pytest.raises(ConfigError):
         average([one, _with_head(_prefix(3, 2), "yes", "no")])
@@ -178,7 +171,7 @@ def test_heads_of_the_same_labels_are_averaged() -> None:
         average([one, _prefix(3, 2)])
 
 
-def test_blends_that_do_not_fit_are_refused() -> None:
+def test_blends_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError):
         average([_prefix(3), _prefix(4)])
     for weights in ((0.5, 0.6), (1.0,), (float("nan"), 1.0), ("a", 1)):
@@ -189,7 +182,7 @@ def test_blends_that_do_not_fit_are_refused() -> None:
 # --- cut -------------------------------------------------------------------------------------------------------------
 
 
-def test_cut_at_the_end_leaves_the_first_positions_as_they_are() -> None:
+def test_cut_at_the_end_leaves_the_first_positions_as_they_are():
     whole = _prefix(5, 1, task="mine")
     short = cut(whole, 2)
     assert short.equal(whole[:2])
@@ -199,7 +192,7 @@ def test_cut_at_the_end_leaves_the_first_positions_as_they_are() -> None:
     assert short.header["composition"]["at"] == "end"
 
 
-def test_a_cut_prefix_does_not_claim_what_was_measured_of_the_whole() -> None:
+def test_a_cut_prefix_does_not_claim_what_was_measured_of_the_whole():
     training = {"dev_loss": 1.25, "steps": 9}
     whole = _prefix(
         5, 1, training=training, initialization={"kind": "examples", "prefix_length": 5, "at_most": 6, "count": 2}
@@ -212,14 +205,14 @@ def test_a_cut_prefix_does_not_claim_what_was_measured_of_the_whole() -> None:
         assert (part["dev_loss"], part["prefix_length"]) == (1.25, {"decoder": 5})
 
 
-def test_cut_at_the_start_undoes_a_join() -> None:
+def test_cut_at_the_start_undoes_a_join():
     a, b = _prefix(3, 1), _prefix(4, 2)
     back = cut(concatenate([a, b]), 4, end="start")
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(back.tensors(), b.tensors(), strict=True))
     assert cut(concatenate([a, b]), 3).equal(a)
 
 
-def test_a_cut_that_cuts_nothing_is_refused() -> None:
+def test_a_cut_that_cuts_nothing_is_refused():
     for length in (0, 5, 9):
         with pytest.raises(ConfigError):
             cut(_prefix(5), length)

@@ -1,9 +1,5 @@
 """What is trained: a table or an MLP, where each starts, and the MLP's fit to real words."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -15,14 +11,14 @@ from prefixtune.training.starts.words import from_words
 GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
 
 
-def module(kind: str, start: Prefix | None = None, length: int = 5, **changes: Any) -> PrefixEncoder:
+def module(kind, start=None, length=5, **changes):
     torch.manual_seed(0)
     return PrefixEncoder(
         kind, GEOMETRY, length, **{"embedding_size": 12, "bottleneck_size": 7, "start": start, **changes}
     )
 
 
-def random_start(length: int = 5) -> Prefix:
+def random_start(length=5):
     generator = torch.Generator().manual_seed(3)
     return Prefix(
         {
@@ -46,12 +42,12 @@ def test_the_mlp_is_the_papers():
 
 
 @pytest.mark.parametrize("kind", ["none", "scaled"])
-def test_a_given_start_is_where_training_begins(kind: str):
+def test_a_given_start_is_where_training_begins(kind):
     start = random_start()
     assert module(kind, start).bake().equal(start)
 
 
-def test_fitting_the_mlp_to_words_brings_it_near(tiny_backbone: Any):
+def test_fitting_the_mlp_to_words_brings_it_near(tiny_backbone):
     """The authors' 500 steps at 1e-4 reach an error of 1e-5 to 2e-4 here, from about 1."""
     backbone = tiny_backbone("llama")
     target = from_words(backbone, "Describe the data", 10)

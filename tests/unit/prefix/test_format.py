@@ -1,13 +1,9 @@
 """Files against damage: the checksum, versions, old files, and headers that anybody may have written."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,19 +24,19 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 @pytest.fixture
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def prefix(llama: Any, random_prefix: Callable[..., Any]) -> Prefix:
+def prefix(llama, random_prefix):
     form = {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<s>", "end": "</s>", "source": ""}
     header = make_header(llama, task="toy", method="prefix", text_format=form, license="CC0")
     return Prefix(random_prefix(llama, 2).detach().layers, header)
 
 
 @pytest.fixture(params=["prefix", "state", "weights"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path, prefix: Prefix) -> tuple[Path, Callable[[Path], Any]]:
+def kept(request, tmp_path, prefix):
     """A file of each kind, and what reads it."""
     path = tmp_path / f"{request.param}.safetensors"
     tensors = {"module.a": torch.randn(3, 5), "optimizer.0.step": torch.tensor(5.0), "b": torch.randn(7).bfloat16()}
@@ -53,7 +49,7 @@ def kept(request: pytest.FixtureRequest, tmp_path: Path, prefix: Prefix) -> tupl
     return path, load_weights
 
 
-def test_no_flipped_bit_is_read(kept: tuple[Path, Callable[[Path], Any]]):
+def test_no_flipped_bit_is_read(kept):
     path, load = kept
     load(path)
     whole = path.read_bytes()
@@ -74,7 +70,7 @@ def test_no_flipped_bit_is_read(kept: tuple[Path, Callable[[Path], Any]]):
         assert broken[header:] == whole[header:], (place, bit)
 
 
-def test_the_checksum_is_that_of_the_documentation(tmp_path: Path, prefix: Prefix):
+def test_the_checksum_is_that_of_the_documentation(tmp_path, prefix):
     path = save_prefix(tmp_path / "p.safetensors", prefix, dtype=torch.bfloat16)
     with safe_open(path, "pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -85,7 +81,7 @@ def test_the_checksum_is_that_of_the_documentation(tmp_path: Path, prefix: Prefi
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
+def test_every_field_is_documented(tmp_path, prefix):
     page = (DOCS / "format.md").read_text(encoding="utf-8")
     header = load_prefix(save_prefix(tmp_path / "p.safetensors", prefix)).header
     for field in header:
@@ -97,7 +93,7 @@ def test_every_field_is_documented(tmp_path: Path, prefix: Prefix):
 # --- headers that anybody may have written ----------------------------------------------------------------------------
 
 
-def with_header(path: Path, prefix: Prefix, header: str) -> Path:
+def with_header(path, prefix, header):
     tensors = {
         f"{site}.{number}.{part}": tensor
         for site, layers in prefix.layers.items()
@@ -122,9 +118,7 @@ def with_header(path: Path, prefix: Prefix, header: str) -> Path:
         ('{"format_version": 1}', "version 1"),
     ],
 )
-def test_headers_that_nobody_can_use_are_refused(
-    text: str, reported: str, tmp_path: Path, prefix: Prefix, llama: Any, capsys: pytest.CaptureFixture[str]
-):
+def test_headers_that_nobody_can_use_are_refused(text, reported, tmp_path, prefix, llama, capsys):
     path = with_header(tmp_path / "p.safetensors", prefix, text)
     with pytest.raises(CheckpointError) as error:
         load_prefix(path)
@@ -138,7 +132,7 @@ def test_headers_that_nobody_can_use_are_refused(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_what_could_not_be_read_is_not_written(tmp_path: Path, prefix: Prefix):
+def test_what_could_not_be_read_is_not_written(tmp_path, prefix):
     path = tmp_path / "p.safetensors"
     for header in ({"task": 3}, {"license": "\ud800"}, {"training": {"x": float("inf")}}, {"note": "a" * 2**20}):
         with pytest.raises(CheckpointError):
@@ -146,7 +140,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path, prefix: Prefix):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_header_that_is_written_can_be_listed(tmp_path: Path, prefix: Prefix):
+def test_every_header_that_is_written_can_be_listed(tmp_path, prefix):
     path = tmp_path / "p.safetensors"
     longest, letter = 0, "日"
     for count in (2**16, 2**17, 2**18, 2**19):

@@ -1,9 +1,6 @@
 """The prefix as a value: shapes, slicing, the flat layout, and what is refused."""
 
-from __future__ import annotations
-
 import inspect
-from typing import Any
 
 import pytest
 import torch
@@ -15,18 +12,18 @@ from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 
 
-def layer(heads: int = 2, length: int = 3, key: int = 4, value: int = 4, start: float = 0.0) -> Any:
+def layer(heads=2, length=3, key=4, value=4, start=0.0):
     count = heads * length * key
     keys = torch.arange(count, dtype=torch.float32).view(heads, length, key) + start
     return keys, torch.arange(heads * length * value, dtype=torch.float32).view(heads, length, value) - start
 
 
 @pytest.fixture
-def prefix() -> Prefix:
+def prefix():
     return Prefix({"decoder": (layer(), layer(start=100), layer(start=200))}, {"task": "toy"})
 
 
-def test_slicing_keeps_positions_and_header(prefix: Prefix):
+def test_slicing_keeps_positions_and_header(prefix):
     first = prefix[:2]
     assert first.prefix_length == 2
     assert first.header == prefix.header
@@ -38,11 +35,11 @@ def test_slicing_keeps_positions_and_header(prefix: Prefix):
         prefix[3:]
     with pytest.raises(ConfigError) as error:
         # While testing, the annotation would refuse it first.
-        inspect.unwrap(Prefix.__getitem__)(prefix, 1)  # type: ignore[arg-type]
+        inspect.unwrap(Prefix.__getitem__)(prefix, 1)
     assert "prefix[2:3]" in error.value.hint
 
 
-def test_equal_is_bit_for_bit(prefix: Prefix):
+def test_equal_is_bit_for_bit(prefix):
     other = prefix.detach()
     assert prefix.equal(other)
     other.tensors()[-1][0, 0, 0] += 1e-3
@@ -62,7 +59,7 @@ def test_equal_is_bit_for_bit(prefix: Prefix):
         {"decoder": (layer(length=3), layer(length=2))},
     ],
 )
-def test_what_is_no_prefix_is_refused(layers: Any):
+def test_what_is_no_prefix_is_refused(layers):
     made = object.__new__(Prefix)
     object.__setattr__(made, "layers", layers)
     with pytest.raises(ConfigError) as error:
@@ -78,7 +75,7 @@ shapes = st.lists(
 
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(1, 6))
-def test_flat_and_back(layer_shapes: list[LayerShape], length: int):
+def test_flat_and_back(layer_shapes, length):
     flat = torch.randn(length, sum(shape.size for shape in layer_shapes))
     layers = unflatten(flat, layer_shapes)
     assert Prefix({"decoder": layers}).geometry["decoder"] == tuple(layer_shapes)

@@ -1,9 +1,6 @@
 """Keys that turn, and a rotation as a header keeps it."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ ROTATION = Rotation("rotary", {"decoder": (HALF, None)}, 100)
 TURNS = {"first": [0], "second": [1], "frequencies": [1.0]}
 
 
-def _prefix(length: int, layers: int = 2, dtype: torch.dtype = torch.float32) -> Prefix:
+def _prefix(length, layers=2, dtype=torch.float32):
     generator = torch.Generator().manual_seed(length)
     return Prefix(
         {
@@ -31,7 +28,7 @@ def _prefix(length: int, layers: int = 2, dtype: torch.dtype = torch.float32) ->
     )
 
 
-def test_pairs_turn_like_complex_numbers_and_the_rest_stays() -> None:
+def test_pairs_turn_like_complex_numbers_and_the_rest_stays():
     prefix = _prefix(3)
     turned = ROTATION.turn(prefix, 7)
     before, after = prefix.layers["decoder"][0][0], turned.layers["decoder"][0][0]
@@ -46,7 +43,7 @@ def test_pairs_turn_like_complex_numbers_and_the_rest_stays() -> None:
     assert all(torch.equal(a[1], b[1]) for a, b in zip(turned.layers["decoder"], prefix.layers["decoder"], strict=True))
 
 
-def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> None:
+def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned():
     ROTATION.check(_prefix(3).geometry)
     Rotation("none").check(_prefix(3).geometry)
     with pytest.raises(CheckpointError):
@@ -68,6 +65,6 @@ def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned() -> N
         {"positions": "rotary", "layers": {"decoder": [None] * 5000}},
     ],
 )
-def test_a_header_that_was_made_up_is_refused_in_words(value: Any) -> None:
+def test_a_header_that_was_made_up_is_refused_in_words(value):
     with pytest.raises(CheckpointError):
         Rotation.from_header(value)

@@ -1,11 +1,6 @@
 """The text format in a header: what is read, what is refused, and what becomes of long sources."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,19 +13,15 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import (
-    TextFormat,
-    read_text_format,
-)
+from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
-Make = Callable[..., Any]
 OLD = {"prompt": "Q: {source}{separator}", "target": " {target}", "separator": "<s>", "end": "</s>", "source": "{a}"}
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_backbone: Make) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
@@ -60,14 +51,14 @@ def test_an_older_header_refuses_long_sources_as_it_did():
         ([], "must be an object"),
     ],
 )
-def test_what_cannot_be_used_is_refused(stored: Any, reason: str):
+def test_what_cannot_be_used_is_refused(stored, reason):
     with pytest.raises(CheckpointError, match="text format") as caught:
         read_text_format({"text_format": stored})
     assert reason in caught.value.message
     assert caught.value.hint
 
 
-def test_the_stored_separator_counts(llama: Any, random_prefix: Make):
+def test_the_stored_separator_counts(llama, random_prefix):
     """Not that of a tokenizer that may have changed since."""
     header = {"text_format": {"prompt": "{source}{separator}", "target": "{target}", "separator": "#"}}
     prefix = Prefix(random_prefix(llama, 3).layers, header)
@@ -77,11 +68,10 @@ def test_the_stored_separator_counts(llama: Any, random_prefix: Make):
 
 def test_a_separator_makes_no_place_for_the_source():
     made = read_text_format({"text_format": {"prompt": "{source}{sou{separator}", "separator": "rce}"}})
-    assert made is not None
     assert made.format_prompt("a", "") == "a{source}"
 
 
-def test_few_shot_examples_are_whole_or_refused(llama: Any):
+def test_few_shot_examples_are_whole_or_refused(llama):
     place = "{source}"
     shown = [Example("1+1", ("2",)), Example("a", (f"write {place}",))]
     with pytest.raises(DataError):
@@ -97,24 +87,22 @@ def test_few_shot_examples_are_whole_or_refused(llama: Any):
 LONG = [Example("abcdefghij" * number, ("xyz" * number,)) for number in (1, 2, 3, 6)]
 
 
-def trained(backbone: Any, folder: Path, **options: Any) -> Prefix:
+def trained(backbone, folder, **options):
     config = TrainConfig(
         output=str(folder), max_steps=1, prefix_length=2, reparameterization="none", dtype="float32", **options
     )
     result = train(config, backbone=backbone, examples=LONG)
-    assert result.prefix is not None
     return result.prefix
 
 
-def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
+def test_generation_cuts_as_training_did(llama, tmp_path):
     prefix = trained(llama, tmp_path, max_length=50)
     form = read_text_format(prefix.header)
-    assert form is not None
     assert (form.max_length, form.on_too_long, form.longest_target) == (50, "cut", len(" " + "xyz" * 6 + " ") + 1)
     encoding = encode_examples(llama, LONG, form, prefix_length=2, max_length=50)
     assert encoding.num_truncated == 1
     sources = [example.source for example in LONG]
-    reported: list[Any] = []
+    reported = []
     prompts = prepare_prompts(llama, sources, [prefix] * 4, GenerateConfig(max_new_tokens=5), on_cut=reported.append)
     # What training left whole stays whole. The longest target left the least room, and whatever else is cut gets that.
     assert [prompt.ids for prompt in prompts] == [list(example.prompt) for example in encoding.examples]
@@ -123,13 +111,13 @@ def test_generation_cuts_as_training_did(llama: Any, tmp_path: Path):
     assert reported == [[3]]
     with pytest.warns(PrefixWarning, match="1 of 4 sources were truncated"):
         outputs = generate(llama, sources, prefix, max_new_tokens=5)
-    pieces: list[Any] = []
+    pieces = []
     assert "".join(stream(llama, sources[3], prefix, max_new_tokens=5, on_cut=pieces.append)) == outputs[3]
     assert pieces == [[0]]
 
 
 @pytest.mark.parametrize("policy", ["cut", "error"])
-def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_path: Path, policy: str):
+def test_what_training_left_whole_is_neither_cut_nor_refused(llama, tmp_path, policy):
     """Each source had the room that its own target left; generation knows no target."""
     examples = [Example("a" * 80, ("x" * 5,)), Example("b" * 10, ("y" * 60,))]
     dev = [Example("c" * 84, ("z" * 3,)), Example("d" * 5, ("y" * 80,))]
@@ -140,9 +128,8 @@ def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_pat
         on_too_long=policy,
     )  # fmt: skip
     prefix = train(config, backbone=llama, examples=examples, dev_examples=dev).prefix
-    form = read_text_format(prefix.header) if prefix is not None else None
-    assert form is not None
-    room: dict[str, Any] = {"prefix_length": 2, "max_length": 100, "on_too_long": policy}
+    form = read_text_format(prefix.header)
+    room = {"prefix_length": 2, "max_length": 100, "on_too_long": policy}
     for data in (examples, dev):
         wanted = encode_examples(llama, data, form, **room)
         sources = [example.source for example in data]
@@ -151,19 +138,18 @@ def test_what_training_left_whole_is_neither_cut_nor_refused(llama: Any, tmp_pat
         assert evaluate(llama, data, prefix, max_new_tokens=2).num_truncated == wanted.num_truncated
     older = {key: value for key, value in prefix.header["text_format"].items() if key != "longest_prompt"}
     with_older = Prefix(prefix.layers, {**prefix.header, "text_format": older})
-    cut: list[Any] = []
-    shared: dict[str, Any] = {"on_too_long": "cut", "max_new_tokens": 2, "on_cut": cut.append}
+    cut = []
+    shared = {"on_too_long": "cut", "max_new_tokens": 2, "on_cut": cut.append}
     generate(llama, [example.source for example in examples[:2]], with_older, **shared)
     assert cut == [[0]]
 
 
-def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
+def test_the_backbones_positions_cut_as_in_training(llama, tmp_path):
     positions = llama.max_positions
     examples = [Example("a" * (positions - 40), ("x" * 5,)), Example("b" * positions, ("y" * 60,))]
     config = TrainConfig(output=str(tmp_path), max_steps=1, prefix_length=2, reparameterization="none", dtype="float32")
     prefix = train(config, backbone=llama, examples=examples).prefix
-    form = read_text_format(prefix.header) if prefix is not None else None
-    assert form is not None
+    form = read_text_format(prefix.header)
     wanted = encode_examples(llama, examples, form, prefix_length=2)
     assert wanted.num_truncated == 1
     sources = [example.source for example in examples]
@@ -174,12 +160,12 @@ def test_the_backbones_positions_cut_as_in_training(llama: Any, tmp_path: Path):
         assert [prompt.ids for prompt in prompts] == [list(example.prompt) for example in wanted.examples]
         assert [prompt.new_tokens for prompt in prompts] == [min(most, room), most]
     # The first has fewer positions left than tokens may come; both are written as they would be alone.
-    shared: dict[str, Any] = {"max_new_tokens": 60, "min_new_tokens": 60, "on_cut": lambda _: None}
+    shared = {"max_new_tokens": 60, "min_new_tokens": 60, "on_cut": lambda _: None}
     outputs = generate(llama, sources, prefix, **shared)
     assert outputs == [*generate(llama, sources[:1], prefix, **shared), *generate(llama, sources[1:], prefix, **shared)]
 
 
-def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
+def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama):
     form = TextFormat("instruction instruction: {source}#", "{target}", max_length=28, on_too_long="cut")
     around = len("instruction instruction: #")
     prompts = prepare_prompts(llama, ["abcdef"], [None], GenerateConfig(max_new_tokens=2), form, on_cut=lambda _: None)
@@ -196,7 +182,7 @@ def test_a_cut_never_leaves_the_texts_around_a_source_alone(llama: Any):
         encode_labelled(llama, [example], labels, form, prefix_length=0, max_length=around)
 
 
-def test_options_win_over_the_header(llama: Any, tmp_path: Path):
+def test_options_win_over_the_header(llama, tmp_path):
     prefix = trained(llama, tmp_path, max_length=50)
     sources = [example.source for example in LONG]
     with pytest.raises(RequestError, match="text 4"):
@@ -214,11 +200,10 @@ def test_options_win_over_the_header(llama: Any, tmp_path: Path):
         generate(llama, longer, max_new_tokens=5, on_too_long="cut")
 
 
-def test_an_encoder_decoder_cuts_the_source_alone(tiny_backbone: Make, tmp_path: Path):
+def test_an_encoder_decoder_cuts_the_source_alone(tiny_backbone, tmp_path):
     bart = tiny_backbone("bart")
     prefix = trained(bart, tmp_path, max_length=30)
     form = read_text_format(prefix.header)
-    assert form is not None
     prompts = prepare_prompts(
         bart, [LONG[3].source], [prefix], GenerateConfig(max_new_tokens=20), on_cut=lambda _: None
     )

@@ -1,15 +1,11 @@
 """Reports of made-up folders: what a reader finds in the page, and what broken folders say."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,24 +24,24 @@ NASTY = (
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 
 
-def page_of(*folders: Path, title: str = "") -> str:
+def page_of(*folders, title=""):
     return to_html(compose([read_results(folder) for folder in folders], title))
 
 
 class Page(HTMLParser):
     """A page taken apart; complains about tags that do not close in order."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[tuple[str, str]] = []
-        self.tables: list[list[list[str]]] = []
+        self.elements = []
+        self.open = []
+        self.texts = []
+        self.tables = []
         self.feed(text)
         self.close()
         assert self.open == []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         if tag == "table":
             self.tables.append([])
@@ -56,26 +52,26 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.texts.append((self.open[-1] if self.open else "", data))
         if {"td", "th"} & set(self.open):
             small = f" {data}" if self.open[-1] == "small" else data
             self.tables[-1][-1][-1] += small
 
-    def text(self) -> str:
+    def text(self):
         return "".join(data for name, data in self.texts if name not in ("script", "style"))
 
-    def all(self, name: str) -> list[dict[str, str | None]]:
+    def all(self, name):
         return [attributes for tag, attributes in self.elements if tag == name]
 
-    def table(self, *heads: str) -> list[list[str]]:
+    def table(self, *heads):
         """The rows of the first table with these columns."""
         return next(table[1:] for table in self.tables if table[0][: len(heads)] == list(heads))
 
-    def column(self, head: str) -> dict[str, str]:
+    def column(self, head):
         """A column of the first table, by the first cell of each row."""
         names, *rows = self.tables[0]
         return {row[0]: row[names.index(head)] for row in rows}
@@ -84,7 +80,7 @@ class Page(HTMLParser):
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
-def test_scores_costs_and_the_best(tmp_path: Path) -> None:
+def test_scores_costs_and_the_best(tmp_path):
     page = Page(page_of(*five_runs(tmp_path)))
     # The best, but not by more than chance: the interval of the prefix reaches to 64.30.
     assert page.column("BLEU")["fine-tuning"] == "63.90 (best) [62.00, 65.80]"
@@ -96,7 +92,7 @@ def test_scores_costs_and_the_best(tmp_path: Path) -> None:
     assert page.column("training time")["prefix"] == "4 min 160 steps"
 
 
-def test_evaluations_of_the_same_data_are_shown_side_by_side(tmp_path: Path) -> None:
+def test_evaluations_of_the_same_data_are_shown_side_by_side(tmp_path):
     one = evaluation(training(tmp_path / "one"), 60.0, title="prefix")
     two = evaluation(tmp_path / "two", 6.1, title="bare model", data="elsewhere/test.jsonl.gz")
     page = Page(page_of(one, two))
@@ -109,7 +105,7 @@ def test_evaluations_of_the_same_data_are_shown_side_by_side(tmp_path: Path) -> 
     assert "= a reference" in page.text()
 
 
-def test_a_star_needs_a_difference_beyond_chance(tmp_path: Path) -> None:
+def test_a_star_needs_a_difference_beyond_chance(tmp_path):
     first, near, far = (
         evaluation(tmp_path / title, title=title, scores={"bleu": measure(score, 1.9)}, groups={})
         for title, score in (("first", 60.0), ("near", 57.4), ("far", 57.2))
@@ -122,7 +118,7 @@ def test_a_star_needs_a_difference_beyond_chance(tmp_path: Path) -> None:
     assert Page(page_of(*bare)).column("BLEU")["60.0"] == "60.00 (best)"
 
 
-def test_figures_that_are_missing_or_no_numbers_are_said(tmp_path: Path) -> None:
+def test_figures_that_are_missing_or_no_numbers_are_said(tmp_path):
     folder = evaluation(training(tmp_path / "run"))
     values = json.loads((folder / "evaluation.json").read_text())
     values["scores"]["bleu"] |= {"score": math.nan, "interval": None}
@@ -136,7 +132,7 @@ def test_figures_that_are_missing_or_no_numbers_are_said(tmp_path: Path) -> None
     assert "nan" not in page.lower()
 
 
-def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
+def test_a_training_run_shows_its_losses(tmp_path):
     page = Page(page_of(training(tmp_path / "run", end=False)))
     assert "the log has no end" in page.text()
     losses = page.table("curve", "optimizer step", "loss per token")
@@ -148,7 +144,7 @@ def test_a_training_run_shows_its_losses(tmp_path: Path) -> None:
     assert ["learning_rate", "0.001"] in page.table("setting", "value")
 
 
-def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path: Path) -> None:
+def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path):
     runs = [evaluation(training(tmp_path / str(seed), seed=seed), title=f"run {seed}") for seed in (0, 7)]
     page = Page(page_of(*runs, evaluation(tmp_path / "bare", 6.1, title="bare")))
     differing = {row[0]: row[1:] for row in page.table("setting", "run 0", "run 7", "bare")}
@@ -160,7 +156,7 @@ def test_settings_that_differ_are_shown_apart_from_equal_ones(tmp_path: Path) ->
     assert equal["version: torch"] == "2.13.0"
 
 
-def test_outputs_are_sampled_evenly_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_are_sampled_evenly_and_bounded(tmp_path, monkeypatch):
     folder = evaluation(tmp_path / "one", count=100)
     page = Page(page_of(folder))
     assert [f"Example {n}" in page.text() for n in (1, 50, 100)] == [True] * 3
@@ -181,10 +177,10 @@ def test_outputs_are_sampled_evenly_and_bounded(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.fixture(scope="module")
-def nasty(tmp_path_factory: pytest.TempPathFactory) -> str:
+def nasty(tmp_path_factory):
     """A page of which every text is an attack or a stumbling block."""
     folder = tmp_path_factory.mktemp("nasty")
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"number": n, "source": text, "references": [text, ""], "output": text, "groups": {"category": text}}
         for n, text in enumerate((*NASTY, ""), start=1)
     ]
@@ -200,7 +196,7 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> str:
     return page_of(folder, title=attack)
 
 
-def test_texts_stay_texts_and_nothing_is_fetched(nasty: str) -> None:
+def test_texts_stay_texts_and_nothing_is_fetched(nasty):
     taken = Page(nasty)
     assert len(taken.all("script")) == 1
     assert not any(key.startswith("on") or key == "style" for _, attributes in taken.elements for key in attributes)
@@ -219,7 +215,7 @@ def test_texts_stay_texts_and_nothing_is_fetched(nasty: str) -> None:
     assert "unsafe" not in policy
 
 
-def test_the_page_is_sound(tmp_path: Path) -> None:
+def test_the_page_is_sound(tmp_path):
     runs = five_runs(tmp_path)
     page = page_of(*runs)
     assert page_of(*runs) == page
@@ -241,7 +237,7 @@ def test_the_page_is_sound(tmp_path: Path) -> None:
     assert len(charts) == len(taken.all("desc")) == 4
 
 
-def test_colors_have_enough_contrast(tmp_path: Path) -> None:
+def test_colors_have_enough_contrast(tmp_path):
     roots = re.findall(r":root \{(.*?)\}", page_of(training(tmp_path)), flags=re.S)
     # On screens by day and by night, and on paper.
     assert len(roots) >= 3
@@ -256,7 +252,7 @@ def test_colors_have_enough_contrast(tmp_path: Path) -> None:
 # --- figures as files ------------------------------------------------------------------------------------------------
 
 
-def test_every_figure_is_written_in_four_formats(tmp_path: Path) -> None:
+def test_every_figure_is_written_in_four_formats(tmp_path):
     document = compose([read_results(run) for run in five_runs(tmp_path)])
     names = save_figures(document, tmp_path / "figures")
     seen = "bleu-by-whether-the-category-was-seen-in-training"
@@ -270,7 +266,7 @@ def test_every_figure_is_written_in_four_formats(tmp_path: Path) -> None:
     assert [float(text) for text in rows[1][2:]] == pytest.approx([66.4, 64.5, 68.3])
 
 
-def test_figures_of_any_text_are_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_figures_of_any_text_are_quiet(tmp_path, caplog):
     names = ["_hidden", "$x_", "漢字 🍣", "\x00\x07\u202e", "x" * 500, "<b>&amp;"]
     groups = {
         "$kind$": {name: {"num_examples": 1, "scores": {"bleu": measure(1.0 + n)}} for n, name in enumerate(names)}
@@ -288,7 +284,7 @@ def test_figures_of_any_text_are_quiet(tmp_path: Path, caplog: pytest.LogCapture
 # --- broken folders --------------------------------------------------------------------------------------------------
 
 
-def damaged(folder: Path, name: str, text: str) -> Path:
+def damaged(folder, name, text):
     (folder / name).write_text(text)
     return folder
 
@@ -306,14 +302,14 @@ def damaged(folder: Path, name: str, text: str) -> Path:
         (lambda f: damaged(training(f), "config.toml", "= 1"), "config.toml"),
     ],
 )
-def test_broken_folders_are_named_with_a_way_out(make: Any, named: str, tmp_path: Path) -> None:
+def test_broken_folders_are_named_with_a_way_out(make, named, tmp_path):
     with pytest.raises(DataError, match=named) as caught:
         read_results(make(tmp_path))
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint
 
 
-def test_a_log_that_is_still_written_is_read(tmp_path: Path) -> None:
+def test_a_log_that_is_still_written_is_read(tmp_path):
     log = training(tmp_path) / "events.jsonl"
     log.write_text(log.read_text()[:-5])
     assert "the log has no end" in Page(page_of(tmp_path)).text()

@@ -1,10 +1,6 @@
 """Pieces of a text, whatever the tokenizer; and where a stop string ends it."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +8,8 @@ from hypothesis import strategies as st
 
 from prefixtune.sampling.detokenizer import Detokenizer
 
-Decode = Callable[[list[int]], str]
 
-
-def by_bytes(ids: list[int]) -> str:
+def by_bytes(ids):
     """One token a byte, as byte-level tokenizers fall back to."""
     return bytes(ids).decode("utf-8", errors="replace")
 
@@ -23,13 +17,13 @@ def by_bytes(ids: list[int]) -> str:
 WORDS = ["\u2581a", "\u2581the", "b", "\u2581", "\u2581\u2581x", "\n", "é", "\u2581end.", "<skipped>"]
 
 
-def by_words(ids: list[int]) -> str:
+def by_words(ids):
     """Words that bring their space along, which is left out at the start; some tokens are not shown at all."""
     text = "".join(WORDS[number] for number in ids if WORDS[number] != "<skipped>").replace("\u2581", " ")
     return text.removeprefix(" ")
 
 
-def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = (), **options: Any) -> list[str]:
+def pieces(decode, ids, stop=(), **options):
     text = Detokenizer(decode, stop, **options)
     found = []
     for token in ids:
@@ -39,7 +33,7 @@ def pieces(decode: Decode, ids: list[int], stop: tuple[str, ...] = (), **options
     return [*found, text.finish()]
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
+def cut(text, stop):
     places = [place for place in map(text.find, stop) if place >= 0]
     return text[: min(places)] if places else text
 
@@ -47,7 +41,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 @pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.DataObject):
+def test_pieces_joined_are_the_whole_text(decode, size, data):
     ids = data.draw(st.lists(st.integers(0, size - 1), max_size=20))
     stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é"]), max_size=2)))
     assert "".join(pieces(decode, ids, stop)) == cut(decode(ids), stop).strip()
@@ -57,7 +51,7 @@ def test_words_in_parts_that_are_marked_as_such():
     """As the tokenizers of CTRL and BlenderBot do."""
     parts = ["hel@@", "lo", "world", "are@@", "n't", "!@@"]
 
-    def by_parts(ids: list[int]) -> str:
+    def by_parts(ids):
         return re.sub("@@( |$)", lambda found: "" if found[1] else "@@", " ".join(parts[number] for number in ids))
 
     assert pieces(by_parts, [0, 1, 2, 3, 4]) == ["", "hello", " world", "", " aren't", ""]
@@ -65,7 +59,7 @@ def test_words_in_parts_that_are_marked_as_such():
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
-def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: list[str]) -> None:
+def test_held_back_is_the_longest_beginning_of_a_stop_string(text, stop):
     found = Detokenizer(by_bytes, stop, verbatim=True)
     returned = found.add(*text.encode())
     if not found.stopped:
@@ -76,7 +70,7 @@ def test_held_back_is_the_longest_beginning_of_a_stop_string(text: str, stop: li
 def test_a_text_is_decoded_a_few_tokens_at_a_time():
     longest = 0
 
-    def decode(ids: list[int]) -> str:
+    def decode(ids):
         nonlocal longest
         longest = max(longest, len(ids))
         return by_bytes(ids)
@@ -91,14 +85,14 @@ def test_a_text_is_decoded_a_few_tokens_at_a_time():
 @pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_verbatim_pieces_joined_are_the_whole_text(decode: Decode, size: int, data: st.DataObject) -> None:
+def test_verbatim_pieces_joined_are_the_whole_text(decode, size, data):
     tokens = st.integers(0, size - 1) | st.sampled_from(b" \n" if decode is by_bytes else [3, 5])
     ids = data.draw(st.lists(tokens, max_size=20))
     stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), max_size=2)))
     assert "".join(pieces(decode, ids, stop, verbatim=True)) == cut(decode(ids), stop)
 
 
-def test_a_text_goes_on_from_the_prompt() -> None:
+def test_a_text_goes_on_from_the_prompt():
     # By itself, the first word would lose the space that divides it from the prompt.
     assert "".join(pieces(by_words, [1, 0], verbatim=True)) == "the a"
     assert "".join(pieces(by_words, [1, 0], verbatim=True, context=(2,))) == " the a"

@@ -1,11 +1,5 @@
 """A tiny model, a folder of prefixes, and a server's application over a real engine."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -22,13 +16,13 @@ FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "
 
 
 @pytest.fixture
-def text_format() -> dict[str, str]:
+def text_format():
     """The text format of the prefixes `a` and `b`."""
     return dict(FORMAT)
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(tiny_backbone):
     """A tiny backbone of 512 positions that never generates its end token."""
     backbone = tiny_backbone("llama", max_position_embeddings=512)
     with torch.no_grad():
@@ -38,11 +32,11 @@ def backbone(tiny_backbone: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def make_server(backbone, tmp_path, random_prefix):
     """A factory: `make_server(**options)` makes an application and its state, with the prefixes `a` and `b`."""
-    states: list[ServerState] = []
+    states = []
 
-    def make(**options: Any) -> tuple[Any, ServerState]:
+    def make(**options):
         folder = tmp_path / "prefixes"
         folder.mkdir(exist_ok=True)
         for seed, name in enumerate(("a", "b")):
@@ -67,16 +61,16 @@ def make_server(backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def llama(tiny_backbone: Callable[..., Any]) -> Any:
+def llama(tiny_backbone):
     """A tiny backbone, for the store."""
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def save(tmp_path: Path, llama: Any, random_prefix: Callable[..., Any]) -> Callable[..., Path]:
+def save(tmp_path, llama, random_prefix):
     """A factory: `save(name, seed, **facts)` writes a prefix into the folder."""
 
-    def write(name: str, seed: int = 0, *, length: int = 3, folder: Path = tmp_path, **facts: Any) -> Path:
+    def write(name, seed=0, *, length=3, folder=tmp_path, **facts):
         prefix = random_prefix(llama, length, seed)
         return save_prefix(folder / f"{name}.safetensors", Prefix(prefix.layers, make_header(llama, **facts)))
 

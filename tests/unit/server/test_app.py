@@ -1,13 +1,7 @@
 """The application: its routes and document, pages of other origins, unexpected errors, metrics, silent streams."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
-
-import pytest
 
 from asgi_client import NEVER, Response, bearer, completion, send, texts_when_done
 from prefixtune.engine.request import SequenceOutput
@@ -16,7 +10,7 @@ from prefixtune.server.metrics import Metrics
 from prefixtune.server.settings import KeyConfig
 
 
-def test_a_page_of_an_allowed_origin_may_use_openais_client(make_server: Callable[..., Any]) -> None:
+def test_a_page_of_an_allowed_origin_may_use_openais_client(make_server):
     app, _ = make_server(cors_origins=("https://a.example",))
     sent = "authorization,content-type,idempotency-key,x-stainless-os,x-stainless-retry-count"
     headers = {
@@ -32,7 +26,7 @@ def test_a_page_of_an_allowed_origin_may_use_openais_client(make_server: Callabl
     assert response.headers["access-control-expose-headers"] == "*"
 
 
-def test_the_document_says_which_operations_need_a_key(make_server: Callable[..., Any]) -> None:
+def test_the_document_says_which_operations_need_a_key(make_server):
     keys = {
         "me": KeyConfig(hash=hash_key("pt-me"), prefixes=()),
         "boss": KeyConfig(hash=hash_key("pt-boss"), admin=True),
@@ -51,13 +45,13 @@ def test_the_document_says_which_operations_need_a_key(make_server: Callable[...
     assert "/docs" not in asyncio.run(send(make_server(playground=False)[0], "GET", "/openapi.json")).json["paths"]
 
 
-def test_a_key_is_asked_for_before_the_body(make_server: Callable[..., Any]) -> None:
+def test_a_key_is_asked_for_before_the_body(make_server):
     app, _ = make_server(keys={"me": KeyConfig(hash=hash_key("pt-me"))})
     for path in ("/v1/completions", "/v1/tasks/a", "/classify", "/v1/fine_tuning/jobs", "/v1/files"):
         assert asyncio.run(asyncio.wait_for(send(app, "POST", path, NEVER), 5)).code == "invalid_api_key"
 
 
-def test_without_keys_only_this_machine_is_answered(make_server: Callable[..., Any]) -> None:
+def test_without_keys_only_this_machine_is_answered(make_server):
     app, _ = make_server()
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:80", "127.0.0.2:80", "[::1]:8000", "[0:0:0:0:0:0:0:1]"):
         assert asyncio.run(send(app, "GET", "/v1/models", headers={"host": host})).status == 200
@@ -67,12 +61,10 @@ def test_without_keys_only_this_machine_is_answered(make_server: Callable[..., A
         assert asyncio.run(send(app, "GET", "/v1/models", headers={name: "127.0.0.1"})).code == "key_needed"
 
 
-def test_details_of_an_unexpected_error_are_only_in_the_log(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_details_of_an_unexpected_error_are_only_in_the_log(make_server, monkeypatch, caplog):
     app, state = make_server()
 
-    def fail(*_: Any) -> Any:
+    def fail(*_):
         raise ValueError("a secret of /srv/models")
 
     monkeypatch.setattr(state.catalog, "files", fail)
@@ -86,7 +78,7 @@ def test_details_of_an_unexpected_error_are_only_in_the_log(
     assert texts_when_done(state) == 0
 
 
-def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_prefixes_are_bounded(make_server, monkeypatch):
     _, state = make_server()
     monkeypatch.setattr("prefixtune.server.metrics._MOST_LABELS", 2)
     metrics = Metrics(state.config, state.worker, state.store)
@@ -97,15 +89,13 @@ def test_metrics_of_prefixes_are_bounded(make_server: Callable[..., Any], monkey
     assert 'prefixtune_new_tokens_total{prefix="tenant-1"} 1.0' in shown
 
 
-def test_a_silent_stream_sends_keep_alive_comments(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_stream_sends_keep_alive_comments(make_server, monkeypatch):
     app, state = make_server()
     monkeypatch.setattr("prefixtune.server.api.generation.KEEP_ALIVE_SECONDS", 0.05)
-    later: list[Any] = []
+    later = []
     monkeypatch.setattr(state.worker, "submit", lambda request, on_output, deadline: later.append((request, on_output)))
 
-    async def wait() -> Response:
+    async def wait():
         response = Response()
         running = asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(stream=True), into=response))
         async with asyncio.timeout(10):

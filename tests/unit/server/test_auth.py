@@ -1,25 +1,20 @@
 """API keys: who calls, what they may use, and how much at once."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from asgi_client import Response, completion, send
+from asgi_client import completion, send
 from prefixtune.server.auth import Caller, Gate, Keyring, hash_key
 from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import KeyConfig
 
 
-def test_a_key_is_found_by_its_hash_only() -> None:
+def test_a_key_is_found_by_its_hash_only():
     keyring = Keyring({"a": KeyConfig(hash=hash_key("pt-a")), "b": KeyConfig(hash=hash_key("pt-b"))})
     assert not keyring.is_open
     caller = keyring.find("Bearer pt-b")
-    assert caller is not None
     assert caller.name == "b"
     assert keyring.find("bearer  pt-a ") is keyring.find("Bearer pt-a")
     for wrong in (None, "", "Bearer", "Bearer ", "pt-a", "Basic pt-a", "Bearer pt-ab", f"Bearer {hash_key('pt-a')}"):
@@ -28,11 +23,11 @@ def test_a_key_is_found_by_its_hash_only() -> None:
     assert keyring.find("Bearer \udcff\x00é") is None
 
 
-def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_bounded(make_server, monkeypatch):
     app, state = make_server(max_queue=2)
     monkeypatch.setattr(state.worker, "submit", lambda *_, **__: None)
 
-    async def fill() -> tuple[Response, Response]:
+    async def fill():
         disconnected = asyncio.Event()
         running = [
             asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(n=3), disconnected=disconnected))
@@ -53,7 +48,7 @@ def test_the_queue_is_bounded(make_server: Callable[..., Any], monkeypatch: pyte
     assert state.gate.count == 0
 
 
-def test_no_key_fills_the_gate_alone() -> None:
+def test_no_key_fills_the_gate_alone():
     gate = Gate(16, shared=True)
     with contextlib.ExitStack() as inside:
         for _ in range(8):
@@ -72,11 +67,11 @@ def test_no_key_fills_the_gate_alone() -> None:
     assert caught.value.status == 400, "it would never fit"
 
 
-def test_requests_per_minute() -> None:
+def test_requests_per_minute():
     now = [0.0]
     limit = Caller("a", KeyConfig(hash=hash_key(""), requests_per_minute=3), clock=lambda: now[0])
 
-    def request_once() -> None:
+    def request_once():
         with limit.request():
             pass
 
@@ -94,7 +89,7 @@ def test_requests_per_minute() -> None:
             request_once()
 
 
-def test_concurrent_requests_are_counted_down_whatever_happens() -> None:
+def test_concurrent_requests_are_counted_down_whatever_happens():
     limit = Caller("a", KeyConfig(hash=hash_key(""), concurrent=2))
     with limit.request(), limit.request():
         with pytest.raises(ApiError) as caught, limit.request():

@@ -1,11 +1,6 @@
 """A prefix that was trained with a chat template reads whole conversations, as in training."""
 
-from __future__ import annotations
-
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,7 +28,7 @@ HANGS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endf
 
 
 @pytest.fixture
-def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Any, tmp_path: Path) -> tuple[Any, Any]:
+def server(make_server, backbone, random_prefix, tmp_path):
     """An application with the prefix `chatty`, and others whose templates do not write the messages."""
     (tmp_path / "prefixes").mkdir()
     allow_template(REFUSES)
@@ -42,15 +37,15 @@ def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Any, t
         header = make_header(backbone, task="records", text_format={**form, "chat_template": template})
         prefix = Prefix(random_prefix(backbone, 4, 9).layers, header)
         save_prefix(tmp_path / "prefixes" / f"{name}.safetensors", prefix)
-    return make_server()  # type: ignore[no-any-return]
+    return make_server()
 
 
-def prompts_of(state: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def prompts_of(state, monkeypatch):
     """The requests that the engine gets from now on."""
-    requests: list[Any] = []
+    requests = []
     submit = state.worker.submit
 
-    def record(request: Any, *args: Any, **options: Any) -> Any:
+    def record(request, *args, **options):
         requests.append(request)
         return submit(request, *args, **options)
 
@@ -58,12 +53,10 @@ def prompts_of(state: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return requests
 
 
-def test_all_messages_are_read(
-    server: tuple[Any, Any], backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_messages_are_read(server, backbone, tmp_path, monkeypatch):
     app, state = server
     requests, form = prompts_of(state, monkeypatch), chat_format(backbone, TEMPLATE)
-    body: dict[str, Any] = {"model": "chatty", "messages": CHAT, "max_tokens": 6, "temperature": 0}
+    body = {"model": "chatty", "messages": CHAT, "max_tokens": 6, "temperature": 0}
     response = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
     assert response.status == 200
     assert "x-prefixtune-dropped-messages" not in response.headers
@@ -84,7 +77,7 @@ def test_all_messages_are_read(
         assert list(requests[-1].prompt) == encode_chat(backbone, [CHAT[1]], form)
 
 
-def test_a_template_that_refuses_and_one_that_nobody_named(server: tuple[Any, Any]) -> None:
+def test_a_template_that_refuses_and_one_that_nobody_named(server):
     app, state = server
     body = {"messages": CHAT}
     assert asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": "refuses", **body})).status == 400

@@ -1,9 +1,6 @@
 """The texts of tokens beside their log-probabilities."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,22 +15,22 @@ WORDS = ["<unk>", "</s>", "▁Hello", "▁world", "world", "!", "▁", "a", "▁
 
 
 @pytest.fixture
-def sentencepiece() -> Any:
+def sentencepiece():
     """A tokenizer as LLaMA 2's and T5's: its decoder leaves out the space that a text begins with."""
     tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in WORDS], unk_id=0))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
 
 
-def output(*words: str, prompt: tuple[str, ...] = ()) -> SequenceOutput:
-    def tokens(some: tuple[str, ...]) -> tuple[Token, ...]:
+def output(*words, prompt=()):
+    def tokens(some):
         return tuple(Token(WORDS.index(word), -1.0, ((WORDS.index("world"), -2.0),)) for word in some)
 
     text = "".join(words).replace("▁", " ")
     return SequenceOutput("r", 0, tokens(words), text, "stop", prompt_tokens=tokens(prompt))
 
 
-def test_tokens_keep_the_space_that_they_begin_with(sentencepiece: Any) -> None:
+def test_tokens_keep_the_space_that_they_begin_with(sentencepiece):
     backbone = Backbone(None, sentencepiece, "words", Layout({}, {}, "decoder"), "")
     choice = CompletionChoices(backbone).whole(0, output("▁Hello", "▁world", "!"), " Hello world!")
     assert choice["logprobs"]["tokens"] == [" Hello", " world", "!"]
@@ -44,7 +41,7 @@ def test_tokens_keep_the_space_that_they_begin_with(sentencepiece: Any) -> None:
     assert bytes(content[1]["bytes"]) == b" world"
 
 
-def test_a_text_begins_without_it(sentencepiece: Any) -> None:
+def test_a_text_begins_without_it(sentencepiece):
     backbone = Backbone(None, sentencepiece, "words", Layout({}, {}, "decoder"), "")
     echoed = CompletionChoices(backbone, prompts=["Hello world"])
     logprobs = echoed.whole(0, output("!", prompt=("▁Hello", "▁world")), "!")["logprobs"]
@@ -59,7 +56,7 @@ def test_a_text_begins_without_it(sentencepiece: Any) -> None:
 
 
 @pytest.fixture
-def bytewise() -> Backbone:
+def bytewise():
     """A backbone whose every token is a byte, or a special one."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
@@ -69,13 +66,13 @@ def bytewise() -> Backbone:
     return Backbone(None, fast, "bytes", Layout({}, {}, "decoder"), "")
 
 
-def generated(backbone: Backbone, text: str, prompt: str = "") -> SequenceOutput:
+def generated(backbone, text, prompt=""):
     """Of a text, in which special tokens may be by name, and of a prompt."""
     tokens, read = (tuple(Token(id, -1.0) for id in backbone.encode(words)) for words in (text, prompt))
     return SequenceOutput("r", 0, tokens, backbone.decode(backbone.encode(text)), "stop", prompt_tokens=read)
 
 
-def test_offsets_count_characters_and_no_special_tokens(bytewise: Backbone) -> None:
+def test_offsets_count_characters_and_no_special_tokens(bytewise):
     output = generated(bytewise, "é</s>中 ok<s>")
     logprobs = CompletionChoices(bytewise).whole(0, output, output.text)["logprobs"]
     assert "".join(logprobs["tokens"][-4:]) == " ok<s>"
@@ -86,13 +83,13 @@ def test_offsets_count_characters_and_no_special_tokens(bytewise: Backbone) -> N
     assert [offset for (offset,) in streamed] == logprobs["text_offset"]
 
 
-def test_offsets_of_an_echoed_prompt(bytewise: Backbone) -> None:
+def test_offsets_of_an_echoed_prompt(bytewise):
     output = generated(bytewise, "é", prompt="<s>aé")
     for prompt, offsets in (("aé", [0, 0, 1, 1, 2, 2]), ("<s>aé", [0, 3, 4, 4, 5, 5])):
         choice = CompletionChoices(bytewise, prompts=[prompt]).whole(0, output, "é")
         assert choice["logprobs"]["text_offset"] == offsets
 
 
-def test_part_of_a_character_has_no_bytes(bytewise: Backbone) -> None:
+def test_part_of_a_character_has_no_bytes(bytewise):
     content = ChatChoices(bytewise).whole(0, generated(bytewise, " é"), "")["logprobs"]["content"]
     assert [(token["token"], token["bytes"]) for token in content] == [(" ", [32]), ("\ufffd", None), ("\ufffd", None)]

@@ -1,12 +1,8 @@
 """`/classify`: the labels of `classify` and `tag`, in vLLM's shape, while texts are generated."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ TEXTS = ["a b c", "soup", "Aromi is a pub by the river", "x y", "z"]
 
 
 @pytest.fixture
-def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Callable[..., Any]) -> Any:
+def server(make_server, backbone, random_prefix):
     app, state = make_server(prefill_tokens=16)
     width = backbone.model.config.hidden_size
     labels = {
@@ -40,11 +36,11 @@ def server(make_server: Callable[..., Any], backbone: Any, random_prefix: Callab
     return app, state
 
 
-def loaded(server: Any, backbone: Any, name: str) -> Prefix:
+def loaded(server, backbone, name):
     return load_prefix(server[1].store.folder / f"{name}.safetensors", backbone)
 
 
-def test_the_labels_are_classifys(server: Any, backbone: Any) -> None:
+def test_the_labels_are_classifys(server, backbone):
     for name in ("head", "words"):
         response = asyncio.run(send(server[0], "POST", "/classify", {"model": name, "input": TEXTS})).json
         expected = classify(backbone, TEXTS, loaded(server, backbone, name))
@@ -56,7 +52,7 @@ def test_the_labels_are_classifys(server: Any, backbone: Any) -> None:
             assert item["num_classes"] == len(item["probs"])
 
 
-def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
+def test_tags_are_those_of_tag(server, backbone):
     texts = [text.split() for text in TEXTS]
     expected = tag(backbone, texts, loaded(server, backbone, "tags"))
     for sent in (TEXTS, texts):
@@ -67,14 +63,14 @@ def test_tags_are_those_of_tag(server: Any, backbone: Any) -> None:
             assert [token["label"] for token in item["tokens"]] == [one.label for one in predictions]
 
 
-def test_a_prefix_with_labels_writes_no_text(server: Any) -> None:
+def test_a_prefix_with_labels_writes_no_text(server):
     for path, more in (("/v1/completions", {"prompt": "x"}), ("/v1/tasks/head", {"source": "x"})):
         body = {**({"model": "head"} if path.startswith("/v1/comp") else {}), **more}
         response = asyncio.run(send(server[0], "POST", path, body))
         assert (response.status, response.code) == (400, "not_a_generator")
 
 
-def test_scores_that_are_not_finite_are_an_error_of_the_engine(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_that_are_not_finite_are_an_error_of_the_engine(server, monkeypatch):
     score = EncodedTexts.score
     monkeypatch.setattr(EncodedTexts, "score", lambda *arguments: [one * torch.nan for one in score(*arguments)])
     response = asyncio.run(send(server[0], "POST", "/classify", {"model": "head", "input": TEXTS}))
@@ -82,19 +78,19 @@ def test_scores_that_are_not_finite_are_an_error_of_the_engine(server: Any, monk
     assert b"finite" not in response.body
 
 
-def test_texts_are_generated_meanwhile(server: Any) -> None:
+def test_texts_are_generated_meanwhile(server):
     """A batch is labelled between two steps: nobody waits for all of them."""
     app, state = server
-    order: list[str] = []
+    order = []
     engine = state.worker.engine
     step, call = engine.step, state.worker.call
 
-    def stepped() -> Any:
+    def stepped():
         order.append("step")
         return step()
 
-    def called(work: Any) -> Any:
-        def noted(backbone: Any) -> Any:
+    def called(work):
+        def noted(backbone):
             order.append("batch")
             return work(backbone)
 
@@ -103,7 +99,7 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
     engine.step, state.worker.call = stepped, called
     text = {"model": "a", "prompt": "hi", "max_tokens": 150, "temperature": 0}
 
-    async def both() -> list[Any]:
+    async def both():
         writing = asyncio.ensure_future(send(app, "POST", "/v1/completions", text))
         while len(order) < 3:
             await asyncio.sleep(0.001)
@@ -117,14 +113,14 @@ def test_texts_are_generated_meanwhile(server: Any) -> None:
     assert min(between) > 1
 
 
-def test_many_labels_are_scored_in_parts(server: Any, backbone: Any) -> None:
+def test_many_labels_are_scored_in_parts(server, backbone):
     """However many there are, no step of the others waits for more than a part of them."""
     app, state = server
     labels = [f"label {number}" for number in range(40)]
-    sizes: list[int] = []
+    sizes = []
     call = state.worker.call
 
-    def called(work: Any) -> Any:
+    def called(work):
         part = work.keywords["part"]
         sizes.append(sum(len(f" {label} ") for label in labels[part]) * len(work.keywords["rows"]))
         return call(work)
@@ -139,15 +135,15 @@ def test_many_labels_are_scored_in_parts(server: Any, backbone: Any) -> None:
     assert max(sizes) <= max(16, max(len(f" {text} ") for text in TEXTS[:2])) + 10
 
 
-def test_a_forced_stop_answers_what_waits(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_stop_answers_what_waits(server):
     app, state = server
     begun, release = threading.Event(), threading.Event()
 
-    def busy(_: Any) -> None:
+    def busy(_):
         begun.set()
         assert release.wait(20)
 
-    async def stop() -> list[Any]:
+    async def stop():
         state.worker.call(busy)
         assert await asyncio.to_thread(begun.wait, 20)
         waiting = [

@@ -1,10 +1,6 @@
 """The application over an encoder-decoder: completions and tasks as those of `generate`, and refused chats."""
 
-from __future__ import annotations
-
 import asyncio
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -18,18 +14,18 @@ SOURCE = "name : Aromi | area : city centre"
 
 
 @pytest.fixture(params=["bart", "t5"])
-def backbone(request: pytest.FixtureRequest, tiny_models: Any, enclosing_tokenizer: Any) -> Any:
+def backbone(request, tiny_models, enclosing_tokenizer):
     """In the place of the decoder that other tests' servers have."""
     return Backbone.from_model(tiny_models(request.param), enclosing_tokenizer, "tiny")
 
 
-def test_an_encoder_decoder_is_served(make_server: Callable[..., Any], backbone: Any) -> None:
+def test_an_encoder_decoder_is_served(make_server, backbone):
     app, state = make_server()
     (ids,) = encode_prompts(backbone, default_format(backbone), [SOURCE])
     assert ids[-1] == backbone.eos_id, "the encoder's own special tokens"
     short = {"max_tokens": 8, "temperature": 0}
 
-    def post(path: str, **body: Any) -> Any:
+    def post(path, **body):
         return asyncio.run(send(app, "POST", path, {**short, **body}))
 
     for name in ("tiny", "a"):

@@ -1,19 +1,14 @@
 """`/v1/files`: uploads by OpenAI's client, and forms that are wrong."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 
-from asgi_client import Response, bearer, send
+from asgi_client import bearer, send
 from openai_client import ask
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
@@ -23,7 +18,7 @@ BOUNDARY = "boundary-1"
 DISPOSITION = 'Content-Disposition: form-data; name="{name}"'
 
 
-def part(name: str, data: bytes, *, filename: str | None = None, headers: str = "") -> bytes:
+def part(name, data, *, filename=None, headers=""):
     disposition = DISPOSITION.format(name=name) + (f'; filename="{filename}"' if filename is not None else "")
     return f"--{BOUNDARY}\r\n{disposition}\r\n{headers}\r\n".encode() + data + b"\r\n"
 
@@ -33,28 +28,28 @@ FILE = part("file", ROWS, filename="rows.jsonl")
 END = f"--{BOUNDARY}--\r\n".encode()
 
 
-def post(app: Any, body: bytes, boundary: str = BOUNDARY, **headers: str) -> Response:
+def post(app, body, boundary=BOUNDARY, **headers):
     kind = f"multipart/form-data; boundary={boundary}"
     return asyncio.run(send(app, "POST", "/v1/files", body, headers={"content-type": kind, **headers}))
 
 
-def stored(tmp_path: Path) -> list[str]:
+def stored(tmp_path):
     """Everything that is kept, hidden folders too."""
     return [path.name for path in (tmp_path / "data" / "files").glob("*") if path.suffix != ".lock"]
 
 
 @pytest.fixture
-def app(make_server: Callable[..., Any], tmp_path: Path) -> Any:
+def app(make_server, tmp_path):
     return make_server()[0]
 
 
-def test_openais_client_uploads_lists_reads_and_deletes(app: Any) -> None:
-    async def work(client: openai.AsyncOpenAI) -> None:
+def test_openais_client_uploads_lists_reads_and_deletes(app):
+    async def work(client):
         made = await client.files.create(file=("my/rows.jsonl", ROWS), purpose="fine-tune")
         assert (made.object, made.filename, made.bytes, made.purpose) == ("file", "rows.jsonl", len(ROWS), "fine-tune")
         assert (made.status, made.status_details) == ("processed", None)
-        assert made.to_dict()["prefixtune"]["targets"] == 50  # type: ignore[index]
-        text = await client.files.create(file=b"Owls fly at night.", purpose="document")  # type: ignore[arg-type]
+        assert made.to_dict()["prefixtune"]["targets"] == 50
+        text = await client.files.create(file=b"Owls fly at night.", purpose="document")
         assert await client.files.retrieve(made.id) == made
         assert (await client.files.content(made.id)).content == ROWS
         assert [file.id async for file in client.files.list()] == [text.id, made.id]
@@ -67,7 +62,7 @@ def test_openais_client_uploads_lists_reads_and_deletes(app: Any) -> None:
     ask(app, work)
 
 
-def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path) -> None:
+def test_forms_that_are_wrong_leave_nothing(app, tmp_path):
     for body in (
         b"no form at all", PURPOSE + FILE + FILE + END, part("purpos", b"fine-tune") + FILE + END,
         part("expires_after[seconds]", b"3600") + PURPOSE + FILE + END, part("expires_after", b"") * 1000 + END,
@@ -77,7 +72,7 @@ def test_forms_that_are_wrong_leave_nothing(app: Any, tmp_path: Path) -> None:
     assert stored(tmp_path) == []
 
 
-def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_limits_of_a_key(make_server, tmp_path):
     key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_storage_mib=1)
     app, _ = make_server(max_file_mib=1, keys={"ann": key})
     large = part("file", b"x" * 700_000, filename="large.txt")
@@ -92,8 +87,8 @@ def test_the_limits_of_a_key(make_server: Callable[..., Any], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["shutil.copyfileobj", "os.rename"])
-def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
+def test_a_full_disk_leaves_nothing(app, tmp_path, monkeypatch, where):
+    def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
 
     with monkeypatch.context() as patch:
@@ -105,14 +100,14 @@ def test_a_full_disk_leaves_nothing(app: Any, tmp_path: Path, monkeypatch: pytes
     assert post(app, PURPOSE + FILE + END).status == 200
 
 
-def preview(app: Any, data: bytes, filename: str, purpose: str = "fine-tune") -> Any:
+def preview(app, data, filename, purpose="fine-tune"):
     made = post(app, part("purpose", purpose.encode()) + part("file", data, filename=filename) + END).json
     response = asyncio.run(send(app, "GET", f"/v1/files/{made['id']}/preview"))
     assert response.status == 200
     return response.json
 
 
-def test_previews(app: Any) -> None:
+def test_previews(app):
     found = preview(app, ROWS, "rows.jsonl")["examples"]
     # Prompts and completions are chats of one turn.
     assert found[0]["messages"] == [

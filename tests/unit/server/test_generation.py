@@ -1,36 +1,29 @@
 """The engine's part of a request: failures, deadlines, and lengths."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import openai
 import pytest
-import torch
 
 import openai_client
-from asgi_client import Response, completion, send, texts_when_done
+from asgi_client import completion, send, texts_when_done
 
 
-def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(make_server, monkeypatch):
     app, state = make_server()
     runner = state.worker.engine.runner
     forward = runner.forward
 
-    def failing(scheduled: Any) -> torch.Tensor:
+    def failing(scheduled):
         if any(work.sequence.request.prefix_name == "b" for work in scheduled):
             raise RuntimeError("NaN in /srv/models")
         return forward(scheduled)
 
     monkeypatch.setattr(runner, "forward", failing)
 
-    async def one_after_the_other() -> list[Response]:
+    async def one_after_the_other():
         return [
             await send(app, "POST", "/v1/completions", completion(model=name, stream=stream))
             for name in "ba"
@@ -49,13 +42,11 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(
     assert good_stream.body.endswith(b"data: [DONE]\n\n")
 
 
-def test_when_the_engine_fails_its_requests_and_later_ones_get_503(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_when_the_engine_fails_its_requests_and_later_ones_get_503(make_server, monkeypatch):
     app, state = make_server()
     engine = state.worker.engine
 
-    def broken() -> Any:
+    def broken():
         raise RuntimeError("out of memory at 0x7f")
 
     monkeypatch.setattr(engine, "step", broken)
@@ -70,19 +61,17 @@ def test_when_the_engine_fails_its_requests_and_later_ones_get_503(
     assert (later.status, later.code) == (503, "engine_unavailable")
 
 
-def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(make_server, monkeypatch):
     app, state = make_server()
     written, submit = threading.Event(), state.worker.submit
 
-    def slow(*args: Any, **options: Any) -> None:
+    def slow(*args, **options):
         assert written.wait(10)
         submit(*args, **options)
 
     monkeypatch.setattr(state.worker, "submit", slow)
 
-    async def both() -> tuple[Response, Response]:
+    async def both():
         slow_one = asyncio.ensure_future(send(app, "POST", "/v1/completions", completion()))
         while not state.gate.count:
             await asyncio.sleep(0.005)
@@ -93,7 +82,7 @@ def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(
     assert [response.status for response in asyncio.run(both())] == [200, 200]
 
 
-def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
+def test_a_passed_deadline_is_504(make_server):
     app, state = make_server(deadline=0.1)
     response = asyncio.run(send(app, "POST", "/v1/completions", completion(max_tokens=450, n=4)))
     assert (response.status, response.code) == (504, "deadline_exceeded")
@@ -101,7 +90,7 @@ def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     assert response.headers["x-should-retry"] == "false"
     assert texts_when_done(state) == 0
 
-    async def stream(client: openai.AsyncOpenAI) -> openai.APIError:
+    async def stream(client):
         with pytest.raises(openai.APIError) as caught:
             async for _ in await client.completions.create(**completion(max_tokens=450, n=4), stream=True):
                 pass
@@ -112,10 +101,10 @@ def test_a_passed_deadline_is_504(make_server: Callable[..., Any]) -> None:
     assert (error.code, error.type) == ("deadline_exceeded", "server_error")
 
 
-def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
+def test_lengths_fit_the_positions(make_server):
     app, state = make_server(max_length=64, default_max_tokens=60, max_tokens=63, raw_completions=True)
 
-    def outcome(**more: Any) -> Response:
+    def outcome(**more):
         return asyncio.run(send(app, "POST", "/v1/completions", completion(prompt="x" * 40, **more)))
 
     # 64 positions, 4 of them the prefix's; the last new token takes none.
@@ -127,7 +116,7 @@ def test_lengths_fit_the_positions(make_server: Callable[..., Any]) -> None:
     assert texts_when_done(state) == 0
 
 
-def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
+def test_unknown_token_ids_are_refused(make_server):
     app, _ = make_server()
     for param, value in (
         *(("prompt", prompt) for prompt in ([10**9], [-1], [[5], [10**30]])),
@@ -142,9 +131,7 @@ def test_unknown_token_ids_are_refused(make_server: Callable[..., Any]) -> None:
     ("raw", "stop", "finish", "count"),
     [(False, ["<s>"], "stop", 0), (True, ["<s>"], "stop", 0), (True, ["<x>"], "length", 6)],
 )
-def test_a_special_token_may_be_a_stop_string(
-    make_server: Callable[..., Any], raw: bool, stop: list[str], finish: str, count: int
-) -> None:
+def test_a_special_token_may_be_a_stop_string(make_server, raw, stop, finish, count):
     app, state = make_server(raw_completions=raw)
     # Its text is never shown.
     bias = {str(state.backbone.tokenizer.bos_token_id): 100}

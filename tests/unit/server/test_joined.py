@@ -1,18 +1,13 @@
 """Requests that join prefixes: the same as one composed file, kept by content, counted and allowed part by part."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from asgi_client import Response, bearer, completion, send
+from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.errors import BackboneError
 from prefixtune.inference.generate import generate
@@ -26,10 +21,10 @@ USER = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def composed(backbone: Any, tmp_path: Path) -> Callable[..., Prefix]:
+def composed(backbone, tmp_path):
     """A function: `composed("a", "b")` joins files of the server's folder into a file and reads that."""
 
-    def compose(*names: str) -> Prefix:
+    def compose(*names):
         parts = [load_prefix(tmp_path / "prefixes" / f"{name}.safetensors", backbone) for name in names]
         path = save_prefix(tmp_path / "composed.safetensors", concatenate(parts, backbone.rotation))
         return load_prefix(path, backbone)
@@ -38,11 +33,11 @@ def composed(backbone: Any, tmp_path: Path) -> Callable[..., Prefix]:
 
 
 @pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+def joins(monkeypatch):
     """The thread of every join that was computed."""
-    threads: list[threading.Thread] = []
+    threads = []
 
-    def counted(*arguments: Any, **options: Any) -> Prefix:
+    def counted(*arguments, **options):
         threads.append(threading.current_thread())
         return concatenate(*arguments, **options)
 
@@ -50,15 +45,15 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     return threads
 
 
-def ask(app: Any, path: str, body: dict[str, Any], **options: Any) -> Response:
+def ask(app, path, body, **options):
     return asyncio.run(send(app, "POST", path, body, **options))
 
 
-def texts(response: Response) -> list[str]:
+def texts(response):
     """The texts of a response, whole or in pieces."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         return [choice.get("text") or choice["message"]["content"] for choice in response.json["choices"]]
-    pieces: dict[int, str] = {}
+    pieces = {}
     for part in response.body.decode().split("\n\n")[:-2]:
         for choice in json.loads(part.removeprefix("data: "))["choices"]:
             piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
@@ -66,14 +61,11 @@ def texts(response: Response) -> list[str]:
     return [text for _, text in sorted(pieces.items())]
 
 
-def test_every_endpoint_writes_as_the_composed_file_does(
-    make_server: Callable[..., Any], backbone: Any, composed: Callable[..., Prefix]
-) -> None:
+def test_every_endpoint_writes_as_the_composed_file_does(make_server, backbone, composed):
     app, _ = make_server()
     (expected,) = generate(backbone, ["hello"], composed("b", "a"), max_new_tokens=8)
     (swapped,) = generate(backbone, ["hello"], composed("a", "b"), max_new_tokens=8)
     assert expected != swapped
-    named: dict[str, Any]
     for named, stream in (
         ({"model": "b+a"}, True),
         ({"prefixes": ["b", "a"]}, False),
@@ -90,12 +82,10 @@ def test_every_endpoint_writes_as_the_composed_file_does(
     assert texts(ask(app, "/v1/completions", {"model": "a+b", "prompt": "hello", **short})) == [swapped]
 
 
-def test_a_join_is_computed_once_and_outside_the_event_loop(
-    make_server: Callable[..., Any], joins: list[threading.Thread]
-) -> None:
+def test_a_join_is_computed_once_and_outside_the_event_loop(make_server, joins):
     app, state = make_server()
 
-    async def send_all() -> list[Response]:
+    async def send_all():
         return list(
             await asyncio.gather(
                 *(send(app, "POST", "/v1/completions", completion(model="a+b", prompt=f"{i}")) for i in range(8))
@@ -113,14 +103,7 @@ def test_a_join_is_computed_once_and_outside_the_event_loop(
     assert len(joins) == 2
 
 
-def test_a_replaced_part_gives_a_new_join(
-    make_server: Callable[..., Any],
-    backbone: Any,
-    composed: Callable[..., Prefix],
-    joins: list[threading.Thread],
-    random_prefix: Callable[..., Any],
-    tmp_path: Path,
-) -> None:
+def test_a_replaced_part_gives_a_new_join(make_server, backbone, composed, joins, random_prefix, tmp_path):
     app, state = make_server()
     folder = tmp_path / "prefixes"
     before = texts(ask(app, "/v1/completions", completion(model="a+b")))
@@ -138,15 +121,13 @@ def test_a_replaced_part_gives_a_new_join(
     assert "'b'" in gone.json["error"]["message"]
 
 
-def _file(folder: Path, content: bytes) -> Path:
+def _file(folder, content):
     path = folder / "uploaded"
     path.write_bytes(content)
     return path
 
 
-def test_a_join_that_is_too_long_is_refused_with_all_lengths(
-    backbone: Any, make_server: Callable[..., Any], joins: list[threading.Thread], random_prefix: Any, tmp_path: Path
-) -> None:
+def test_a_join_that_is_too_long_is_refused_with_all_lengths(backbone, make_server, joins, random_prefix, tmp_path):
     app, _ = make_server()
     for name, length in (("long", 300), ("longer", 400)):
         prefix = Prefix(random_prefix(backbone, length, length).layers, make_header(backbone, task="records"))
@@ -159,7 +140,7 @@ def test_a_join_that_is_too_long_is_refused_with_all_lengths(
     assert refused.code == "context_length_exceeded"
 
 
-def test_a_key_must_allow_every_part(make_server: Callable[..., Any]) -> None:
+def test_a_key_must_allow_every_part(make_server):
     rules = KeyConfig(hash=hash_key("pt-a"), prefixes=("a*",))
     app, state = make_server(keys={"a": rules, "all": KeyConfig(hash=hash_key("pt-all"))})
     for body in (completion(model="a+b"), completion(model="a+a2+b"), completion(model="a+b", prefixes=["a", "b"])):
@@ -172,7 +153,7 @@ def test_a_key_must_allow_every_part(make_server: Callable[..., Any]) -> None:
     assert ask(app, "/v1/tasks/tiny", formatted, headers=bearer("a")).status == 403
     assert ask(app, "/v1/completions", completion(model="a+b"), headers=bearer("all")).status == 200
 
-    async def watch() -> Any:
+    async def watch():
         disconnected = asyncio.Event()
         body = completion(model="a+b", max_tokens=400)
         running = send(app, "POST", "/v1/completions", body, headers=bearer("all"), disconnected=disconnected)
@@ -187,7 +168,7 @@ def test_a_key_must_allow_every_part(make_server: Callable[..., Any]) -> None:
     assert asyncio.run(watch()) == [[None], ["a+b"]]
 
 
-def test_metrics_and_the_log_name_the_parts(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_and_the_log_name_the_parts(make_server, caplog):
     app, state = make_server()
     with caplog.at_level(logging.INFO, "prefixtune.server"):
         answer = ask(app, "/v1/completions", completion(model="a+b", n=2))
@@ -200,7 +181,7 @@ def test_metrics_and_the_log_name_the_parts(make_server: Callable[..., Any], cap
     assert not [line for line in lines if "a+b" in line]
 
 
-def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_names_with_a_plus(make_server, tmp_path):
     app, state = make_server(backbone_id="tiny+more")
     # The backbone's own name is one name.
     assert ask(app, "/v1/completions", completion(model="tiny+more")).json["model"] == "tiny+more"
@@ -212,12 +193,10 @@ def test_names_with_a_plus(make_server: Callable[..., Any], tmp_path: Path) -> N
     assert (answer.status, answer.json["model"]) == (200, "a+b")
 
 
-def test_a_backbone_whose_keys_cannot_be_turned_serves_single_prefixes(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backbone_whose_keys_cannot_be_turned_serves_single_prefixes(make_server, monkeypatch):
     app, state = make_server()
 
-    def fail(_: Any) -> None:
+    def fail(_):
         raise BackboneError("'tiny' scales positions by the text's length.", hint="use single prefixes.")
 
     monkeypatch.setattr(type(state.backbone), "rotation", property(fail))

@@ -1,29 +1,20 @@
 """`/v1/models`: what clients read, the file of a prefix that one's own job trained, and uploads."""
 
-from __future__ import annotations
-
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import pytest
-
-from asgi_client import Response, bearer, completion, send
+from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
 
-def download(app: Any, name: str, key: str = "") -> Response:
+def download(app, name, key=""):
     headers = bearer(key) if key else {}
     return asyncio.run(send(app, "GET", f"/v1/models/{name}/file", headers=headers))
 
 
-def test_a_result_is_downloaded_by_its_owner_and_admins(
-    make_server: Callable[..., Any], backbone: Any, tmp_path: Path, random_prefix: Callable[..., Any]
-) -> None:
+def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, tmp_path, random_prefix):
     rules = {name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "bob", "boss")}
     app, _ = make_server(keys=rules)
     header = {**make_header(backbone), "job": {"id": "ftjob-1", "owner": "ann"}}
@@ -44,12 +35,12 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(
     assert download(app, "hers", "boss").status == 404
 
 
-def test_what_reads_or_joins_a_file_counts_as_a_request(make_server: Callable[..., Any]) -> None:
+def test_what_reads_or_joins_a_file_counts_as_a_request(make_server):
     paths = ("/v1/models/{}", "/v1/tasks/{}")
     names = [f"key{number}" for number in range(4)]
     app, _ = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), requests_per_minute=1) for name in names})
 
-    def ask(key: str, method: str, path: str) -> int:
+    def ask(key, method, path):
         return asyncio.run(send(app, method, path, headers=bearer(key))).status
 
     for path, key in zip(paths, names, strict=False):
@@ -58,12 +49,10 @@ def test_what_reads_or_joins_a_file_counts_as_a_request(make_server: Callable[..
         assert [ask(key, method, path) for _ in range(2)] == [403, 429]
 
 
-def test_a_file_that_cannot_be_read_now_is_asked_for_again(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_read_now_is_asked_for_again(make_server, monkeypatch):
     app, _ = make_server()
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_, **__):
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patched:
@@ -73,13 +62,13 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(
     assert asyncio.run(send(app, "POST", "/v1/completions", completion(model="a"))).status == 200
 
 
-def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server, tmp_path):
     app, _ = make_server(
         keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "boss")}
     )
     body = (tmp_path / "prefixes" / "b.safetensors").read_bytes()
 
-    def put(name: str, content: bytes, key: str = "boss") -> tuple[int, str]:
+    def put(name, content, key="boss"):
         response = asyncio.run(send(app, "PUT", f"/v1/models/{name}", content, headers=bearer(key)))
         return response.status, response.json.get("error", {}).get("code", "")
 
@@ -94,7 +83,7 @@ def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server: Callabl
     assert "refused" not in asyncio.run(send(app, "GET", "/v1/models", headers=bearer("ann"))).json
 
 
-def test_models_are_described_as_vllm_does(make_server: Callable[..., Any]) -> None:
+def test_models_are_described_as_vllm_does(make_server):
     app, _ = make_server()
     models = {model["id"]: model for model in asyncio.run(send(app, "GET", "/v1/models")).json["data"]}
     assert (models["tiny"]["root"], models["tiny"]["parent"], models["tiny"]["max_model_len"]) == ("tiny", None, 512)

@@ -1,13 +1,9 @@
 """What jobs made is served to its owner and admins alone: by OpenAI's client, listed, used, deleted, and found new."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -28,11 +24,11 @@ KEYS = {
 
 
 @pytest.fixture
-def publish(tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]) -> Callable[..., Path]:
+def publish(tmp_path, backbone, random_prefix):
     """`publish(name, owner, step, seed)` puts a file into the folder as a job does; no owner: as anybody else does."""
     folder = tmp_path / "prefixes"
 
-    def put(name: str, owner: str = "ann", step: int | None = None, seed: int = 3, job_id: str = "") -> Path:
+    def put(name, owner="ann", step=None, seed=3, job_id=""):
         job = {"id": job_id or f"ftjob-{owner}", "owner": owner, **({} if step is None else {"step": step})}
         header = {**make_header(backbone), **({"job": job} if owner else {})}
         made = save_prefix(tmp_path / "made.safetensors", Prefix(random_prefix(backbone, 4, seed).layers, header))
@@ -41,23 +37,23 @@ def publish(tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]) ->
     return put
 
 
-def ask(app: Any, key: str, question: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
+def ask(app, key, question):
     """The answer to one question of the client with somebody's key."""
     return openai_client.ask(app, question, f"pt-{key}")
 
 
-def text(model: str) -> Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]:
+def text(model):
     return lambda client: client.completions.create(model=model, prompt="hello", max_tokens=3)
 
 
-def listed(app: Any, key: str) -> list[str]:
-    async def names(client: openai.AsyncOpenAI) -> list[str]:
+def listed(app, key):
+    async def names(client):
         return [model.id async for model in client.models.list()]
 
     return list(ask(app, key, names))
 
 
-def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any], publish: Any) -> None:
+def test_owners_and_admins_see_and_use_a_result(make_server, publish):
     app, _ = make_server(keys=KEYS)
     path = publish("hers")
     publish("hers.step-4", step=4)
@@ -74,7 +70,7 @@ def test_owners_and_admins_see_and_use_a_result(make_server: Callable[..., Any],
     assert ask(app, "ann", text("a+hers")).model == "a+hers"
 
 
-def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publish: Any) -> None:
+def test_for_others_there_is_no_such_model(make_server, publish):
     """Neither status nor words show that the name is taken; whether it is served, or its file is broken."""
     app, state = make_server(keys=KEYS)
     publish("a-result-1")
@@ -85,7 +81,7 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
     broken.write_bytes(broken.read_bytes()[:-4])
     assert list(state.store.refused) == ["a-result-3"]
 
-    def answers(name: str, key: str) -> Any:
+    def answers(name, key):
         paths = (f"/v1/models/{name}", f"/v1/tasks/{name}", f"/v1/models/{name}/file")
         found = [asyncio.run(send(app, "GET", path, headers=bearer(key))) for path in paths]
         return [(one.status, one.body.decode().replace(name, "NAME")) for one in found]
@@ -98,9 +94,7 @@ def test_for_others_there_is_no_such_model(make_server: Callable[..., Any], publ
     assert answers("a-result-5", "ann")[0][0] == 403
 
 
-def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
-    make_server: Callable[..., Any], publish: Any
-) -> None:
+def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(make_server, publish):
     app, _ = make_server(keys=KEYS)
     publish("shared", owner="")
     assert ask(app, "bob", text("shared")).model == "shared"
@@ -111,9 +105,7 @@ def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(
     assert ask(app, "ann", text("shared")).model == "shared"
 
 
-def test_an_upload_over_a_result_is_no_result_any_more(
-    make_server: Callable[..., Any], publish: Any, tmp_path: Path
-) -> None:
+def test_an_upload_over_a_result_is_no_result_any_more(make_server, publish, tmp_path):
     app, _ = make_server(keys=KEYS)
     publish("hers")
     body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
@@ -124,7 +116,7 @@ def test_an_upload_over_a_result_is_no_result_any_more(
 
 
 @pytest.mark.parametrize("key", ["ann", "boss"])
-def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any], publish: Any, key: str) -> None:
+def test_a_result_is_deleted_with_its_checkpoints(make_server, publish, key):
     app, state = make_server(keys=KEYS)
     job_id = f"ftjob-{'1' * 24}"
     names = (("hers", None), ("hers.step-2", 2), ("hers.step-4", 4))
@@ -143,18 +135,18 @@ def test_a_result_is_deleted_with_its_checkpoints(make_server: Callable[..., Any
         ask(app, key, text("hers.step-4"))
 
 
-def test_what_no_job_made_is_deleted_by_admins_only(make_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_no_job_made_is_deleted_by_admins_only(make_server, tmp_path):
     app, _ = make_server(keys={**KEYS, "root": KeyConfig(hash=hash_key("pt-root"), admin=True)})
     for key, name in (("bob", "a"), ("bob", "tiny"), ("root", "tiny")):
         with pytest.raises(openai.PermissionDeniedError):
-            ask(app, key, lambda client, name=name: client.models.delete(name))  # type: ignore[misc]
+            ask(app, key, lambda client, name=name: client.models.delete(name))
     with pytest.raises(openai.NotFoundError):
         ask(app, "bob", lambda client: client.models.delete("a+b"))
     assert ask(app, "root", lambda client: client.models.delete("a")).deleted
     assert os.listdir(tmp_path / "prefixes") == ["b.safetensors"]
 
 
-def test_a_result_that_is_not_served_can_be_deleted(make_server: Callable[..., Any], publish: Any) -> None:
+def test_a_result_that_is_not_served_can_be_deleted(make_server, publish):
     app, state = make_server(keys=KEYS)
     path = publish("hers")
     # Its header can be read, but it is for another model.

@@ -1,13 +1,7 @@
 """Prompts: the prefix's text format, long sources, and earlier messages."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
-
-import pytest
 
 from asgi_client import completion, send
 from prefixtune.backbone.prefixes import make_header
@@ -15,7 +9,7 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
-def test_dropped_messages_are_reported(make_server: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_messages_are_reported(make_server, caplog):
     app, _ = make_server(earlier_messages="drop")
     chat_body = {"model": "a", "max_tokens": 6, "temperature": 0}
     last = {"role": "user", "content": "hello"}
@@ -32,23 +26,17 @@ def test_dropped_messages_are_reported(make_server: Callable[..., Any], caplog: 
             assert response.json["choices"][0]["message"] == alone.json["choices"][0]["message"]
 
 
-def test_long_sources_are_treated_as_in_training(
-    make_server: Callable[..., Any],
-    backbone: Any,
-    text_format: dict[str, str],
-    random_prefix: Callable[..., Any],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_long_sources_are_treated_as_in_training(make_server, backbone, text_format, random_prefix, caplog):
     app, state = make_server()
     cutting_format = {**text_format, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
     header = make_header(backbone, task="records", text_format=cutting_format)
     prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
     save_prefix(state.store.folder / "cuts.safetensors", prefix)
     source = "abcdefghij" * 9
-    cut: list[Any] = []
+    cut = []
     (expected,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
     assert cut == [[0]]
-    shared: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
+    shared = {"max_tokens": 12, "temperature": 0}
     body = {"model": "cuts", "prompt": source, **shared}
     with caplog.at_level(logging.DEBUG, "prefixtune.server"):
         response = asyncio.run(send(app, "POST", "/v1/completions", body))
@@ -65,18 +53,12 @@ def test_long_sources_are_treated_as_in_training(
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
 
 
-def test_a_default_that_the_engine_lacks_is_left_out(
-    make_server: Callable[..., Any],
-    backbone: Any,
-    text_format: dict[str, str],
-    random_prefix: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_default_that_the_engine_lacks_is_left_out(make_server, backbone, text_format, random_prefix, monkeypatch):
     app, state = make_server()
     header = make_header(backbone, task="e2e", text_format=text_format)
     prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
     save_prefix(state.store.folder / "e2e.safetensors", prefix)
-    submitted: list[Any] = []
+    submitted = []
     submit = state.worker.submit
     monkeypatch.setattr(state.worker, "submit", lambda one, *a, **k: (submitted.append(one), submit(one, *a, **k)))
     for lacks, least in (({}, 5), ({"min_new_tokens": 0, "presence_penalty": 0.0}, 0)):

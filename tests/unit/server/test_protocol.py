@@ -1,9 +1,5 @@
 """Bodies of requests for texts: what they ask the engine for, and what is ignored."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest
 from prefixtune.server.settings import ServeConfig
 
@@ -11,19 +7,19 @@ LIMITS = ServeConfig(max_tokens=100, default_max_tokens=100, max_texts=6)
 USER = [{"role": "user", "content": "hi"}]
 
 
-def completion(**body: Any) -> CompletionRequest:
+def completion(**body):
     request = CompletionRequest.model_validate({"model": "m", "prompt": "text", **body})
     request.check(LIMITS)
     return request
 
 
-def chat(**body: Any) -> ChatRequest:
+def chat(**body):
     request = ChatRequest.model_validate({"model": "m", "messages": USER, **body})
     request.check(LIMITS)
     return request
 
 
-def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
+def test_sampling_has_openais_defaults_and_takes_every_field():
     plain = completion().sampling(9)
     assert (plain.temperature, plain.top_p, plain.stop, plain.seed, plain.logprobs) == (1.0, 1.0, (), None, None)
     assert completion().length is None
@@ -41,7 +37,7 @@ def test_sampling_has_openais_defaults_and_takes_every_field() -> None:
     assert completion(max_tokens=None, temperature=None, stop=None, n=None, stream=None, tools=None) == completion()
 
 
-def test_fields_reach_the_engine() -> None:
+def test_fields_reach_the_engine():
     fields = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.5}
     params = completion(**fields, logit_bias={"5": -100, "007": 1.5}).sampling(9)
     assert fields == {name: getattr(params, name) for name in fields}
@@ -53,7 +49,7 @@ def test_fields_reach_the_engine() -> None:
     assert 0 < completion(top_p=0).sampling(9).top_p < 1e-6
 
 
-def test_response_formats() -> None:
+def test_response_formats():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     named = {"name": "x", "schema": schema, "strict": True, "description": "d"}
     assert completion(response_format={"type": "json_schema", "json_schema": named}).json_schema == schema
@@ -61,7 +57,7 @@ def test_response_formats() -> None:
     assert completion(response_format={"type": "text"}).json_schema is None
 
 
-def test_messages() -> None:
+def test_messages():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
         {"role": "developer", "content": "be brief", "name": "d"},

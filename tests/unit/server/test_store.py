@@ -1,12 +1,7 @@
 """The folder of prefixes: names, changes on the disk, uploads and deletions."""
 
-from __future__ import annotations
-
 import os
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,15 +10,14 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 from prefixtune.prefix.folder import FolderBusyError, change_folder
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.server.prefixes import PrefixFolder
 
 
-def seed_of(prefix: Prefix, llama: Any, random_prefix: Callable[..., Any]) -> int:
+def seed_of(prefix, llama, random_prefix):
     return next(n for n in range(20) if prefix.equal(random_prefix(llama, prefix.prefix_length, n).detach()))
 
 
-def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
+def test_names_headers_and_prefixes(tmp_path, save, llama, random_prefix):
     for index, name in enumerate(["e2e", "Web-NLG_2.final"]):
         save(name, index, task="toy", description=f"number {index}")
     (tmp_path / "notes.txt").write_text("not a prefix")
@@ -41,7 +35,7 @@ def test_names_headers_and_prefixes(tmp_path: Path, save: Any, llama: Any, rando
     assert (store.hits, store.misses, store.num_bytes) == (1, 1, prefix.num_bytes)
 
 
-def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any, llama: Any, random_prefix: Any):
+def test_a_replaced_file_counts_for_new_requests_only(tmp_path, save, llama, random_prefix):
     save("p", 1)
     store = PrefixFolder(tmp_path, llama)
     sampling = SamplingParams(max_new_tokens=8, min_new_tokens=8)
@@ -63,7 +57,7 @@ def test_a_replaced_file_counts_for_new_requests_only(tmp_path: Path, save: Any,
     assert written["new"] != written["old"]
 
 
-def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp_path: Path, save: Any, llama: Any):
+def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp_path, save, llama):
     path = save("p", 1)
     held = PrefixFolder(tmp_path, llama).get("p")
     before = [tensor.clone() for tensor in held.tensors()]
@@ -73,7 +67,7 @@ def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp
     assert all(torch.equal(a, b) for a, b in zip(before, held.tensors(), strict=True))
 
 
-def test_names_that_could_lead_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: Any):
+def test_names_that_could_lead_out_of_the_folder_are_refused(tmp_path, save, llama):
     (tmp_path / "inside").mkdir()
     save("p")
     store = PrefixFolder(tmp_path / "inside", llama)
@@ -87,7 +81,7 @@ def test_names_that_could_lead_out_of_the_folder_are_refused(tmp_path: Path, sav
     assert source.exists()
 
 
-def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: Any):
+def test_links_out_of_the_folder_are_refused(tmp_path, save, llama):
     folder = tmp_path / "inside"
     save("real", 1, folder=folder)
     (folder / "good.safetensors").symlink_to("real.safetensors")
@@ -102,7 +96,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, save: Any, llama: A
     store.get("good")
 
 
-def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama: Any, monkeypatch: pytest.MonkeyPatch):
+def test_the_folder_is_changed_by_one_at_a_time(tmp_path, save, llama, monkeypatch):
     monkeypatch.setattr("prefixtune.server.prefixes._LOCK_SECONDS", 0.1)
     store = PrefixFolder(tmp_path / "store", llama)
     store.put("p", save("upload", 1))
@@ -120,7 +114,7 @@ def test_the_folder_is_changed_by_one_at_a_time(tmp_path: Path, save: Any, llama
     assert list(store.folder.iterdir()) == []
 
 
-def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, save: Any, llama: Any):
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path, save, llama):
     for name in "abcd":
         save(name)
     one = PrefixFolder(tmp_path, llama).get("a").num_bytes
@@ -136,7 +130,7 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(tmp_path: Path, 
     assert store.misses == misses + 1
 
 
-def test_a_prefix_larger_than_the_cache_is_refused(tmp_path: Path, save: Any, llama: Any):
+def test_a_prefix_larger_than_the_cache_is_refused(tmp_path, save, llama):
     save("small", length=1)
     save("large", length=50)
     store = PrefixFolder(tmp_path, llama, max_bytes=2000)
@@ -144,15 +138,15 @@ def test_a_prefix_larger_than_the_cache_is_refused(tmp_path: Path, save: Any, ll
     assert "bytes" in store.refused["large"]
 
 
-def test_many_threads_at_once(tmp_path: Path, save: Any, llama: Any):
+def test_many_threads_at_once(tmp_path, save, llama):
     for index in range(8):
         save(f"p{index}", index)
     spare = save("spare", 9, folder=tmp_path / "elsewhere")
     one = PrefixFolder(tmp_path, llama).get("p0").num_bytes
     store = PrefixFolder(tmp_path, llama, max_bytes=3 * one)
-    errors: list[BaseException] = []
+    errors = []
 
-    def request_prefixes(thread: int) -> None:
+    def request_prefixes(thread):
         try:
             for turn in range(25):
                 name = f"p{(thread * 7 + turn) % 8}"

@@ -1,14 +1,9 @@
 """The worker of a server: started on demand, started again when it dies, and gone with its parent."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,12 +26,12 @@ sys.stdin.read()
 class Supervised:
     """A supervisor of stub workers, and what it logged."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.starts, self.jobs = folder / "starts", threading.Event()
-        self.logged: list[tuple[str, dict[str, Any]]] = []
-        self.workers: list[TrainingWorker] = []
+        self.logged = []
+        self.workers = []
 
-    def start(self, code: str, has_jobs: Callable[[], bool] | None = None, **options: Any) -> TrainingWorker:
+    def start(self, code, has_jobs=None, **options):
         made = TrainingWorker(
             [sys.executable, "-c", code], {"STARTS": str(self.starts)}, has_jobs or self.jobs.is_set, **options
         )
@@ -44,15 +39,15 @@ class Supervised:
         made.start()
         return made
 
-    def pids(self) -> list[int]:
+    def pids(self):
         return [int(line) for line in self.starts.read_text().splitlines()] if self.starts.exists() else []
 
-    def of(self, event: str) -> list[dict[str, Any]]:
+    def of(self, event):
         return [fields for name, fields in self.logged if name == event]
 
 
 @pytest.fixture
-def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervised]:
+def supervised(tmp_path, monkeypatch):
     made = Supervised(tmp_path)
     monkeypatch.setattr(training_worker, "log", lambda event, **fields: made.logged.append((event, fields)))
     monkeypatch.setattr(training_worker, "_SHORTEST", 0.02)
@@ -61,14 +56,14 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
         worker.stop(0.0)
 
 
-def until(good: Callable[[], Any], seconds: float = 10) -> None:
+def until(good, seconds=10):
     end = time.monotonic() + seconds
     while not good():
         assert time.monotonic() < end, "the condition did not come true in time"
         time.sleep(0.01)
 
 
-def exists(pid: int) -> bool:
+def exists(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -76,7 +71,7 @@ def exists(pid: int) -> bool:
     return True
 
 
-def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervised: Supervised) -> None:
+def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervised):
     worker = supervised.start(LIVING)
     time.sleep(0.2)
     assert supervised.pids() == []
@@ -92,7 +87,7 @@ def test_a_worker_is_started_when_a_job_waits_and_stops_with_the_server(supervis
     assert [event for event, _ in supervised.logged] == ["worker_started", "worker_ended"]
 
 
-def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> None:
+def test_a_worker_that_is_killed_is_started_again(supervised):
     supervised.jobs.set()
     supervised.start(LIVING)
     for count in (1, 2, 3):
@@ -102,10 +97,10 @@ def test_a_worker_that_is_killed_is_started_again(supervised: Supervised) -> Non
     assert [fields["code"] for fields in supervised.of("worker_died")] == [-9, -9, -9]
 
 
-def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> None:
+def test_a_database_that_is_away_is_looked_at_again(supervised):
     looks = []
 
-    def has_jobs() -> bool:
+    def has_jobs():
         looks.append(0)
         if len(looks) < 4:
             raise RuntimeError("away")
@@ -116,7 +111,7 @@ def test_a_database_that_is_away_is_looked_at_again(supervised: Supervised) -> N
     assert supervised.of("worker_failed")[0] == {"level": 30, "reason": "away"}
 
 
-def test_one_that_does_not_end_is_killed_after_the_limit(supervised: Supervised) -> None:
+def test_one_that_does_not_end_is_killed_after_the_limit(supervised):
     supervised.jobs.set()
     deaf = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LIVING + "import time; time.sleep(60)"
     worker = supervised.start(deaf)
@@ -128,10 +123,8 @@ def test_one_that_does_not_end_is_killed_after_the_limit(supervised: Supervised)
     assert supervised.of("worker_killed")
 
 
-def test_a_password_is_in_the_environment_and_not_in_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Any] = []
+def test_a_password_is_in_the_environment_and_not_in_the_command(tmp_path, monkeypatch):
+    made = []
     monkeypatch.setattr(training_worker.TrainingWorker, "start", lambda self: made.append(self))
     url = "postgresql://me:secret@db/jobs"
     config = ServeConfig(
@@ -151,7 +144,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     assert "secret" not in " ".join(command)
     assert environment["PREFIXTUNE_WORKER_DATABASE_URL"] == url
     # As the worker itself reads them.
-    seen: list[Any] = []
+    seen = []
     monkeypatch.setattr(worker_command, "_run", lambda config, stop: seen.append(config) or 0)
     monkeypatch.setattr(worker_command, "_exit_now", lambda code: code)
     monkeypatch.setattr(worker_command, "_follow_parent", lambda stop: None)
@@ -164,7 +157,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(
     assert read.prefixes == str(tmp_path)
 
 
-def test_it_notices_that_the_server_was_killed(supervised: Supervised) -> None:
+def test_it_notices_that_the_server_was_killed(supervised):
     server = start_child(
         "from prefixtune.server.training_worker import TrainingWorker\n"
         "worker = TrainingWorker([sys.executable, '-c', sys.argv[1]], {'STARTS': sys.argv[2]}, lambda: True)\n"

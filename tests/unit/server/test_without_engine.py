@@ -1,12 +1,8 @@
 """A server without an engine: files and training only."""
 
-from __future__ import annotations
-
 import asyncio
 import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,7 +22,7 @@ from prefixtune.utils.console import Console
 
 
 @pytest.fixture
-def state(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any, random_prefix: Any) -> ServerState:
+def state(tmp_path, tiny_models, tiny_tokenizer, random_prefix):
     """A server's state over a tiny model's folder without its weights, with the prefix `a`."""
     model, prefixes = tmp_path / "model", tmp_path / "prefixes"
     tiny_models("llama").save_pretrained(model)
@@ -41,7 +37,7 @@ def state(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any, 
     return ServerState(config, unloaded, PrefixFolder(prefixes, unloaded), None)
 
 
-def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
+def test_it_lists_results_and_says_that_it_is_well(state):
     app = make_app(state)
     listed = asyncio.run(send(app, "GET", "/v1/models")).json["data"]
     assert [model["id"] for model in listed] == ["model", "a"]
@@ -51,13 +47,12 @@ def test_it_lists_results_and_says_that_it_is_well(state: ServerState):
     assert b"Playground</a>" not in asyncio.run(send(app, "GET", "/train")).body
 
 
-def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_without_a_limit_of_its_own_is_trained(state, monkeypatch):
     """T5 reads texts of any length; an engine of it would have slots of `DEFAULT_MAX_LENGTH`."""
     monkeypatch.setattr(Backbone, "max_positions", None)
     state = ServerState(state.config, state.backbone, state.store, None)
     app = make_app(state)
     assert asyncio.run(send(app, "GET", "/v1/models/model")).json["max_model_len"] == DEFAULT_MAX_LENGTH
-    assert state.training is not None
     rows = io.BytesIO(b'{"prompt": "a", "completion": "b"}\n' * 20)
     file = state.training.files.put("local", rows, "rows.jsonl", "fine-tune").id
     body = {"model": "model", "training_file": file}
@@ -67,11 +62,11 @@ def test_a_model_without_a_limit_of_its_own_is_trained(state: ServerState, monke
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/completions"), ("GET", "/v1/status"), ("GET", "/")])
-def test_nothing_needs_an_engine(state: ServerState, method: str, path: str):
+def test_nothing_needs_an_engine(state, method, path):
     assert asyncio.run(send(make_app(state), method, path, {})).status == 404
 
 
-def test_its_start_removes_what_a_killed_upload_left(state: ServerState):
+def test_its_start_removes_what_a_killed_upload_left(state):
     # What one of a training file left goes with the next upload.
     left = Path(state.config.prefixes) / f".{_UPLOAD_FOLDER}.x.tmp"
     left.mkdir()

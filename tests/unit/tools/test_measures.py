@@ -1,5 +1,3 @@
-from pathlib import Path
-
 from tools.measures import long_functions, python_lines
 
 SOURCE = '''"""A docstring.
@@ -23,11 +21,11 @@ that is a value"""
 '''
 
 
-def test_docstrings_comments_and_blank_lines_are_no_code() -> None:
+def test_docstrings_comments_and_blank_lines_are_no_code():
     assert python_lines(SOURCE) == 8
 
 
-def test_a_long_function_is_found(tmp_path: Path) -> None:
+def test_a_long_function_is_found(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         "class A:\n    def long(self):\n" + "        x = 1\n" * 60 + "    def short(self):\n" + "        x = 1\n" * 59,

@@ -1,10 +1,7 @@
 """docs/models.md holds the result of `prefixtune doctor` for every model type, on a tiny random model of it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
@@ -35,16 +32,14 @@ EXAMINED = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer():
     return make_tokenizer()
 
 
 # Slow: each model is made and compared five times.
 @HERE
 @pytest.mark.parametrize("name", EXAMINED)
-def test_the_verdict_on_a_model_is_current(
-    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_verdict_on_a_model_is_current(name, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
     # The doctor's comparisons are the same five: what passes them need not be checked when it is loaded, too.
     if any(row[0] == f"`{name}`" and row[3].startswith("works") for row in ROWS):
@@ -55,11 +50,11 @@ def test_the_verdict_on_a_model_is_current(
     assert row in PAGE.splitlines(), f"run `{COMMAND}`: {row}"
 
 
-def test_no_model_gives_wrong_results_or_a_traceback() -> None:
+def test_no_model_gives_wrong_results_or_a_traceback():
     assert len(ROWS) > len(ZOO)
     assert not [row[0] for row in ROWS if row[3] in FAULTS]
 
 
 @HERE
-def test_every_type_of_transformers_is_on_the_page() -> None:
+def test_every_type_of_transformers_is_on_the_page():
     assert model_types().keys() <= {row[0].split("`")[1] for row in ROWS}

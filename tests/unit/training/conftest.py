@@ -1,11 +1,5 @@
 """A small training run, to stop, damage and resume."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import prefixtune as pt
@@ -16,21 +10,21 @@ class _Stopped(Exception):
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def examples() -> list[pt.Example]:
+def examples():
     return [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcd"]
 
 
 @pytest.fixture
-def train(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable[..., Any]:
+def train(backbone, examples, tmp_path):
     """`train(steps, resume=False, **arguments)`: a run in the folder `run`; fields of `TrainConfig` change it."""
     usual = examples
 
-    def run(steps: int = 3, *, resume: bool = False, examples: Any = usual, **more: Any) -> Any:
+    def run(steps=3, *, resume=False, examples=usual, **more):
         config = pt.TrainConfig(
             prefix_length=2, init_text="ab", max_steps=steps, save_every=1, batch_size=4, output=str(tmp_path / "run")
         )
@@ -44,11 +38,11 @@ def train(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable
 
 
 @pytest.fixture
-def train_until(train: Callable[..., Any]) -> Callable[..., None]:
+def train_until(train):
     """`train_until(step, ...)`: the run of `train(...)`, ended right after it has saved its state at that step."""
 
-    def run(step: int, *arguments: Any, **fields: Any) -> None:
-        def on_event(event: Any) -> None:
+    def run(step, *arguments, **fields):
+        def on_event(event):
             if event["event"] == "save" and event["step"] == step:
                 raise _Stopped
 
@@ -59,8 +53,8 @@ def train_until(train: Callable[..., Any]) -> Callable[..., None]:
 
 
 @pytest.fixture
-def no_backbone_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: Any, **__: Any) -> Any:
+def no_backbone_loads(monkeypatch):
+    def load(*_, **__):
         raise AssertionError("the backbone is loaded")
 
     monkeypatch.setattr("prefixtune.training.prepare.load_backbone", load)

@@ -1,10 +1,6 @@
 """Others beside a prefix that trains: which files, what is refused, and resuming to the same numbers."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,26 +17,26 @@ class Stopped(Exception):
 
 
 @pytest.fixture
-def others(train: Callable[..., Any], tmp_path: Path) -> Path:
+def others(train, tmp_path):
     """A folder of two runs."""
     for name in ("one", "two"):
         train(2, output=str(tmp_path / "others" / name), seed=len(name), prefix_length=len(name))
     return tmp_path / "others"
 
 
-def losses(result: Any) -> list[float]:
+def losses(result):
     return [event["loss"] for event in result.events if event["event"] == "step"]
 
 
-def stop_at(step: int) -> Callable[[Any], None]:
-    def on_event(event: Any) -> None:
+def stop_at(step):
+    def on_event(event):
         if event["event"] == "save" and event["step"] == step:
             raise Stopped
 
     return on_event
 
 
-def test_a_run_beside_others_is_resumed_exactly(train: Callable[..., Any], others: Path, tmp_path: Path) -> None:
+def test_a_run_beside_others_is_resumed_exactly(train, others, tmp_path):
     options = {"beside": str(others), "prefix_length": 4, "prefix_dropout": 0.3}
     whole = train(6, **options, output=str(tmp_path / "whole"))
     alone = train(6, prefix_length=4, prefix_dropout=0.3, output=str(tmp_path / "alone"))
@@ -58,9 +54,7 @@ def test_a_run_beside_others_is_resumed_exactly(train: Callable[..., Any], other
     assert resumed.prefix.equal(whole.prefix)
 
 
-def test_other_files_beside_it_are_refused_when_it_is_resumed(
-    train: Callable[..., Any], others: Path, tmp_path: Path
-) -> None:
+def test_other_files_beside_it_are_refused_when_it_is_resumed(train, others, tmp_path):
     options = {"beside": str(others), "output": str(tmp_path / "run2")}
     with pytest.raises(Stopped):
         train(6, **options, on_event=stop_at(3))
@@ -69,7 +63,7 @@ def test_other_files_beside_it_are_refused_when_it_is_resumed(
         train(6, **options, resume=True)
 
 
-def test_a_run_in_the_folder_does_not_stand_beside_itself(others: Path) -> None:
+def test_a_run_in_the_folder_does_not_stand_beside_itself(others):
     names = [Path(path).parent.name for path in find_files(str(others), str(others / "one"))]
     assert names == ["two"]
     assert find_files(str(others / "two"), "x") == [str(others / "two")]
@@ -78,9 +72,7 @@ def test_a_run_in_the_folder_does_not_stand_beside_itself(others: Path) -> None:
         find_files(str(others / "empty"), "x")
 
 
-def test_prefixes_of_another_backbone_are_refused_by_name(
-    train: Callable[..., Any], others: Path, tiny_backbone: Any, tmp_path: Path
-) -> None:
+def test_prefixes_of_another_backbone_are_refused_by_name(train, others, tiny_backbone, tmp_path):
     other = tiny_backbone("llama", seed=1)
     train(2, output=str(others / "stranger"), backbone=other)
     with pytest.raises(BackboneError, match="stranger"):
@@ -100,18 +92,14 @@ def test_prefixes_of_another_backbone_are_refused_by_name(
         train(2, output=str(tmp_path / "new"), beside=str(tmp_path / "imported.safetensors"))
 
 
-def test_a_joined_length_beyond_the_positions_is_refused(
-    train: Callable[..., Any], others: Path, tmp_path: Path
-) -> None:
+def test_a_joined_length_beyond_the_positions_is_refused(train, others, tmp_path):
     for name in ("long", "longer"):
         train(1, output=str(others / name), prefix_length=80)
     with pytest.raises(ConfigError, match=r"up to \d+ of those beside it .* positions, but 'tiny-llama' has"):
         train(2, output=str(tmp_path / "new"), beside=str(others))
 
 
-def test_questions_of_others_are_learned_with_those_in_view(
-    backbone: Any, examples: list[pt.Example], others: Path, tmp_path: Path
-) -> None:
+def test_questions_of_others_are_learned_with_those_in_view(backbone, examples, others, tmp_path):
     """At most a third as many as own examples; who else stands beside is drawn."""
     two = others / "two" / "prefix.safetensors"
     made = pt.load_prefix(two)
@@ -127,7 +115,6 @@ def test_questions_of_others_are_learned_with_those_in_view(
         for step, batches in zip(range(40), run.loop.remaining_steps(), strict=False):
             seen |= {front.company for batch, _ in batches for front in batch.fronts}
             run.loop.state.step = step + 1
-        assert run.loop.beside is not None
         drawn = {run.loop.beside.draw(config, step, 0, (1,)) for step in range(40)}
     assert drawn == {(1,), (0, 1)}
     assert {(), (1,), (0, 1)} <= seen
@@ -135,7 +122,7 @@ def test_questions_of_others_are_learned_with_those_in_view(
         pt.save_prefix(tmp_path / "odd.safetensors", pt.Prefix(made.layers, {**made.header, "questions": [["alone"]]}))
 
 
-def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None:
+def test_self_needs_other_runs(train, backbone):
     with pytest.raises(ConfigError, match="beside is 'self'"):
         train(2, beside="self")
     with pytest.raises(ConfigError, match="there is no other run"):
@@ -143,10 +130,10 @@ def test_self_needs_other_runs(train: Callable[..., Any], backbone: Any) -> None
 
 
 @pytest.fixture
-def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Callable[..., Any]:
+def together(backbone, examples, tmp_path):
     """Three runs, each beside the others, of unequal lengths and numbers of steps."""
 
-    def run(where: str, order: Sequence[int] = (0, 1, 2), **more: Any) -> Any:
+    def run(where, order=(0, 1, 2), **more):
         configs = [
             pt.TrainConfig(
                 prefix_length=length,
@@ -167,14 +154,12 @@ def together(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Calla
 
 
 @pytest.mark.parametrize(("step", "name"), [(0, "ab"), (4, "cde"), (7, "ab")])
-def test_a_kill_between_the_saves_of_a_step_goes_on_from_the_last_common_one(
-    step: int, name: str, together: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_the_saves_of_a_step_goes_on_from_the_last_common_one(step, name, together, monkeypatch):
     """Again after it was resumed, too; a run that has ended by then is as it ended."""
     whole = together("whole")
     save = TrainLoop.save
 
-    def stop(loop: TrainLoop) -> None:
+    def stop(loop):
         save(loop)
         if (loop.state.step, Path(loop.config.output).name) == (step, name):
             raise Stopped
@@ -192,7 +177,7 @@ def test_a_kill_between_the_saves_of_a_step_goes_on_from_the_last_common_one(
         assert other.prefix.equal(one.prefix)
 
 
-def test_runs_are_not_resumed_beside_others(together: Callable[..., Any]) -> None:
+def test_runs_are_not_resumed_beside_others(together):
     together("runs")
     with pytest.raises(ConfigError, match="prefixes beside it"):
         together("runs", order=(0, 1), resume=True)

@@ -1,11 +1,5 @@
 """Resuming from a state wants the same configuration, and the state is read once."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 import prefixtune as pt
@@ -13,16 +7,14 @@ from prefixtune.errors import ConfigError
 from prefixtune.training.checkpoint import load_state, save_state
 
 
-def test_another_length_or_rate_is_refused(
-    train: Callable[..., Any], tmp_path: Path, examples: list[pt.Example], no_backbone_loads: None
-) -> None:
+def test_another_length_or_rate_is_refused(train, tmp_path, examples, no_backbone_loads):
     train(3)
     for name, value in (("epochs", 50.0), ("max_steps", 6), ("learning_rate", 0.5), ("patience", 2)):
         with pytest.raises(ConfigError, match=name):
             pt.train(output=str(tmp_path / "run"), resume=True, examples=examples, **{name: value})
 
 
-def test_a_state_that_names_an_unknown_option_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_state_that_names_an_unknown_option_is_refused(train, tmp_path):
     train(3)
     path = tmp_path / "run" / "state.safetensors"
     tensors, facts = load_state(path)

@@ -1,11 +1,6 @@
 """Which runs may share a pass over one backbone, and which options go with a backbone that is loaded, or split."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +19,7 @@ class _AskedFor(Exception):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder that looks like a model, before it is loaded."""
     (tmp_path / "model").mkdir()
     facts = {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 3}
@@ -39,12 +34,12 @@ def folder(tmp_path: Path) -> Path:
         ({"shard": True}, "shard"),
     ],
 )
-def test_what_runs_cannot_share_is_refused(values: dict[str, Any], message: str) -> None:
+def test_what_runs_cannot_share_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         check_together([TrainConfig(output="a", **values), TrainConfig(output="b")])
 
 
-def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any], monkeypatch: Any) -> None:
+def test_weights_without_gradients_are_refused(tiny_backbone, monkeypatch):
     backbone = tiny_backbone("llama")
     check_passes_gradients(backbone)
     weight = backbone.model.lm_head.weight
@@ -63,31 +58,27 @@ def test_weights_without_gradients_are_refused(tiny_backbone: Callable[..., Any]
         ({"shard": True}, "shard is True"),
     ],
 )
-def test_what_a_loaded_backbone_does_not_follow_is_refused(
-    values: dict[str, Any], message: str, backbone: Backbone
-) -> None:
+def test_what_a_loaded_backbone_does_not_follow_is_refused(values, message, backbone):
     with pytest.raises(ConfigError, match=message):
         check_given(TrainConfig(**values), backbone)
 
 
-def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models: Any, tiny_tokenizer: Any) -> None:
+def test_options_that_a_loaded_backbone_has_are_allowed(tiny_models, tiny_tokenizer):
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny", attention="eager")
     check_given(TrainConfig(dtype="bfloat16", device="cpu", attention="eager"), backbone)
     check_given(TrainConfig(), backbone)
 
 
-def test_a_run_on_a_loaded_backbone_is_checked(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_run_on_a_loaded_backbone_is_checked(train, tmp_path):
     with pytest.raises(ConfigError, match="dtype"):
         train(dtype="bfloat16")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
-    folder: Path, examples: list[pt.Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
+def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(folder, examples, tmp_path, monkeypatch):
+    asked = {}
 
-    def load(*_: Any, **options: Any) -> Any:
+    def load(*_, **options):
         asked.update(options)
         raise _AskedFor
 
@@ -102,7 +93,7 @@ def test_a_split_backbone_has_the_dtype_of_the_device_that_computes(
 
 
 @pytest.mark.parametrize("method", ["full", "adapter", "lora"])
-def test_nothing_is_trained_on_what_another_method_left(method: str, train: Callable[..., Any], tmp_path: Path) -> None:
+def test_nothing_is_trained_on_what_another_method_left(method, train, tmp_path):
     size = 0 if method == "full" else 1
     train(1, method=method, method_size=size, output=str(tmp_path / "other"))
     for again in ({}, {"method": method, "method_size": size}):
@@ -122,9 +113,7 @@ def test_nothing_is_trained_on_what_another_method_left(method: str, train: Call
         ({"shard": True}, [{"prompt": "a", "completion": "b"}], "shard"),
     ],
 )
-def test_what_does_not_go_together_is_refused_and_leaves_nothing(
-    backbone: Backbone, tmp_path: Path, options: dict[str, Any], rows: list[Any], name: str
-) -> None:
+def test_what_does_not_go_together_is_refused_and_leaves_nothing(backbone, tmp_path, options, rows, name):
     start = tmp_path / "start.safetensors"
     pt.save_prefix(start, pt.Prefix({"decoder": ((torch.zeros(2, 3, 8), torch.zeros(2, 3, 8)),) * 3}))
     options = {key: str(start) if value == "FILE" else value for key, value in options.items()}

@@ -1,7 +1,5 @@
 """The environment that says how many processes train together; tests of real ones are in tests/e2e."""
 
-from __future__ import annotations
-
 import pytest
 
 from prefixtune.errors import ConfigError
@@ -11,7 +9,7 @@ NAMES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
-def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_processes(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
@@ -25,9 +23,7 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         {"WORLD_SIZE": "0"},
     ],
 )
-def test_an_environment_that_is_incomplete_is_named(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_is_incomplete_is_named(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="WORLD_SIZE"), init_distributed("cpu"):
@@ -35,7 +31,7 @@ def test_an_environment_that_is_incomplete_is_named(
 
 
 @pytest.mark.parametrize("size", ["", "1"])
-def test_a_process_may_be_the_only_one(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_may_be_the_only_one(size, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)
     with init_distributed("cpu") as processes:
         assert processes is SINGLE_PROCESS

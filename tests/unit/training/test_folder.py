@@ -1,12 +1,7 @@
 """The folder of a run: damaged logs, and its lock."""
 
-from __future__ import annotations
-
 import json
 import tomllib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,9 +9,7 @@ from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.utils.files import claim_folder
 
 
-def test_a_torn_last_line_is_left_out(
-    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
-) -> None:
+def test_a_torn_last_line_is_left_out(train, train_until, tmp_path):
     log = tmp_path / "run" / "events.jsonl"
     train_until(2)
     log.write_bytes(log.read_bytes() + b'{"event": "st')
@@ -26,9 +19,7 @@ def test_a_torn_last_line_is_left_out(
     assert [json.loads(line)["event"] for line in log.read_text().splitlines()].count("step") == 3
 
 
-def test_a_damaged_log_is_named_with_a_hint(
-    train: Callable[..., Any], train_until: Callable[[int], None], tmp_path: Path
-) -> None:
+def test_a_damaged_log_is_named_with_a_hint(train, train_until, tmp_path):
     log = tmp_path / "run" / "events.jsonl"
     train_until(2)
     first, *rest = log.read_bytes().split(b"\n")
@@ -40,10 +31,10 @@ def test_a_damaged_log_is_named_with_a_hint(
     assert [event["step"] for event in train(resume=True).events if event["event"] == "step"] == [3]
 
 
-def test_a_run_locks_its_folder_to_its_end(train: Callable[..., Any], tmp_path: Path) -> None:
-    messages: list[str] = []
+def test_a_run_locks_its_folder_to_its_end(train, tmp_path):
+    messages = []
 
-    def on_event(event: Any) -> None:
+    def on_event(event):
         with pytest.raises(PrefixError, match="in use") as caught:
             train()
         messages.append(caught.value.message)
@@ -54,9 +45,7 @@ def test_a_run_locks_its_folder_to_its_end(train: Callable[..., Any], tmp_path: 
         pass
 
 
-def test_a_run_names_the_backbone_that_it_was_given(
-    train: Callable[..., Any], train_until: Callable[..., None], backbone: Any, tiny_backbone: Any, tmp_path: Path
-) -> None:
+def test_a_run_names_the_backbone_that_it_was_given(train, train_until, tiny_backbone, tmp_path):
     train_until(2)
     stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
     assert (stored["backbone"], stored["dtype"]) == ("tiny-llama", "float32")

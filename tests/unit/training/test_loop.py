@@ -1,18 +1,13 @@
 """A step: its gradients do not depend on the dtype that the backbone computes in."""
 
-from __future__ import annotations
-
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.training.distributed import ProcessGroup
-from prefixtune.training.loop import TrainLoop, forward_backward
+from prefixtune.training.loop import forward_backward
 
 
 class _Ready(Exception):
@@ -22,19 +17,17 @@ class _Ready(Exception):
 class _LargeStep(ProcessGroup):
     """As if other processes had the rest of a step of 100,000 times as many targets."""
 
-    def all_reduce(self, *values: float) -> tuple[float, ...]:
+    def all_reduce(self, *values):
         return tuple(100_000 * value for value in values)
 
 
 @pytest.mark.parametrize("method", ["prefix", "lora"])
-def test_small_gradients_are_not_lost_in_float16(
-    method: str, train: Callable[..., Any], tiny_models: Callable[..., Any], tiny_tokenizer: Any
-) -> None:
-    def gradient(dtype: torch.dtype) -> Tensor:
+def test_small_gradients_are_not_lost_in_float16(method, train, tiny_models, tiny_tokenizer):
+    def gradient(dtype):
         backbone = Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "tiny")
-        found: list[Tensor] = []
+        found = []
 
-        def check(loop: TrainLoop) -> None:
+        def check(loop):
             loop.processes = _LargeStep()
             step = loop.prepare(next(loop.remaining_steps()))
             forward_backward(loop.backbone, [step])

@@ -1,10 +1,5 @@
 """A resumed run takes its start from its state: the files that it began from may change or be gone."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.prefix.prefix import save_prefix
@@ -18,13 +13,13 @@ from prefixtune.prefix.prefix import save_prefix
     ],
 )
 def test_the_files_of_the_start_are_not_read_again(
-    train: Any, train_until: Any, backbone: Any, random_prefix: Any, tmp_path: Path, options: Any, change: str
-) -> None:
+    train, train_until, backbone, random_prefix, tmp_path, options, change
+):
     words, prefix = tmp_path / "words.txt", tmp_path / "start.safetensors"
     start = {"init_prefix": str(prefix)} if options["initialization"] == "prefix" else {"init_text": f"@{words}"}
     options = {**options, **start, "save_every": 1, "max_steps": 4}
 
-    def write() -> None:
+    def write():
         words.write_text("hello there", encoding="utf-8")
         save_prefix(prefix, random_prefix(backbone, 2))
 

@@ -1,30 +1,22 @@
 """A run that reports to a tracker: what it reports, and that no tracker ends it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.errors import ConfigError
 from prefixtune.training import trackers
 from prefixtune.training.trackers import Tracker
 
-Rows = list[tuple[int, dict[str, float]]]
-
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rows]:
+def rows(monkeypatch):
     """What each tracker is told, by its name; every name stands for a fake one."""
-    told: dict[str, Rows] = {}
+    told = {}
 
-    def start(name: str) -> Callable[[Any], Tracker]:
-        def started(loop: Any) -> Tracker:
+    def start(name):
+        def started(loop):
             own = told.setdefault(name, [])
 
-            def log(values: Mapping[str, float], step: int) -> None:
+            def log(values, step):
                 own.append((step, dict(values)))
                 if name == "wandb" and step == 2:
                     raise OSError("the disk is full")
@@ -38,7 +30,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Rows]:
     return told
 
 
-def test_one_that_fails_is_left_out_with_a_warning(rows: dict[str, Rows], train: Callable[..., Any]):
+def test_one_that_fails_is_left_out_with_a_warning(rows, train):
     with pytest.warns(RuntimeWarning, match="wandb.*the disk is full"):
         result = train(4, report_to=("wandb", "trackio"))
     assert result.steps == 4
@@ -46,10 +38,8 @@ def test_one_that_fails_is_left_out_with_a_warning(rows: dict[str, Rows], train:
     assert len(rows["trackio"]) == 5
 
 
-def test_one_that_does_not_start_refuses_the_run(
-    rows: dict[str, Rows], train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    def fail(loop: Any) -> Tracker:
+def test_one_that_does_not_start_refuses_the_run(rows, train, monkeypatch, tmp_path):
+    def fail(loop):
         raise OSError("no network")
 
     monkeypatch.setitem(trackers._STARTS, "wandb", fail)

@@ -1,12 +1,7 @@
 """What varies from step to step: dropped positions and nested lengths, by the seed and the step alone."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
-from typing import Any
-
-import pytest
 
 import prefixtune as pt
 from prefixtune.data.encoding import TokenizedExample
@@ -15,12 +10,12 @@ from prefixtune.training.schedule import dropped_positions, nested_lengths, vary
 GROUPS = [TokenizedExample((1, 2), ((3,),), hidden=(0, 7)) for _ in range(12)]
 
 
-def varied(step: int = 1, *, seed: int = 0, one_length: bool = False, **options: Any) -> list[list[TokenizedExample]]:
+def varied(step=1, *, seed=0, one_length=False, **options):
     config = pt.TrainConfig(seed=seed, **options)
     return vary(config, step, [GROUPS, GROUPS[:3]], {"encoder": 20, "cross": 5}, one_length=one_length)
 
 
-def test_each_group_misses_its_own_share_and_what_it_missed_before() -> None:
+def test_each_group_misses_its_own_share_and_what_it_missed_before():
     steps = [varied(step, prefix_dropout=0.3) for step in range(1, 101)]
     groups = [group for batches in steps for batch in batches for group in batch]
     assert all({0, 7} <= set(group.hidden) <= set(range(20)) for group in groups)
@@ -30,7 +25,7 @@ def test_each_group_misses_its_own_share_and_what_it_missed_before() -> None:
     assert len({group.hidden for group in groups}) > 1000
 
 
-def test_the_first_position_always_stays() -> None:
+def test_the_first_position_always_stays():
     rng = random.Random(0)
     drawn = [dropped_positions(rng, 3, 0.99) for _ in range(200)]
     assert max(map(len, drawn)) == 2
@@ -38,7 +33,7 @@ def test_the_first_position_always_stays() -> None:
     assert varied(prefix_dropout=0.0)[0] == GROUPS
 
 
-def test_lengths_cover_the_range_in_every_step() -> None:
+def test_lengths_cover_the_range_in_every_step():
     """A quarter is the whole prefix, and each octave below has the same share of the rest."""
     rng = random.Random(0)
     drawn = [nested_lengths(rng, 63, 12) for _ in range(500)]
@@ -51,7 +46,7 @@ def test_lengths_cover_the_range_in_every_step() -> None:
     assert all(min(lengths) <= 2 for lengths in drawn)
 
 
-def test_one_length_for_a_batch_where_rows_cannot_differ() -> None:
+def test_one_length_for_a_batch_where_rows_cannot_differ():
     for step in range(1, 20):
         first, second = varied(step, nested=True, one_length=True)
         assert len({group.front.length for group in first}) == len({group.front.length for group in second}) == 1
@@ -60,7 +55,7 @@ def test_one_length_for_a_batch_where_rows_cannot_differ() -> None:
     assert len({group.front.length for group in varied(nested=True)[0]}) > 6
 
 
-def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
+def test_draws_depend_on_the_seed_and_the_step_alone():
     options = {"nested": True, "prefix_dropout": 0.2}
     random.seed(3)
     once = varied(5, **options)
@@ -71,9 +66,7 @@ def test_draws_depend_on_the_seed_and_the_step_alone() -> None:
     assert [group.front.length for group in varied(5, nested=True)[0]] == lengths
 
 
-def test_processes_share_the_same_groups(
-    backbone: Any, examples: list[pt.Example], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_share_the_same_groups(backbone, examples):
     from prefixtune.training.data import tokenize
     from prefixtune.training.distributed import ProcessGroup
     from prefixtune.training.loop import TrainLoop
@@ -82,7 +75,7 @@ def test_processes_share_the_same_groups(
     config = pt.TrainConfig(prefix_length=6, init_text="ab", nested=True, prefix_dropout=0.4, max_steps=3, batch_size=4)
     data = tokenize(config, backbone, examples, [])
 
-    def groups(rank: int, size: int) -> list[Any]:
+    def groups(rank, size):
         encoder, start = build_encoder(config, backbone, examples=data.train.examples)
         loop = TrainLoop(config, backbone, data, encoder, start.description, ProcessGroup(rank, size))
         found = []

@@ -1,7 +1,5 @@
 """Files are the old ones or the new ones, never a part; work folders of killed processes are removed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading
@@ -11,24 +9,17 @@ import pytest
 
 from child_process import kill, start_child
 from prefixtune.errors import PrefixError
-from prefixtune.utils.files import (
-    append_line,
-    atomic_files,
-    atomic_path,
-    check_writable,
-    remove_abandoned,
-    write_text,
-)
+from prefixtune.utils.files import append_line, atomic_files, atomic_path, check_writable, remove_abandoned, write_text
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+def test_a_file_is_replaced_at_once(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     write_text(path, "old")
     with atomic_path(path) as temporary:
@@ -40,13 +31,13 @@ def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
     assert (names(path.parent), path.read_text()) == (["a.txt"], "new")
 
 
-def write_half(path: Path, error: Exception) -> None:
+def write_half(path, error):
     with atomic_path(path) as temporary:
         temporary.write_text("half")
         raise error
 
 
-def test_any_error_leaves_the_old_file(tmp_path: Path) -> None:
+def test_any_error_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a", "old")
     for error in (OSError(errno.ENOSPC, "No space left on device"), Exception("I/O error: full (os error 28)")):
         with pytest.raises(PrefixError, match=r"cannot write '.*a': No space left on device\.") as raised:
@@ -59,12 +50,12 @@ def test_any_error_leaves_the_old_file(tmp_path: Path) -> None:
     assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a"], "old")
 
 
-def test_many_writers_of_one_file(tmp_path: Path) -> None:
+def test_many_writers_of_one_file(tmp_path):
     """In two processes with one number, as in two containers, they would have overwritten each other's file."""
     path, faults = tmp_path / "a", list[Exception]()
     texts = [letter * 200_000 for letter in "abcdefgh"]
 
-    def write(text: str) -> None:
+    def write(text):
         try:
             for _ in range(10):
                 write_text(path, text)
@@ -81,7 +72,7 @@ def test_many_writers_of_one_file(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path):
     code = """
 with atomic_path(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
@@ -101,7 +92,7 @@ with atomic_path(Path(sys.argv[1])) as temporary:
     assert names(tmp_path) == ["a"]
 
 
-def test_processes_that_append_together_lose_and_divide_no_line(tmp_path: Path) -> None:
+def test_processes_that_append_together_lose_and_divide_no_line(tmp_path):
     path, count = tmp_path / "log", 400
     code = (
         "print('ready', flush=True)\n"
@@ -115,7 +106,7 @@ def test_processes_that_append_together_lose_and_divide_no_line(tmp_path: Path) 
     assert sorted(path.read_text().splitlines()) == sorted(f"{name} {n}" for name in "ab" for n in range(count))
 
 
-def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path):
     path = tmp_path / "log"
     path.write_text("cut o")
     append_line(path, "whole")
@@ -127,7 +118,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> 
 # --- several files ----------------------------------------------------------------------------------------------------
 
 
-def test_files_are_moved_together(tmp_path: Path) -> None:
+def test_files_are_moved_together(tmp_path):
     folder = tmp_path / "out"
     for text in ("old", "new"):
         with atomic_files(folder) as made:
@@ -139,10 +130,10 @@ def test_files_are_moved_together(tmp_path: Path) -> None:
     assert names(folder) == ["a", "b", "c"]
 
 
-def test_a_new_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_new_folder_is_there_as_a_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "deep" / "out"
 
-    def write() -> None:
+    def write():
         with atomic_files(folder) as made:
             (made / "a").write_text("new")
             assert not folder.exists()
@@ -161,7 +152,7 @@ def test_a_new_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 # --- can it be written? -----------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_said_before(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "a" / "b"):
         with pytest.raises(PrefixError):
@@ -171,7 +162,7 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for name in ("pipe", "link"):

@@ -1,10 +1,6 @@
 """Paths with a `~`, also of a user who does not exist; and the user's folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
-
-import pytest
 
 from prefixtune.jobs.config import jobs_folder
 from prefixtune.utils.folders import cache_folder, data_folder, expand_home
@@ -12,12 +8,12 @@ from prefixtune.utils.folders import cache_folder, data_folder, expand_home
 NO_USER = "~no-such-user/prefixes"
 
 
-def test_a_user_who_does_not_exist_has_no_home() -> None:
+def test_a_user_who_does_not_exist_has_no_home():
     assert expand_home("~/prefixes") == Path.home() / "prefixes"
     assert expand_home(NO_USER) == Path(NO_USER)
 
 
-def test_the_users_folders_may_be_below_any_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_folders_may_be_below_any_home(monkeypatch):
     monkeypatch.delenv("PREFIXTUNE_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "~/caches")
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
@@ -27,7 +23,7 @@ def test_the_users_folders_may_be_below_any_home(monkeypatch: pytest.MonkeyPatch
     assert (cache_folder(), data_folder()) == (Path.home() / "all", Path.home() / "all" / "data")
 
 
-def test_each_folder_of_prefixes_has_jobs_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_folder_of_prefixes_has_jobs_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
     assert jobs_folder("mine", "a/prefixes") == Path.cwd() / "mine"
     one, other = jobs_folder("", "a/prefixes"), jobs_folder("", "b/prefixes")

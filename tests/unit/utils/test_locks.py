@@ -1,10 +1,7 @@
 """Locks end with their process, whatever ends it."""
 
-from __future__ import annotations
-
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -14,11 +11,11 @@ from prefixtune.utils.files import claim_folder
 from prefixtune.utils.locks import file_lock
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
+def test_a_folder_is_one_process_s(tmp_path):
     folder = tmp_path / "run"
     code = 'with claim_folder(Path(sys.argv[1])):\n    print("ready", flush=True)\n    time.sleep(600)\n'
     other = start_child(code, folder)
@@ -38,10 +35,10 @@ def test_a_folder_is_one_process_s(tmp_path: Path) -> None:
     assert names(folder) == ["mine"]
 
 
-def test_who_waits_for_a_lock_gets_it(tmp_path: Path) -> None:
+def test_who_waits_for_a_lock_gets_it(tmp_path):
     path, order = tmp_path / "lock", list[str]()
 
-    def wait() -> None:
+    def wait():
         with file_lock(path, timeout=-1.0) as mine:
             order.append(f"second {mine}")
 

@@ -1,15 +1,11 @@
 """BLEU: references of unequal number, and misuse. Labels and spans: cases worked out by hand."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
-from prefixtune.evaluation.metrics import Measurement, macro_f1, measure, span_f1
+from prefixtune.evaluation.metrics import macro_f1, measure, span_f1
 
 
-def bleu(hypotheses: Any, references: Any) -> Measurement:
+def bleu(hypotheses, references):
     return measure(hypotheses, references, protocol="e2e", metrics=["bleu"])["bleu"]
 
 
@@ -27,7 +23,7 @@ def test_an_absent_reference_counts_as_absent():
     ("hypotheses", "references"),
     [([], []), (["a"], []), (["a", "b"], [["a"], []]), (["a"], ["a"])],
 )
-def test_misuse_is_reported(hypotheses: Any, references: Any):
+def test_misuse_is_reported(hypotheses, references):
     with pytest.raises(ValueError, match=r"hypothes|reference"):
         bleu(hypotheses, references)
 
@@ -43,7 +39,7 @@ def test_misuse_is_reported(hypotheses: Any, references: Any):
         (["a", "what?"], ["a", "b"], (1 + 0 + 0) / 3),
     ],
 )
-def test_macro_f1_is_the_mean_over_the_labels(predictions: list[str], references: list[str], wanted: float):
+def test_macro_f1_is_the_mean_over_the_labels(predictions, references, wanted):
     score = macro_f1(predictions, references)
     assert (score.name, score.score) == ("macro F1", pytest.approx(100 * wanted))
     assert "predictions or references" in score.implementation
@@ -71,7 +67,7 @@ def test_macro_f1_is_the_mean_over_the_labels(predictions: list[str], references
         (["O"], ["O"], 0),
     ],
 )
-def test_a_span_counts_as_a_whole(predicted: list[str], wanted: list[str], f1: float):
+def test_a_span_counts_as_a_whole(predicted, wanted, f1):
     score = span_f1([line.split() for line in predicted], [line.split() for line in wanted])
     assert (score.name, score.score) == ("span F1", pytest.approx(100 * f1))
     assert "seqeval" in score.implementation
@@ -82,6 +78,6 @@ def test_e2e_ignores_the_case_of_ascii_letters_alone():
     assert measure(["the cafe AT the RIVERSIDE is cheap"], reference, protocol="e2e", metrics=["bleu"])[
         "bleu"
     ].score == pytest.approx(100)
-    accented: tuple[list[str], list[list[str]]] = (["CAFÉ"], [["café"]])
+    accented = (["CAFÉ"], [["café"]])
     assert measure(*accented, protocol="e2e", metrics=["nist"])["nist"].score == 0
     assert "case:lc" in measure(*accented, protocol="e2e", metrics=["bleu"])["bleu"].implementation

@@ -1,21 +1,17 @@
 """Intervals, comparisons and parts: against scoring texts anew, and as statistics should behave."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Sequence
 from itertools import product
 
 import pytest
 
 from prefixtune.evaluation.metrics import bootstrap, measure, randomize
-from prefixtune.results import Comparison
 
 METRICS = ["bleu", "nist", "rouge_1", "ter", "chrf"]
 WORDS = list("abcdefghijklmnopq")
 
 
-def items(count: int, wrong: float, seed: int = 0) -> tuple[list[str], list[list[str]]]:
+def items(count, wrong, seed=0):
     """Random references, and outputs of which a share of the words is wrong."""
     rng = random.Random(f"references {seed}")
     references = [[" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) for _ in range(2)] for _ in range(count)]
@@ -26,13 +22,13 @@ def items(count: int, wrong: float, seed: int = 0) -> tuple[list[str], list[list
     return outputs, references
 
 
-def compare(first: list[str], second: list[str], references: list[list[str]], metric: str, **draws: int) -> Comparison:
+def compare(first, second, references, metric, **draws):
     one, other = (measure(texts, references, metrics=[metric])[metric] for texts in (first, second))
     return randomize(one, other, **draws)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_part_scores_as_its_texts_scored_anew(metric: str):
+def test_a_part_scores_as_its_texts_scored_anew(metric):
     outputs, references = items(30, 0.3)
     chosen = [4, 0, 0, 17, 17, 29]
     part = measure(outputs, references, metrics=[metric])[metric].part(chosen)
@@ -55,7 +51,7 @@ def test_a_part_is_padded_to_its_own_references():
 
 
 @pytest.mark.parametrize("metric", ["nist", "ter"])
-def test_an_interval_holds_the_score_and_shrinks_with_more_items(metric: str):
+def test_an_interval_holds_the_score_and_shrinks_with_more_items(metric):
     few, many = (measure(*items(count, 0.3), metrics=[metric])[metric] for count in (40, 640))
     widths = []
     for measured in (few, many):
@@ -79,7 +75,7 @@ def test_an_interval_is_that_of_sacrebleus_bootstrap():
 
 
 @pytest.mark.parametrize("metric", ["bleu", "ter"])
-def test_a_system_compares_with_itself_and_with_a_worse_one(metric: str):
+def test_a_system_compares_with_itself_and_with_a_worse_one(metric):
     good, references = items(120, 0.2)
     bad, _ = items(120, 0.5)
     same = compare(good, list(good), references, metric)
@@ -101,7 +97,7 @@ def test_a_p_value_is_the_share_of_all_exchanges():
     (first, references), (second, _), metric = items(9, 0.2), items(9, 0.45), "rouge_1"
     texts = list(zip(first, second, strict=True))
 
-    def difference(exchanges: Sequence[bool]) -> float:
+    def difference(exchanges):
         sides = ([pair[one != swapped] for pair, swapped in zip(texts, exchanges, strict=True)] for one in (0, 1))
         one, other = (measure(side, references, metrics=[metric])[metric].score for side in sides)
         return one - other

@@ -1,7 +1,5 @@
 """Translation edit rate: sacrebleu's count on random texts."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +10,7 @@ WORDS = st.lists(st.sampled_from("abcdefgh"), max_size=16)
 
 @given(WORDS, WORDS)
 @settings(max_examples=150, deadline=None)
-def test_edits_are_sacrebleus(hypothesis: list[str], reference: list[str]):
+def test_edits_are_sacrebleus(hypothesis, reference):
     from sacrebleu.metrics.lib_ter import translation_edit_rate
 
     assert edits(hypothesis, reference) == translation_edit_rate(hypothesis, reference)[0]

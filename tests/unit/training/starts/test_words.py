@@ -1,9 +1,5 @@
 """Starts of a prefix: from words, exactly what the model would have cached for them; from another prefix."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,7 +9,7 @@ from prefixtune.training.starts.build import from_prefix, resolve_site_lengths
 from prefixtune.training.starts.words import from_words
 
 
-def test_a_prefix_of_words_acts_like_the_words(backbone: Any, assert_same: Any):
+def test_a_prefix_of_words_acts_like_the_words(backbone, assert_same):
     words, text = backbone.encode("Say it: "), backbone.encode("name : Ann")
     prefix = from_words(backbone, "Say it: ", len(words))
     logits = backbone.forward(torch.tensor([text]), prefixes=prefix).logits[0]
@@ -21,14 +17,14 @@ def test_a_prefix_of_words_acts_like_the_words(backbone: Any, assert_same: Any):
     assert_same(logits, whole)
 
 
-def test_words_are_cut_and_cycled(tiny_backbone: Any):
+def test_words_are_cut_and_cycled(tiny_backbone):
     backbone = tiny_backbone("llama")
     assert from_words(backbone, "abcdef", 4).equal(from_words(backbone, "abcd", 4))
     assert from_words(backbone, "abc", 7).equal(from_words(backbone, "abcabca", 7))
     assert not from_words(backbone, "abcd", 4).equal(from_words(backbone, "abce", 4))
 
 
-def test_it_has_the_backbones_shapes_in_float32(tiny_backbone: Any):
+def test_it_has_the_backbones_shapes_in_float32(tiny_backbone):
     backbone = tiny_backbone("qwen3")
     backbone.model.to(torch.bfloat16)
     prefix = from_words(backbone, "abc", 5)
@@ -39,7 +35,7 @@ def test_it_has_the_backbones_shapes_in_float32(tiny_backbone: Any):
 
 
 @pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
-def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(name: str, tiny_backbone: Any):
+def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(name, tiny_backbone):
     backbone = tiny_backbone(name)
     assert from_words(backbone, "abc", 160).prefix_length == 160
     config = TrainConfig(prefix_length=161)
@@ -48,7 +44,7 @@ def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(
     assert set(resolve_site_lengths(config.replace(initialization="random"), backbone).values()) == {161}
 
 
-def test_another_prefix_is_checked(tiny_backbone: Any, random_prefix: Any):
+def test_another_prefix_is_checked(tiny_backbone, random_prefix):
     backbone = tiny_backbone("llama")
     other = random_prefix(backbone, 4).to(torch.bfloat16)
     start = from_prefix(backbone, other, 4)
