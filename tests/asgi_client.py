@@ -90,6 +90,14 @@ def completion(**fields: Any) -> dict[str, Any]:
     return {"model": "a", "prompt": "hello", "max_tokens": 5, "temperature": 0, **fields}
 
 
+def keys(**rules: dict[str, Any]) -> dict[str, Any]:
+    """A server's keys by name, with their rules; the key of NAME is `pt-NAME`."""
+    from prefixtune.server.auth import hash_key
+    from prefixtune.server.settings import KeyConfig
+
+    return {name: KeyConfig(hash=hash_key(f"pt-{name}"), **own) for name, own in rules.items()}
+
+
 def bearer(name: str) -> dict[str, str]:
     """The header with the key `pt-NAME`."""
     return {"authorization": f"Bearer pt-{name}"}

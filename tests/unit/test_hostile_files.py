@@ -1,9 +1,17 @@
-"""Files that a fuzzer made up and that once ended in a traceback."""
+"""Files that a fuzzer made up and that once ended in a traceback; errors that quote what anybody wrote."""
 
 import pytest
 
 from prefixtune.engine.config import EngineConfig
-from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError
+from prefixtune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PrefixError,
+    RequestError,
+    describe_value,
+    short_repr,
+)
 from prefixtune.report import read_results
 from prefixtune.server.settings import ServeConfig
 from prefixtune.training.config import TrainConfig
@@ -55,3 +63,19 @@ def test_a_folder_that_no_report_can_be_made_of(value, tmp_path):
     (tmp_path / "config.toml").write_text(f"seed = {value}\n")
     with pytest.raises(DataError, match=r"config\.toml"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize("quoted", ["a\nerror: forged", "\x1b[2J", "\ud800", "\u2028", "x" * 500_000])
+def test_an_error_is_one_printable_line_whatever_it_quotes(quoted):
+    error = PrefixError(f"the file is for {quoted}.", hint=f"get {quoted} again.")
+    for text in (error.message, error.hint, str(error), error.args[0]):
+        assert text.isprintable()
+        assert len(text) < 10_000
+    assert short_repr(quoted).isprintable()
+    assert len(short_repr(quoted)) <= 60
+    assert len(describe_value(quoted)) <= 80
+
+
+def test_a_number_that_python_refuses_to_write():
+    assert short_repr(10**5000)
+    assert describe_value(10**5000)

@@ -18,12 +18,9 @@ SHAPES = {"gpt2": (4, 8), "llama": (2, 8), "opt": (4, 8), "gpt_neox": (4, 8), "q
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_models, tiny_tokenizer):
+def folder(tmp_path, save_model):
     """A tiny model in transformers' format."""
-    path = tmp_path / "tiny"
-    tiny_models("llama").save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return save_model(tmp_path / "tiny")
 
 
 def test_the_geometry_is_found_by_running_it(family, backbone):
@@ -94,19 +91,6 @@ def test_what_is_no_fingerprint_matches_nothing(text, tiny_backbone):
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_loaded(folder, tiny_backbone, assert_same):
-    backbone = load_backbone(folder, device="cpu")
-    expected = tiny_backbone("llama")
-    assert backbone.name == str(folder)
-    assert backbone.dtype == torch.float32
-    assert backbone.fingerprint == expected.fingerprint
-    ids = torch.tensor([backbone.encode("Some text.")])
-    assert_same(backbone.forward(ids).logits, expected.forward(ids).logits, tolerance=1e-6)
-    half = load_backbone(str(folder), dtype="bfloat16", device="cpu")
-    assert half.dtype == torch.bfloat16
-    assert fingerprints_match(half.fingerprint, backbone.fingerprint)
 
 
 def test_pickled_weights_are_not_loaded(folder, tiny_models):

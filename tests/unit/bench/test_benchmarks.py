@@ -54,19 +54,6 @@ def test_every_part_on_a_cpu(tmp_path, monkeypatch):
     assert all(row["what"] in shown for row in results["summary"])
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
-    def fail(plan):
-        raise MemoryError
-
-    monkeypatch.setattr(gpu, "isolated", lambda work, *arguments: work(*arguments))
-    monkeypatch.setattr(gpu, "prompt", fail)
-    file = tmp_path / "gpu.json"
-    assert gpu.main(["--device", "cpu", "--tiny", "--repeats", "1", "--parts", "prompt", "--json", str(file)]) == 0
-    [row] = json.loads(file.read_text(encoding="utf-8"))["summary"]
-    assert (row["part"], row["value"]) == ("prompt", None)
-    assert row["not_measured"]
-
-
 def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1

@@ -5,27 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 
 
 @pytest.fixture
-def folder(tiny_backbone, random_prefix, tmp_path, monkeypatch):
+def folder(llama, tiny_backbone, save_random_prefix, tmp_path, monkeypatch):
     """Prefixes of one tiny LLaMA (`old` as before headers had a rotation), and one of other weights."""
-    llama, other = tiny_backbone("llama"), tiny_backbone("llama", seed=1)
     monkeypatch.chdir(tmp_path)
-
-    def save(name, backbone, length, **facts):
-        header = make_header(backbone, **facts)
-        prefix = Prefix(random_prefix(backbone, length).layers, header)
-        save_prefix(f"{name}.safetensors", prefix)
-
-    save("manual", llama, 4, task="e2e", training={"dev_loss": 1.25})
-    save("style", llama, 3, task="xsum")
-    save("long", llama, 156)
-    save("other", other, 4)
+    save_random_prefix("manual.safetensors", llama, 4, task="e2e", training={"dev_loss": 1.25})
+    save_random_prefix("style.safetensors", llama, 3, task="xsum")
+    save_random_prefix("long.safetensors", llama, 156)
+    save_random_prefix("other.safetensors", tiny_backbone("llama", seed=1), 4)
     manual = read_artifact("manual.safetensors")
     header = {key: value for key, value in manual.header.items() if key != "rotation"}
     save_prefix("old.safetensors", Prefix(manual.layers, header))

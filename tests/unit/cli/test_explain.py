@@ -16,11 +16,10 @@ TEXT_FORMAT = {"prompt": "{source} =", "target": " {target}", "source": "name", 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_models, tiny_tokenizer, random_prefix):
+def folder(tmp_path_factory, save_model, random_prefix, save_random_prefix):
     """A model, two prefixes and some rows."""
     folder = tmp_path_factory.mktemp("explain")
-    tiny_models("llama", max_position_embeddings=512).save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
+    save_model(folder / "model", max_position_embeddings=512)
     backbone = load_backbone(folder / "model", device="cpu", dtype="float32")
     start = from_words(backbone, "some words", 3)
     moved = random_prefix(backbone, 3, 1, 0.3).detach()
@@ -29,7 +28,7 @@ def folder(tmp_path_factory, tiny_models, tiny_tokenizer, random_prefix):
     facts = {"task": "records", "text_format": TEXT_FORMAT}
     header = make_header(backbone, **facts, initialization={"kind": "words", "text": "some words"})
     save_prefix(folder / "a.safetensors", Prefix({"decoder": layers}, header))
-    save_prefix(folder / "b.safetensors", Prefix(random_prefix(backbone, 2, 2).layers, make_header(backbone, **facts)))
+    save_random_prefix(folder / "b.safetensors", backbone, 2, 2, **facts)
     rows = [{"name": f"row {letter}", "text": f"{letter} it is <b>"} for letter in "abcdefgh"]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -6,20 +6,15 @@ import sys
 import pytest
 
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.cli.main import main
-from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_models, tiny_tokenizer, random_prefix):
+def trained(tmp_path_factory, save_model, save_random_prefix):
     """A prefix file that names its backbone's folder."""
     folder = tmp_path_factory.mktemp("trained")
-    tiny_models("llama").save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    backbone = load_backbone(folder / "model", device="cpu")
-    prefix = random_prefix(backbone, 4)
-    return save_prefix(folder / "pubs.safetensors", Prefix(prefix.layers, make_header(backbone, task="e2e")))
+    backbone = load_backbone(save_model(folder / "model"), device="cpu")
+    return save_random_prefix(folder / "pubs.safetensors", backbone, task="e2e")
 
 
 def export(trained, *arguments):

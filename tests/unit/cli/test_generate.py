@@ -8,7 +8,7 @@ import pytest
 
 from command_line import call
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.data import TASKS
 from prefixtune.inference.classify import classify
@@ -24,11 +24,8 @@ SHORT = ("--max-new-tokens", "4", "--dtype", "float32", "--device", "cpu", "--qu
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_models, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_models("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def model(tmp_path_factory, save_model):
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +34,11 @@ def backbone(model):
 
 
 @pytest.fixture(scope="module")
-def prefixes(backbone, random_prefix, tmp_path_factory):
+def prefixes(backbone, save_random_prefix, tmp_path_factory):
     """Two prefixes, the first of the task e2e, which decodes with five beams and at least five tokens."""
     folder = tmp_path_factory.mktemp("prefixes")
     return [
-        str(
-            save_prefix(
-                folder / f"{task}.safetensors",
-                Prefix(random_prefix(backbone, 3, seed).layers, make_header(backbone, task=task)),
-            )
-        )
+        str(save_random_prefix(folder / f"{task}.safetensors", backbone, 3, seed, task=task))
         for seed, task in enumerate(("e2e", "records"))
     ]
 
@@ -73,12 +65,12 @@ def in_lines(texts):
     return [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
 
 
-def test_joined_prefixes_are_those_of_the_composed_file(backbone, random_prefix, tmp_path, capsys):
+def test_joined_prefixes_are_those_of_the_composed_file(backbone, save_random_prefix, tmp_path, capsys):
     files = {}
     # A + within the name of a file that exists is part of that name.
     for seed, name in enumerate(("manual", "c+style", "user")):
-        prefix = Prefix(random_prefix(backbone, 2 + seed, seed).layers, make_header(backbone, task="records"))
-        files[name] = str(save_prefix(tmp_path / f"{name}.safetensors", prefix))
+        path = tmp_path / f"{name}.safetensors"
+        files[name] = str(save_random_prefix(path, backbone, 2 + seed, seed, task="records"))
     mixes = [("manual", "c+style"), ("c+style", "user", "manual"), ("user",)]
     texts, config = ["one text", "another", "a third"], GenerateConfig(max_new_tokens=4)
     written = {}
@@ -94,13 +86,11 @@ def test_joined_prefixes_are_those_of_the_composed_file(backbone, random_prefix,
     assert outputs(capsys, texts[1], "--prefix", named[1], "--stream")[0].strip() == written[mixes[1]].strip()
 
 
-def test_what_cannot_be_joined_is_said_before_the_model_loads(backbone, random_prefix, tmp_path, no_loading, capsys):
-    header = make_header(backbone, task="records")
-    most = header["rotation"]["max_positions"]
-    files = [
-        str(save_prefix(tmp_path / f"{n}.safetensors", Prefix(random_prefix(backbone, most // 2, n).layers, header)))
-        for n in range(2)
-    ]
+def test_what_cannot_be_joined_is_said_before_the_model_loads(
+    backbone, save_random_prefix, tmp_path, no_loading, capsys
+):
+    most = backbone.max_positions
+    files = [str(save_random_prefix(tmp_path / f"{n}.safetensors", backbone, most // 2, n)) for n in range(2)]
     for command in (["generate", "a"], ["chat"]):
         assert main([*command, "--prefix", "+".join(files)]) == 2
         assert str(most) in capsys.readouterr().err
@@ -189,14 +179,13 @@ def test_print_config_shows_the_settings_that_result(prefixes, capsys, no_loadin
     assert shown == GenerateConfig(**values, top_k=5, temperature=1)
 
 
-def test_outputs_may_be_as_long_as_the_longest_target_of_records(backbone, random_prefix, tmp_path, capsys, no_loading):
-    layers = random_prefix(backbone, 3).layers
+def test_outputs_may_be_as_long_as_the_longest_target_of_records(
+    backbone, save_random_prefix, tmp_path, capsys, no_loading
+):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"source": "ab", "target": "c"}))
-
     form = {**TextFormat().to_dict(), "longest_target": 162}
-    header = make_header(backbone, task="records", text_format=form)
-    file = save_prefix(tmp_path / "p.safetensors", Prefix(layers, header))
+    file = save_random_prefix(tmp_path / "p.safetensors", backbone, task="records", text_format=form)
     for command in (["generate"], ["evaluate", "--data", str(data)]):
         assert call(*command, "--print-config", "--prefix", file) == 0
         assert tomllib.loads(capsys.readouterr().out)["max_new_tokens"] == 162
@@ -213,12 +202,12 @@ def test_an_output_does_not_steer_a_terminal(prefixes, capsys, monkeypatch):
     assert capsys.readouterr().out == "a\ufffd[2Jb\n" * 2
 
 
-def test_texts_are_routed_to_the_memory_with_the_nearest_question(backbone, random_prefix, tmp_path, capsys):
+def test_texts_are_routed_to_the_memory_with_the_nearest_question(backbone, save_random_prefix, tmp_path, capsys):
     files = []
     for seed, animal in enumerate(("owl", "fox")):
-        header = make_header(backbone) | {"questions": [[f"Where is the {animal}?", "here"], ["When?", "now"]]}
-        prefix = Prefix(random_prefix(backbone, 3, seed).layers, header)
-        files.append(str(save_prefix(tmp_path / f"{animal}.safetensors", prefix)))
+        questions = [[f"Where is the {animal}?", "here"], ["When?", "now"]]
+        path = tmp_path / f"{animal}.safetensors"
+        files.append(str(save_random_prefix(path, backbone, 3, seed, questions=questions)))
     given = [word for file in files for word in ("--prefix", file)]
     texts = ["The Fox, please", "which owl", "fox or no fox", "zzz"]
     assert main(["generate", *given, "--route", "--json", *texts, *SHORT]) == 0
@@ -227,6 +216,6 @@ def test_texts_are_routed_to_the_memory_with_the_nearest_question(backbone, rand
     fox, owl = load_prefix(files[1], backbone), load_prefix(files[0], backbone)
     config = GenerateConfig(max_new_tokens=4)
     assert [row["output"] for row in rows] == generate_texts(backbone, texts, [fox, owl, fox, None], config=config)
-    plain = str(save_prefix(tmp_path / "plain.safetensors", Prefix(fox.layers, make_header(backbone))))
+    plain = str(save_random_prefix(tmp_path / "plain.safetensors", backbone))
     assert main(["generate", "--prefix", files[0], "--prefix", plain, "--route", "fox", *SHORT]) == 2
     assert main(["generate", "--route", "fox", *SHORT]) == 2

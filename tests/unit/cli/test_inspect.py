@@ -13,13 +13,11 @@ from prefixtune.training.artifact import save_weights
 
 
 @pytest.fixture
-def folder(tiny_backbone, random_prefix, tmp_path):
+def folder(tiny_backbone, random_prefix, save_random_prefix, tmp_path):
     """Two prefixes, a run with a third, and two broken files."""
     decoder, bart = tiny_backbone("llama"), tiny_backbone("bart")
-    pubs = Prefix(random_prefix(decoder, 4).layers, make_header(decoder, task="e2e"))
-    news = Prefix(random_prefix(bart, {"encoder": 3, "cross": 5}).layers, make_header(bart, task="xsum"))
-    save_prefix(tmp_path / "pubs.safetensors", pubs)
-    save_prefix(tmp_path / "news.safetensors", news)
+    save_random_prefix(tmp_path / "pubs.safetensors", decoder, task="e2e")
+    save_random_prefix(tmp_path / "news.safetensors", bart, {"encoder": 3, "cross": 5}, task="xsum")
     save_prefix(tmp_path / "run" / "prefix.safetensors", Prefix(random_prefix(decoder, 2).layers))
     (tmp_path / "run" / "state.safetensors").write_bytes(b"no prefix, and not meant to be one")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "pubs.safetensors").read_bytes()[:-7])

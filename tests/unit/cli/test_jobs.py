@@ -1,12 +1,11 @@
 """`prefixtune jobs` against a server that the test scripts: what is sent, what is shown, and every way to fail."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from command_line import run
+from fake_server import FakeServer
 
 JOB = {
     "id": "ftjob-0123456789abcdef01234567",
@@ -26,44 +25,26 @@ EVENTS = [
 
 
 def as_json(value, status=200):
-    return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
+    return status, value, {"Content-Type": "application/json"}
 
 
 def as_error(status, message):
     return as_json({"error": {"message": message, "type": "x", "param": None, "code": None}}, status)
 
 
-class FakeServer:
-    """Answers in the order that a test gives, and keeps what was asked."""
+class Scripted:
+    """A server that answers in the order that a test gives, and keeps what was asked."""
 
     def __init__(self):
         self.asked = []
         self.answers = {}
-        outer = self
+        self.server = FakeServer(self.answer)
+        self.url = f"{self.server.url}/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self):
-                body = self.rfile.read(int(self.headers.get("content-length", 0)))
-                outer.asked.append((self.command, self.path, dict(self.headers.items()), body))
-                scripted = outer.answers[f"{self.command} {self.path.partition('?')[0]}"]
-                status, headers, content = scripted.pop(0) if len(scripted) > 1 else scripted[0]
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_POST = do_DELETE = answer
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    def answer(self, method, path, headers, body):
+        self.asked.append((method, path, dict(headers.items()), body))
+        scripted = self.answers[f"{method} {path.partition('?')[0]}"]
+        return scripted.pop(0) if len(scripted) > 1 else scripted[0]
 
     def on(self, request, *answers):
         method, path = request.split()
@@ -73,17 +54,13 @@ class FakeServer:
         method, path = request.split()
         return [body for asked, where, _, body in self.asked if (asked, where) == (method, f"/v1{path}")]
 
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
 
 @pytest.fixture
 def server(monkeypatch):
     for name in ("PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("prefixtune.cli.commands.jobs._PAUSE", 0.01)
-    server = FakeServer()
+    server = Scripted()
     server.on("GET /fine_tuning/jobs", as_json({"object": "list", "data": [DONE, JOB], "has_more": False}))
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}", as_json(DONE))
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}/events", as_json({"data": EVENTS[::-1]}))
@@ -91,7 +68,7 @@ def server(monkeypatch):
     server.on("POST /files", as_json(FILE))
     server.on("POST /fine_tuning/jobs", as_json(JOB))
     yield server
-    server.close()
+    server.server.close()
 
 
 @pytest.fixture
@@ -163,10 +140,10 @@ def test_follow_says_what_became_of_it(jobs, server):
 @pytest.mark.parametrize(
     "answer",
     [
-        (500, {}, b"<html>"),
+        (500, b"<html>"),
         as_json([]),
-        (200, {}, b"[" * 200_000),
-        (302, {"Location": "http://elsewhere/"}, b""),
+        (200, b"[" * 200_000),
+        (302, b"", {"Location": "http://elsewhere/"}),
     ],
 )
 def test_answers_that_are_none(answer, jobs, server):

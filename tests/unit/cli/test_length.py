@@ -10,9 +10,8 @@ from prefixtune.evaluation.length import LENGTH_FILE
 
 
 @pytest.fixture
-def arguments(tmp_path, tiny_models, tiny_tokenizer):
-    tiny_models("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def arguments(tmp_path, save_model):
+    save_model(tmp_path / "model")
     rows = [{"name": name, "text": f"{name} eats."} for name in ("Ann", "Bo", "Cy", "Di")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [

@@ -42,11 +42,9 @@ def test_help_and_mistakes_need_neither_torch_nor_transformers(tmp_path):
     assert seen[-1][2].isdisjoint(large)
 
 
-def test_generate_imports_no_part_that_it_does_not_need(tmp_path, tiny_models, tiny_tokenizer):
-    folder = tmp_path / "model"
-    tiny_models("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    [(code, _, modules)] = run_commands(["generate", "--backbone", str(folder), "--max-new-tokens", "1", "hello"])
+def test_generate_imports_no_part_that_it_does_not_need(tmp_path, save_model):
+    folder = str(save_model(tmp_path / "model"))
+    [(code, _, modules)] = run_commands(["generate", "--backbone", folder, "--max-new-tokens", "1", "hello"])
     assert code == 0
     own = {name.split(".")[1] for name in modules if name.startswith("prefixtune.")}
     assert own.isdisjoint({"training", "evaluation", "server", "report", "jobs"})

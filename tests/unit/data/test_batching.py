@@ -1,24 +1,14 @@
 """Examples -> token ids -> packed rows: what is cut, what never is, where a label stands, and an epoch's order."""
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from prefixtune.attention.packing import sees
 from prefixtune.data import Example
 from prefixtune.data.batching import pack
-from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, TokenizedExample, encode_examples, text_windows
-from prefixtune.data.tokenized import epoch_batches
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, TokenizedExample, encode_examples
 from prefixtune.errors import DataError
 from prefixtune.prefix.text_format import TextFormat
 
 PLAIN = TextFormat("{source}{separator}", "{target}")
-
-
-@pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
 
 
 def encode(backbone, *examples, **options):
@@ -77,63 +67,9 @@ def test_a_packed_row_opens_each_target_with_the_sources_last_token():
     assert batch.target_index.tolist() == [0, 0, 1, 2, 2]
     assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert batch.num_targets == 3
-    rows = torch.arange(5)
-    first = sees(batch.packing.visibility("decoder", [0], None), rows[:, None], rows[None])
-    assert first.int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    windowed = sees(batch.packing.visibility("decoder", [0], 2), rows[:, None], rows[None])
-    assert windowed.int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 1, 0, 0, 1],
-    ]
-
-
-# --- the order of an epoch -------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=30),
-    st.integers(1, 6),
-    st.integers(0, 3),
-)
-def test_conversations_are_never_divided_and_count_as_their_turns(examples, batch_size, seed):
-    rows = [
-        TokenizedExample((number,), ((1,) * turns,), turns=tuple((n, n + 1) for n in range(turns)))
-        if turns
-        else TokenizedExample((number,), tuple((target,) for target in range(count)))
-        for number, (turns, count) in enumerate(examples)
-    ]
-    batches = list(epoch_batches(rows, batch_size=batch_size, targets_per_source=2, seed=seed))
-    seen = [(one.prompt, target) for batch in batches for one in batch for target in one.targets]
-    assert sorted(seen) == [(row.prompt, target) for row in rows for target in row.targets]
-    for batch in batches:
-        assert 1 <= sum(one.num_targets for one in batch) <= batch_size or len(batch) == 1
 
 
 # --- long texts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", [1, 8, 9, 65])
-@pytest.mark.parametrize("limit", [2, 3, 8])
-def test_every_token_is_a_label_once_after_the_ones_before_it(length, limit):
-    text = list(range(1, length + 1))
-    windows = text_windows([0], text, limit)
-    assert [token for window in windows for token in window.targets[0]] == text
-    assert windows[0].prompt == (0,)
-    for window in windows:
-        assert len(window.prompt) + len(window.targets[0]) <= limit
-    for window in windows[1:]:
-        first = window.targets[0][0]
-        assert window.prompt == tuple(range(first - len(window.prompt), first))
-        assert len(window.prompt) >= max(1, limit // 4)
 
 
 def test_a_text_alone_follows_the_token_that_begins_texts_and_ends_with_the_end_token(default_backbone):

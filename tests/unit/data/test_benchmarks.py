@@ -48,6 +48,14 @@ def test_linearizations_are_the_authors():
         " | A : cityServed : B | A : country : C"
     )
     assert linearize_dart([("A", "[TITLE]", "B C"), ("A", "Year Won", "")]) == "A : [title] : B C | A : year won : "
+    every = (
+        "name[The Vaults], eatType[pub], food[Fast food], priceRange[more than £30], customer rating[5 out of 5], "
+        "area[riverside], familyFriendly[yes], near[Café Adriatic]"
+    )
+    assert linearize_e2e(every) == (
+        "name : The Vaults | Type : pub | food : Fast food | price : more than £30 | customer rating : 5 out of 5 | "
+        "area : riverside | family friendly : yes | near : Café Adriatic"
+    )
 
 
 # --- WebNLG ----------------------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ def test_an_entity_from_outside_is_never_opened_and_xml_has_a_bound(tmp_path, mo
         read_task("webnlg", write(tmp_path / "a.xml", text))
     monkeypatch.setattr(files, "MAX_XML_BYTES", 100)
     with pytest.raises(DataError, match=r"b\.xml\.gz"):
-        read_task("webnlg", write(tmp_path / "b.xml.gz", benchmark(GOOD)))
+        read_task("webnlg", write(tmp_path / "b.xml.gz", benchmark(entry([LEADER], [("good", "x")]))))
 
 
 # --- DART ------------------------------------------------------------------------------------------------------------
@@ -180,78 +188,7 @@ def test_darts_json_lines_and_xml_give_the_same(tmp_path):
     assert "official_references" not in from_xml.fields
 
 
-# --- wrong files, and the real ones ----------------------------------------------------------------------------------
-
-GOOD = entry([LEADER], [("good", "x")])
-TRIPLE = '{"triples": [["a", "b", "c"]]'
-
-
-@pytest.mark.parametrize(
-    ("task", "name", "text", "says"),
-    [
-        ("webnlg", "a.xml", benchmark(GOOD)[:-40], "line 9"),
-        ("webnlg", "a.xml", benchmark(entry([["a", "b"]], [("good", "x")])), "entry 1: 'input'"),
-        ("webnlg", "a.jsonl", '{"triple": []}', "line 1: there is no column 'triples'"),
-        ("webnlg", "a.jsonl", TRIPLE + ', "references": ["x"], "seen": "no"}', "'seen'"),
-        ("dart", "a.json", json.dumps([release(("e2e", "x")), release()]), "item 2: 'annotations'"),
-        ("dart", "a.json", json.dumps([release(("e2e", "x"), triples=[["a", "b", None]])]), "'tripleset'"),
-        ("dart", "a.jsonl", TRIPLE + ', "references": ["x"], "sources": "y"}', "'sources'"),
-    ],
-)
-def test_a_wrong_file_is_named_with_its_place(tmp_path, task, name, text, says):
-    path = write(tmp_path / name, text)
-    with pytest.raises(DataError, match=says) as caught:
-        read_task(task, path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("part", "entries", "good", "left_out"), [("train", 6940, 18102 - 77, 5), ("dev", 872, 2268 - 10, 1)]
-)
-def test_webnlgs_training_and_development_sets(shared_data, part, entries, good, left_out):
-    examples = read_task("webnlg", shared_data / "webnlg2017", split=part)
-    assert len(examples) == entries - left_out
-    assert sum(len(example.targets) for example in examples) == good
-    assert all("seen" not in example.groups for example in examples)
-
-
-def test_webnlgs_test_set(shared_data):
-    examples = read_task("webnlg", shared_data / "webnlg2017", split="test")
-    assert len(examples) == 1862
-    assert sum(len(example.targets) for example in examples) == 4928
-    assert Counter(example.groups["seen"] for example in examples) == {"seen": 971, "unseen": 891}
-    assert Counter(example.groups["category"] for example in examples)["Artist"] == 213
-    assert {example.groups["triples"] for example in examples} == set("1234567")
-    assert set(examples[0].groups) == set(TASKS["webnlg"].groups)
-
-
-@pytest.mark.parametrize(("part", "entries", "references"), [("dev", 2768, 6980), ("test", 5097, 12551)])
-def test_darts_sets(shared_data, part, entries, references):
-    examples = read_task("dart", shared_data / "dart", split=part)
-    assert len(examples) == entries
-    assert sum(len(example.targets) for example in examples) == references
-    for example in examples:
-        assert "\n" not in example.source
-        assert all(target and "\n" not in target for target in example.targets)
-        assert set(example.groups) == set(TASKS["dart"].groups)
-        assert len(example.fields.get("official_references", ())) == (3 if part == "test" else 0)
-
-
 # --- E2E -------------------------------------------------------------------------------------------------------------
-
-SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"
-
-
-def test_linearization_is_the_authors():
-    assert linearize_e2e(SPICE) == "name : Blue Spice | Type : coffee shop | area : city centre"
-    every = (
-        "name[The Vaults], eatType[pub], food[Fast food], priceRange[more than £30], customer rating[5 out of 5], "
-        "area[riverside], familyFriendly[yes], near[Café Adriatic]"
-    )
-    assert linearize_e2e(every) == (
-        "name : The Vaults | Type : pub | food : Fast food | price : more than £30 | customer rating : 5 out of 5 | "
-        "area : riverside | family friendly : yes | near : Café Adriatic"
-    )
 
 
 def test_a_value_may_hold_commas_and_the_order_is_kept():
@@ -320,24 +257,6 @@ def test_files_may_have_the_columns_of_the_hubs_sets(tmp_path, name, text):
     assert read_task("e2e", bare)[0].targets == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("a.csv", "meaning,ref\nname[B],x\n", "line 2: 'mr'"),
-        ("a.csv", 'mr,ref\nname[B],"two\nlines"\nBlue,y\n', "line 4: .*'Blue'"),
-        ("a.jsonl", '{"mr": "name[B]", "references": ["x", null]}', "line 1: 'references'"),
-        ("a.jsonl", '{"mr": "name[B]", "references": ["\\ud83d"]}', "line 1"),
-        ("a.json", "[]", r"\.csv, \.jsonl"),
-    ],
-)
-def test_a_wrong_e2e_file_is_named_with_its_line(tmp_path, name, text, says):
-    path = tmp_path / name
-    path.write_bytes(text.encode())
-    with pytest.raises(DataError, match=says) as caught:
-        read_task("e2e", path)
-    assert str(path) in str(caught.value)
-
-
 def test_the_task_takes_no_columns(tmp_path):
     path = write(tmp_path / "a.csv", "mr,ref\nname[B],x\n")
     with pytest.raises(ConfigError):
@@ -346,13 +265,44 @@ def test_the_task_takes_no_columns(tmp_path):
         read_task("e2", path)
 
 
+# --- the real ones ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("part", "meanings", "pairs"), [("train", 4862, 42061), ("dev", 547, 4672), ("test", 630, 4693)]
+    ("task", "folder", "part", "count", "targets"),
+    [
+        # Of WebNLG five entries of the training set and one of the development set have no good text.
+        ("webnlg", "webnlg2017", "train", 6940 - 5, 18102 - 77),
+        ("webnlg", "webnlg2017", "dev", 872 - 1, 2268 - 10),
+        ("webnlg", "webnlg2017", "test", 1862, 4928),
+        ("dart", "dart", "dev", 2768, 6980),
+        ("dart", "dart", "test", 5097, 12551),
+        ("e2e", "e2e", "train", 4862, 42061),
+        ("e2e", "e2e", "dev", 547, 4672),
+        ("e2e", "e2e", "test", 630, 4693),
+        ("scitldr", "scitldr", "train", 1992, 1992),
+        ("scitldr", "scitldr", "dev", 619, None),
+        ("scitldr", "scitldr", "test", 618, None),
+    ],
 )
-def test_e2es_sets(shared_data, part, meanings, pairs):
-    examples = read_task("e2e", shared_data / "e2e", split=part)
-    assert len(examples) == meanings == len({example.source for example in examples})
-    assert sum(len(example.targets) for example in examples) == pairs
+def test_the_whole_sets(shared_data, task, folder, part, count, targets):
+    examples = read_task(task, shared_data / folder, split=part)
+    assert len(examples) == count
+    assert targets in (None, sum(len(example.targets) for example in examples))
     for example in examples:
-        assert all(target == target.strip() and "\n" not in target for target in example.targets)
-        assert example.groups == {"attributes": str(example.fields["mr"].count("["))}
+        assert example.targets
+        assert "\n" not in example.source + "".join(example.targets)
+        assert all(target == target.strip() != "" for target in example.targets)
+        assert set(example.groups) == set(TASKS[task].groups) - ({"seen"} if part != "test" else set())
+    if task == "dart":
+        assert {len(example.fields.get("official_references", ())) for example in examples} == {3 * (part == "test")}
+    if task == "e2e":
+        assert len({example.source for example in examples}) == count
+        assert all(one.groups == {"attributes": str(one.fields["mr"].count("["))} for one in examples)
+    if (task, part) == ("webnlg", "test"):
+        assert Counter(example.groups["seen"] for example in examples) == {"seen": 971, "unseen": 891}
+        assert Counter(example.groups["category"] for example in examples)["Artist"] == 213
+        assert {example.groups["triples"] for example in examples} == set("1234567")
+    if task == "scitldr":
+        path = shared_data / "scitldr" / f"{part}.jsonl.gz"
+        assert read_task("summarization", path, target="references")[0] == examples[0]

@@ -9,18 +9,13 @@ from prefixtune.data.encoding import encode_examples, encode_pairs, encode_promp
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import DataError, PrefixWarning, RequestError
-from prefixtune.prefix.text_format import TextFormat, bounded
+from prefixtune.prefix.text_format import TextFormat
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>a:{% endif %}"
 )
 USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A cat.")
-
-
-@pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
 
 
 @pytest.fixture
@@ -51,22 +46,6 @@ def test_a_default_system_message(llama):
     assert llama.tokenizer.decode(encode_prompts(llama, form, ["Q"])[0]) == "<s>s:Be short.<pad>\n<s>u:Q<pad>\n<s>a:"
     own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Q"}]
     assert "Be short." not in llama.tokenizer.decode(encode_chat(llama, own, form))
-
-
-def test_last_turns_are_left_out_of_a_long_conversation(llama, form):
-    chat = chat_example([USER, ASSISTANT] * 4)
-    whole = encode_examples(llama, [chat], form, prefix_length=0)
-    (example,) = whole.examples
-    assert whole.num_targets == 4
-    length = len(example.prompt) + example.turns[1][1]
-    for limit, turns in ((length, 2), (length - 1, 1)):
-        cut = encode_examples(llama, [chat], form, prefix_length=0, max_length=limit)
-        (kept,) = cut.examples
-        assert (cut.num_targets, cut.num_dropped_turns, cut.num_truncated) == (turns, 4 - turns, 0)
-        ids = [*example.prompt, *example.targets[0]]
-        assert [*kept.prompt, *kept.targets[0]] == ids[: len(kept.prompt) + len(kept.targets[0])]
-    with pytest.raises(DataError):
-        encode_examples(llama, [chat], form, prefix_length=0, max_length=length, on_too_long="error")
 
 
 def test_a_long_user_message_is_cut_inside_the_template(llama, form):
@@ -185,22 +164,6 @@ def test_no_more_of_a_text_is_tokenized_than_could_fit(llama, form, tokenized):
     assert len(encode_chat(llama, [message._asdict() for message in [*many, USER]], form, positions=positions)) > 100
     assert encode_examples(llama, [chat_example(many)], form, prefix_length=0, max_length=positions).num_targets == 3
     assert max(tokenized) < 40 * positions
-
-
-def test_a_text_of_few_tokens_is_read_on():
-    """How many characters a token has is not known: here a hundred."""
-
-    class Few:
-        kind = "decoder"
-
-        def encode(self, text):
-            return [0] * (len(text) // 100)
-
-    few = Few()
-    assert bounded(few, "a" * 99_000, 1000) == "a" * 99_000
-    assert 1000 < len(few.encode(bounded(few, "a" * 10_000_000, 1000))) < 3000
-    with pytest.raises(RequestError):
-        bounded(few, "half a pair: \ud800", None)
 
 
 def test_what_a_template_writes_is_bounded(llama, tokenized, monkeypatch):

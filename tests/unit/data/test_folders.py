@@ -76,27 +76,16 @@ def test_a_toy_set_is_not_a_folder(tmp_path, monkeypatch):
     assert read_task("toy", "train", split="train") == read_task("toy", "train")
 
 
-SETS = {
-    "toy": ((320, 40), "32229c73f84b50f5"),
-}
-
-
-def parts_of(name):
-    return [read_task(name, part) for part in TASKS[name].parts]
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_the_sets_never_change_and_their_parts_are_disjoint(name):
-    sizes, digest = SETS[name]
-    parts = parts_of(name)
-    assert tuple(map(len, parts)) == sizes
-    examples = [example for part in parts for example in part]
-    assert len({example.source for example in examples}) == sum(sizes)
-    text = "\n".join("\t".join((example.source, *example.targets)) for example in examples)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
-
-
 def test_a_set_made_here_has_parts_and_no_columns():
     for options in ({"path": "heldout"}, {"path": "train", "source": "x"}):
         with pytest.raises(ConfigError):
             read_task("toy", **options)
+
+
+def test_the_toy_set_never_changes_and_its_parts_are_disjoint():
+    parts = [read_task("toy", part) for part in TASKS["toy"].parts]
+    assert [len(part) for part in parts] == [320, 40]
+    examples = [example for part in parts for example in part]
+    assert len({example.source for example in examples}) == 360
+    text = "\n".join("\t".join((example.source, *example.targets)) for example in examples)
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("32229c73f84b50f5")

@@ -173,59 +173,52 @@ def test_a_named_form_must_fit_and_suit_the_task(tmp_path):
     assert read_task("classification", jsonl(tmp_path / "b.jsonl", {"text": "x", "label": "y"}), form="label")
 
 
-def chat(*messages):
-    return {"messages": list(messages)}
-
-
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 NESTED = []
 for _ in range(500):
     NESTED = [NESTED]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        chat(USER),
-        chat(USER, {"role": "assistant", "tool_calls": [{"id": 1}]}),
-        chat({"role": "user", "content": [IMAGE]}, ASSISTANT),
-        chat(USER, {**ASSISTANT, "weight": 0}),
-        chat(USER, {**ASSISTANT, "reasoning_content": "Hm."}),
-        chat(NESTED),
-        {"messages": [USER, ASSISTANT], "tools": [{"name": "x"}]},
-        {"prompt": "x", "completion": "y"},
-    ],
-)
-def test_a_wrong_row_of_chats_is_named_in_one_line(row, tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", *[{"messages": [USER, ASSISTANT]}] * 3, row)
-    with pytest.raises(DataError) as raised:
-        read_task("records", path, needs_targets=True)
-    assert raised.value.message.startswith(f"{path}, line 4")
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 600
+CHAT = {"messages": [USER, ASSISTANT]}
 
 
 @pytest.mark.parametrize(
     ("good", "bad", "named"),
     [
+        *(
+            (CHAT, {"messages": messages}, "")
+            for messages in (
+                [USER],
+                [USER, {"role": "assistant", "tool_calls": [{"id": 1}]}],
+                [{"role": "user", "content": [IMAGE]}, ASSISTANT],
+                [USER, {**ASSISTANT, "weight": 0}],
+                [USER, {**ASSISTANT, "reasoning_content": "Hm."}],
+                [NESTED],
+            )
+        ),
+        (CHAT, {**CHAT, "tools": [{"name": "x"}]}, "tools"),
+        (CHAT, {"prompt": "x", "completion": "y"}, "messages"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, "completion"),
         ({"conversations": [HUMAN, GPT]}, {"conversations": [{"from": "human"}]}, "conversations"),
         ({"question": "a", "answers": {"text": ["b"]}}, {"question": "a", "answers": {"text": []}}, "answers"),
         ({"text": "x", "label": "a"}, {"text": "x", "label": 0.5}, "0.5"),
     ],
 )
-def test_a_wrong_row_far_down_is_named(good, bad, named, tmp_path):
+def test_a_wrong_row_far_down_is_named_in_one_line(good, bad, named, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", *[good] * 70, bad)
     with pytest.raises(DataError) as raised:
         read_task("records", path, needs_targets=True)
-    assert raised.value.message.startswith(f"{path}, line 71")
-    assert named in raised.value.message
+    message = raised.value.message
+    assert message.startswith(f"{path}, line 71")
+    assert named in message
+    assert "\n" not in message
+    assert len(str(raised.value)) < 600
     with pytest.raises(PrefixError, match="example 2"):
         as_examples([good, bad], needs_targets=True)
 
 
 def test_without_targets_there_is_something_to_answer(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", chat(USER), chat(*TURNS, USER))
+    path = jsonl(tmp_path / "a.jsonl", {"messages": [USER]}, {"messages": [*TURNS, USER]})
     assert [(len(example.messages), example.targets) for example in read_task("records", path)] == [(1, ()), (5, ())]
     assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
     with pytest.raises(DataError, match="line 1 has the columns prompt"):

@@ -18,7 +18,6 @@ from prefixtune.data.labels import (
 )
 from prefixtune.errors import ConfigError, DataError, RequestError
 from prefixtune.inference.classify import classify, tag
-from prefixtune.prefix.encoder import HeadEncoder
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 
@@ -95,29 +94,6 @@ def test_the_words_probabilities_are_the_models_own(tiny_backbone):
         wanted = torch.stack(scores).softmax(0).tolist()
         assert list(found.probabilities.values()) == pytest.approx(wanted, rel=1e-4)
         assert found.label == words[max(range(3), key=wanted.__getitem__)]
-
-
-def test_texts_in_a_batch_do_not_touch_each_other(tiny_backbone, options):
-    for family in ("bert", "llama"):
-        backbone = tiny_backbone(family)
-        run = {**options, "max_steps": 3, "output": f"{options['output']}-{family}"}
-        config = TrainConfig(**run, task="classification", classifier="head")
-        prefix = pt.train(config, backbone=backbone, examples=LABELLED).prefix
-        texts = ["a", "some longer text", "mid"]
-        together = classify(backbone, texts, prefix, batch_size=3)
-        alone = [classify(backbone, [text], prefix)[0] for text in texts]
-        for one, other in zip(together, alone, strict=True):
-            assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), rel=1e-4)
-
-
-def test_a_standardized_head_is_stored_as_a_plain_one():
-    torch.manual_seed(0)
-    hidden = torch.randn(50, 8) * torch.arange(1, 9) + 100
-    head = HeadEncoder(3, 8)
-    head.standardize(hidden)
-    scores = head()(hidden)
-    wanted = ((hidden - hidden.mean(0)) / hidden.std(0, correction=0)) @ head.weight.T + head.bias
-    assert torch.allclose(scores, wanted, atol=1e-4)
 
 
 def test_a_word_is_tagged_at_its_own_tokens(tiny_backbone):

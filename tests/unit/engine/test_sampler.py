@@ -10,7 +10,6 @@ from engine_runs import EvenNumbers
 from prefixtune.engine.request import Request, SamplingParams, Token
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
-from prefixtune.errors import RequestError
 from prefixtune.sampling.detokenizer import Detokenizer
 
 
@@ -67,36 +66,7 @@ def test_numbers_that_are_not_finite_are_that_rows_trouble():
     assert "finite" in str(found[1])
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(5, torch.float32), (20_000, torch.bfloat16)])
-def test_the_likeliest_token_is_the_first_of_equals_in_any_vocabulary(size, dtype):
-    generator = torch.Generator().manual_seed(size)
-    logits = torch.randn(40, size, generator=generator).to(dtype).round()
-    logits[-1] = 0
-    logits[-1, -1] = 1
-    logits[-2, size // 2] = float("nan")
-    found = sample(logits, [sequence() for _ in logits], eos_id=0)
-    for row, token in enumerate(found):
-        if row == len(found) - 2:
-            assert "finite" in str(token)
-        else:
-            assert isinstance(token, Token)
-            assert token.id == int((logits[row] == logits[row].max()).nonzero()[0])
-
-
 def test_texts_without_a_seed_differ():
     row = torch.zeros(1, 1000)
     found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}
     assert len(found) > 1
-
-
-class _TooComplex:
-    def allowed(self, vocab_size):
-        raise RequestError("too many items.")
-
-
-def test_a_text_whose_grammar_becomes_too_complex_fails_alone():
-    too_complex, sound = sequence(), sequence()
-    too_complex.grammar = _TooComplex()
-    first, second = sample(torch.tensor([LOGITS] * 2), [too_complex, sound], eos_id=0)
-    assert isinstance(first, RequestError)
-    assert second == Token(0)

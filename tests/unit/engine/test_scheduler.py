@@ -1,13 +1,8 @@
 """Whose turn it is: fair shares of slots, prompts in pieces, and queues that leave nothing behind."""
 
-import gc
 from collections import Counter
 
-import pytest
-
-from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import Scheduler
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -96,39 +91,3 @@ def test_the_oldest_prompt_is_not_starved_by_short_ones():
                 scheduler.release(sequence)
         steps += 1
     assert steps <= 20
-
-
-# --- leaving ---------------------------------------------------------------------------------------------------------
-
-
-# --- in the engine ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
-
-
-def test_memory_stays_flat_over_many_requests(llama, random_prefix):
-    engine = Engine(llama, EngineConfig(num_slots=8))
-    prefix = random_prefix(llama, 3).detach()
-    sampling = SamplingParams(max_new_tokens=2, temperature=1.0, stop=("never there",))
-
-    def serve(count, first):
-        for number in range(first, first + count):
-            engine.add(Request((1, 2, 3), prefix, sampling, tenant=f"tenant-{number}"))
-            if number % 3 == 0:
-                engine.cancel(f"request-{number}")
-            if engine.num_waiting > 16:
-                engine.step()
-        while engine.busy:
-            engine.step()
-
-    def num_kept():
-        gc.collect()
-        # Asking some of torch's objects for their class warns.
-        return sum(type(found) is TokenSequence for found in gc.get_objects())
-
-    kept = num_kept()
-    serve(100, 0)
-    assert num_kept() <= kept

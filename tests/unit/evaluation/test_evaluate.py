@@ -1,19 +1,21 @@
-"""Evaluation: what is scored, by groups too, what is kept of one that was stopped, and the folder that it writes."""
+"""What is scored, by groups too, what is kept of a stopped one, the folder that it writes; perplexity of texts."""
 
 import copy
 import dataclasses
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from patching import replace_everywhere
 from prefixtune.data import Example
-from prefixtune.data.encoding import encode_examples, encode_prompts
+from prefixtune.data.encoding import TEXT_FORMAT
 from prefixtune.data.labels import Labels
 from prefixtune.engine.request import SequenceOutput
 from prefixtune.errors import ConfigError, DataError, PrefixError
-from prefixtune.evaluation.evaluate import evaluate, few_shot_format, instruction_format
+from prefixtune.evaluation.evaluate import evaluate, instruction_format
 from prefixtune.evaluation.metrics import measure
 from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.inference.classify import classify
@@ -37,13 +39,8 @@ METRIC_NAMES = ("bleu", "chrf", "ter", "nist")
 
 
 @pytest.fixture(scope="module")
-def model(tiny_backbone):
-    return tiny_backbone("llama")
-
-
-@pytest.fixture(scope="module")
-def prefix(model, random_prefix):
-    return random_prefix(model, 3)
+def prefix(llama, random_prefix):
+    return random_prefix(llama, 3)
 
 
 @pytest.fixture
@@ -81,35 +78,24 @@ SAID = {
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_those_of_the_metrics_on_the_outputs(model, fake_outputs):
-    fake_outputs(SAID)
-    protocol = "webnlg"
-    outcome = evaluate(model, EXAMPLES, config=CONFIG, protocol=protocol, metrics=METRIC_NAMES)
-    assert outcome.outputs == tuple(SAID.values())
-    wanted = measure(list(SAID.values()), [e.targets for e in EXAMPLES], protocol=protocol, metrics=METRIC_NAMES)
-    assert outcome.scores == {name: one.to_score() for name, one in wanted.items()}
-    assert outcome.scores["bleu"].score > 0
-    assert not outcome.scores["ter"].higher_is_better
-
-
-def test_outputs_that_did_not_end_are_counted(model, prefix, tmp_path):
+def test_outputs_that_did_not_end_are_counted(llama, prefix, tmp_path):
     sources = [e.source for e in EXAMPLES]
-    whole = generate(model, sources, prefix, max_new_tokens=6)
+    whole = generate(llama, sources, prefix, max_new_tokens=6)
     # A string that ends one output at its very last token.
     stop = next(text[-1] for text in whole if len(text) > 1 and text[-1] not in text[:-1])
     config = CONFIG.replace(stop=(stop,))
-    longer = generate(model, sources, prefix, config=config.replace(max_new_tokens=12))
+    longer = generate(llama, sources, prefix, config=config.replace(max_new_tokens=12))
     file = tmp_path / "decoded.jsonl"
-    outcome = evaluate(model, EXAMPLES, prefix, config=config, resume_file=file)
+    outcome = evaluate(llama, EXAMPLES, prefix, config=config, resume_file=file)
     unended = [short != long for short, long in zip(outcome.outputs, longer, strict=True)]
     assert 0 < sum(unended) < len(EXAMPLES)
     assert outcome.summary()["num_unended"] == sum(unended)
-    assert evaluate(model, EXAMPLES, prefix, config=config, resume_file=file).num_unended == sum(unended)
+    assert evaluate(llama, EXAMPLES, prefix, config=config, resume_file=file).num_unended == sum(unended)
 
 
-def test_a_group_scores_as_if_it_were_all_there_is(model, fake_outputs):
+def test_a_group_scores_as_if_it_were_all_there_is(llama, fake_outputs):
     fake_outputs(SAID)
-    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
+    outcome = evaluate(llama, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES)
     assert {name: [*groups] for name, groups in outcome.groups.items()} == {
         "parity": ["even", "odd"],
         "rest": ["0", "1", "2"],
@@ -125,36 +111,36 @@ def test_a_group_scores_as_if_it_were_all_there_is(model, fake_outputs):
                 assert found.scores[metric].score == pytest.approx(score.score, rel=1e-9)
 
 
-def test_an_example_without_a_reference_is_reported(model, fake_outputs):
+def test_an_example_without_a_reference_is_reported(llama, fake_outputs):
     requests = fake_outputs()
     with pytest.raises(DataError, match="example 8"):
-        evaluate(model, [*EXAMPLES, Example("nobody", (" \n",))], config=CONFIG)
+        evaluate(llama, [*EXAMPLES, Example("nobody", (" \n",))], config=CONFIG)
     with pytest.raises(DataError, match="no example"):
-        evaluate(model, [], config=CONFIG)
+        evaluate(llama, [], config=CONFIG)
     assert requests == []
 
 
-def test_a_label_that_the_prefix_does_not_know_is_refused(model, random_prefix):
+def test_a_label_that_the_prefix_does_not_know_is_refused(llama, random_prefix):
     labels = {"kind": "classification", "by": "words", "names": ["yes", "no"], "words": ["yes", "no"]}
-    prefix = Prefix(random_prefix(model, 3).layers, {"labels": labels}).detach()
+    prefix = Prefix(random_prefix(llama, 3).layers, {"labels": labels}).detach()
     known = [Example("good", ("yes",)), Example("bad", ("no",))]
-    assert len(evaluate(model, known, prefix).outputs) == 2
+    assert len(evaluate(llama, known, prefix).outputs) == 2
     with pytest.raises(DataError, match="'Yes' of example 3") as caught:
-        evaluate(model, [*known, Example("fine", ("Yes",))], prefix)
+        evaluate(llama, [*known, Example("fine", ("Yes",))], prefix)
     assert "did you mean 'yes'" in caught.value.hint
 
 
-def test_labels_of_other_weights_are_chosen_by_their_words(model, prefix):
+def test_labels_of_other_weights_are_chosen_by_their_words(llama, prefix):
     words = {"yes": "fox", "no": "owl", "perhaps": "swan"}
     labels = Labels("classification", "words", tuple(words), tuple(words.values()))
     examples = [Example("good", ("yes",)), Example("bad", ("no",))]
-    chosen = classify(model, ["good", "bad"], labels=labels.words)
-    outcome = evaluate(model, examples, labels=labels)
+    chosen = classify(llama, ["good", "bad"], labels=labels.words)
+    outcome = evaluate(llama, examples, labels=labels)
     assert [words[name] for name in outcome.outputs] == [prediction.label for prediction in chosen]
     with pytest.raises(DataError, match="label 'Yes'"):
-        evaluate(model, [Example("fine", ("Yes",))], labels=labels)
+        evaluate(llama, [Example("fine", ("Yes",))], labels=labels)
     with pytest.raises(ConfigError, match="a prefix has its own"):
-        evaluate(model, examples, prefix, labels=labels)
+        evaluate(llama, examples, prefix, labels=labels)
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -175,54 +161,54 @@ def kill_at(count):
 SAMPLED = CONFIG.replace(temperature=1.0, seed=3)
 
 
-def test_a_stopped_evaluation_continues(model, prefix, fake_outputs, tmp_path):
+def test_a_stopped_evaluation_continues(llama, prefix, fake_outputs, tmp_path):
     asked, config = fake_outputs(), SAMPLED
     counts = []
-    whole = evaluate(model, EXAMPLES, prefix, config=config, on_batch=counts.append)
+    whole = evaluate(llama, EXAMPLES, prefix, config=config, on_batch=counts.append)
     assert counts == [1, 2, 3, 4, 5, 6, 7]
-    assert list(whole.outputs) == generate(model, [e.source for e in EXAMPLES], prefix, config=config)
+    assert list(whole.outputs) == generate(llama, [e.source for e in EXAMPLES], prefix, config=config)
     asked.clear()
     kept = tmp_path / "made" / "decoded.jsonl"
     with pytest.raises(Killed):
-        evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, on_batch=kill_at(4))
+        evaluate(llama, EXAMPLES, prefix, config=config, resume_file=kept, on_batch=kill_at(4))
     assert len(asked) == 4
-    resumed = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept)
+    resumed = evaluate(llama, EXAMPLES, prefix, config=config, resume_file=kept)
     assert sorted(asked) == list(range(7)), "a text was decoded twice, or not at all"
     assert resumed.outputs == whole.outputs
     assert resumed.scores == whole.scores
     # What is complete is not decoded again, whatever scores are requested; the time is still that of the decoding.
-    again = evaluate(model, EXAMPLES, prefix, config=config, resume_file=kept, metrics=["ter"])
+    again = evaluate(llama, EXAMPLES, prefix, config=config, resume_file=kept, metrics=["ter"])
     assert len(asked) == 7
     assert again.outputs == whole.outputs
     assert again.seconds == pytest.approx(resumed.seconds, abs=1e-4)
     assert again.seconds > 0
 
 
-def test_an_incomplete_last_line_is_decoded_again(model, fake_outputs, tmp_path):
+def test_an_incomplete_last_line_is_decoded_again(llama, fake_outputs, tmp_path):
     asked = fake_outputs()
     kept = tmp_path / "decoded.jsonl"
-    whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept)
+    whole = evaluate(llama, EXAMPLES, config=CONFIG, resume_file=kept)
     kept.write_bytes(kept.read_bytes()[:-200])
     asked.clear()
-    assert evaluate(model, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
+    assert evaluate(llama, EXAMPLES, config=CONFIG, resume_file=kept).outputs == whole.outputs
     assert len(asked) == 2
 
 
-def test_outputs_of_another_evaluation_are_refused(model, prefix, random_prefix, tiny_backbone, tmp_path):
+def test_outputs_of_another_evaluation_are_refused(llama, prefix, random_prefix, tiny_backbone, tmp_path):
     kept = tmp_path / "decoded.jsonl"
-    evaluate(model, EXAMPLES[:2], prefix, config=CONFIG, resume_file=kept)
+    evaluate(llama, EXAMPLES[:2], prefix, config=CONFIG, resume_file=kept)
     before = kept.read_bytes()
     tuned = tiny_backbone("llama")
     with torch.no_grad():
         tuned.model.model.layers[1].mlp.down_proj.weight.mul_(1.1)
     others = {
-        "prefix": ((model, EXAMPLES[:2], random_prefix(model, 3, seed=1)), {}),
-        "no prefix": ((model, EXAMPLES[:2]), {}),
+        "prefix": ((llama, EXAMPLES[:2], random_prefix(llama, 3, seed=1)), {}),
+        "no prefix": ((llama, EXAMPLES[:2]), {}),
         "weights": ((tuned, EXAMPLES[:2], prefix), {}),
-        "more data": ((model, EXAMPLES[:3], prefix), {}),
-        "other data": ((model, EXAMPLES[1:3], prefix), {}),
-        "decoding": ((model, EXAMPLES[:2], prefix), {"config": CONFIG.replace(num_beams=2)}),
-        "format": ((model, EXAMPLES[:2], prefix), {"text_format": TextFormat("{source}:")}),
+        "more data": ((llama, EXAMPLES[:3], prefix), {}),
+        "other data": ((llama, EXAMPLES[1:3], prefix), {}),
+        "decoding": ((llama, EXAMPLES[:2], prefix), {"config": CONFIG.replace(num_beams=2)}),
+        "format": ((llama, EXAMPLES[:2], prefix), {"text_format": TextFormat("{source}:")}),
     }
     for name, (arguments, changes) in others.items():
         with pytest.raises(ConfigError, match="outputs of another evaluation") as error:
@@ -231,39 +217,30 @@ def test_outputs_of_another_evaluation_are_refused(model, prefix, random_prefix,
     assert kept.read_bytes() == before
 
 
-def test_a_greedy_evaluation_continues_with_other_batches(model, fake_outputs, tmp_path):
+def test_a_greedy_evaluation_continues_with_other_batches(llama, fake_outputs, tmp_path):
     requests = fake_outputs()
     greedy, sampled = tmp_path / "greedy.jsonl", tmp_path / "sampled.jsonl"
-    whole = evaluate(model, EXAMPLES, config=CONFIG, resume_file=greedy)
-    evaluate(model, EXAMPLES[:2], config=SAMPLED, resume_file=sampled)
+    whole = evaluate(llama, EXAMPLES, config=CONFIG, resume_file=greedy)
+    evaluate(llama, EXAMPLES[:2], config=SAMPLED, resume_file=sampled)
     requests.clear()
     for changes in ({"batch_size": 1}, {"seed": 5}):
-        again = evaluate(model, EXAMPLES, config=CONFIG.replace(**changes), resume_file=greedy)
+        again = evaluate(llama, EXAMPLES, config=CONFIG.replace(**changes), resume_file=greedy)
         assert again.outputs == whole.outputs
         with pytest.raises(ConfigError, match="outputs of another evaluation"):
-            evaluate(model, EXAMPLES[:2], config=SAMPLED.replace(**changes), resume_file=sampled)
+            evaluate(llama, EXAMPLES[:2], config=SAMPLED.replace(**changes), resume_file=sampled)
     assert requests == []
 
 
-def test_a_broken_resume_file_is_reported_before_anything_is_decoded(model, tmp_path):
+def test_a_broken_resume_file_is_reported_before_anything_is_decoded(llama, tmp_path):
     kept = tmp_path / "decoded.jsonl"
     kept.write_bytes(b"\xff\n")
     batches = []
     with pytest.raises(PrefixError):
-        evaluate(model, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
+        evaluate(llama, EXAMPLES[:2], config=CONFIG, resume_file=kept, on_batch=batches.append)
     assert batches == []
 
 
 # --- shots -----------------------------------------------------------------------------------------------------------
-
-
-def test_shots_are_the_texts_of_training(model):
-    form = TextFormat("Data: {source}{separator}", "Text: {target}\n")
-    shown = [Example("one fox", ("A fox.", "One fox.")), Example("an owl", ("An owl.",))]
-    prompt = encode_prompts(model, few_shot_format(form, shown, model.separator, model.end), ["a hare"])[0]
-    trained = encode_examples(model, [*shown, Example("a hare", ("?",))], form, prefix_length=0).examples
-    first, second, last = ((list(example.prompt), list(example.targets[0])) for example in trained)
-    assert list(prompt) == [*first[0], *first[1], *second[0], *second[1], *last[0]]
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -278,9 +255,9 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_the_folder_is_valid_and_readable_by_reports(model, fake_outputs, tmp_path):
+def test_the_folder_is_valid_and_readable_by_reports(llama, fake_outputs, tmp_path):
     fake_outputs(SAID)
-    outcome = evaluate(model, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
+    outcome = evaluate(llama, EXAMPLES, config=CONFIG, metrics=METRIC_NAMES, intervals=True)
     facts = {"title": "a title", "task": "toy", "settings": {"decoding": CONFIG.to_dict()}, "sample": 3}
     write_evaluation(tmp_path / "new", outcome, EXAMPLES, **facts)
     summary = strict((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8"))
@@ -320,3 +297,48 @@ def test_an_instructed_model_stops_where_its_turn_ends(tiny_backbone, tiny_token
     same = dataclasses.replace(backbone, tokenizer_cache={})
     form = instruction_format(same, "Say it:", [EXAMPLES[0]])
     assert form == TextFormat(form.prompt, "{target}")
+
+
+TEXTS = ["the pub is near the river", "it rained", "a long walk by the river " * 4]
+
+
+def test_the_perplexity_of_texts_is_that_of_transformers(llama):
+    outcome = evaluate(llama, [{"text": text} for text in TEXTS])
+    losses, tokens = [], []
+    for text in TEXTS:
+        ids = torch.tensor([[*llama.encode(llama.separator), *llama.encode(text), llama.eos_id]])
+        with torch.no_grad():
+            loss = llama.model(input_ids=ids, labels=ids).loss
+        tokens.append(ids.shape[1] - 1)
+        losses.append(float(loss) * tokens[-1])
+    assert outcome.scores["perplexity"].score == pytest.approx(math.exp(sum(losses) / sum(tokens)), rel=1e-4)
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert outcome.scores["bits_per_byte"].score == pytest.approx(sum(losses) / math.log(2) / num_bytes, rel=1e-4)
+    assert outcome.outputs[1].endswith(f"of {tokens[1]} tokens")
+    assert not outcome.scores["perplexity"].higher_is_better
+
+
+def test_a_long_text_counts_every_token_once_and_a_batch_changes_nothing(llama):
+    long = Example("", (" ".join(TEXTS * 60),))
+    seen = []
+    alone = evaluate(llama, [long]).scores["perplexity"].score
+    both = evaluate(llama, [long, Example("", ("it rained",)), long], on_batch=seen.append, intervals=True)
+    assert seen[-1] == 3
+    assert seen == sorted(seen)
+    low, high = both.scores["perplexity"].interval or (0, 0)
+    assert low <= both.scores["perplexity"].score <= high
+    assert both.outputs[0] == both.outputs[2] == f"perplexity {alone:.3f} of {both.outputs[0].split()[-2]} tokens"
+
+
+def test_max_length_is_that_of_the_windows(llama):
+    text = {"text": " ".join(TEXTS)}
+    whole, short = (evaluate(llama, [text], max_total_length=length).scores for length in (0, 16))
+    stored = evaluate(llama, [text], text_format=replace(TEXT_FORMAT, max_length=16)).scores
+    assert short["perplexity"].score == stored["perplexity"].score != whole["perplexity"].score
+    assert short["bits_per_byte"].implementation.endswith("windows of 16 positions")
+    assert whole["perplexity"].implementation.endswith(f"windows of {llama.max_positions} positions")
+
+
+def test_an_encoder_decoder_cannot_go_on_with_a_text(tiny_backbone):
+    with pytest.raises(ConfigError):
+        evaluate(tiny_backbone("t5"), [{"text": "it rained"}])

@@ -19,24 +19,19 @@ EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", f"it is {le
 DEV = [pt.Example("n : x", ("xx it is.", "it is x")), pt.Example("n : y", ("yy it is.",)), pt.Example("n : z", ("z",))]
 
 
-@pytest.fixture
-def backbone(tiny_backbone):
-    return tiny_backbone("llama")
-
-
 def config(tmp_path, **more):
     values = {"prefix_length": 6, "init_text": "abc", "max_steps": 4, "save_every": 2, "batch_size": 4}
     return pt.TrainConfig(**{**values, "output": str(tmp_path / "run"), **more})
 
 
-def study(backbone, tmp_path, **arguments):
-    given = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False}
+def study(llama, tmp_path, **arguments):
+    given = {"backbone": llama, "examples": EXAMPLES, "dev_examples": DEV, "progress": False}
     return find_length(config(tmp_path), **{**given, **arguments})
 
 
-def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone, tmp_path):
+def test_the_artifact_is_cut_to_a_length_of_the_curve(llama, tmp_path):
     seen = []
-    result = study(backbone, tmp_path, on_length=seen.append)
+    result = study(llama, tmp_path, on_length=seen.append)
     whole, short = load_prefix(tmp_path / "run"), load_prefix(result.path)
     assert whole.header["training"]["nested"] is True
     assert short.equal(Prefix(whole[: result.chosen].layers))
@@ -45,9 +40,9 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone, tmp_path):
     assert short.header["training"]["dev_loss"] == measured[result.chosen]
     assert short.header["composition"]["parts"][0]["dev_loss"] == whole.header["training"]["dev_loss"]
     assert [point.prefix_length for point in result.lengths] == [1, 2, 3, 4, 6]
-    data = tokenize(config(tmp_path), backbone, EXAMPLES, DEV)
+    data = tokenize(config(tmp_path), llama, EXAMPLES, DEV)
     for point in result.lengths:
-        loss = evaluation_loss(backbone, whole[: point.prefix_length], data.dev.examples)
+        loss = evaluation_loss(llama, whole[: point.prefix_length], data.dev.examples)
         assert point.loss == pytest.approx(loss, rel=1e-6)
         assert point.interval[0] <= point.loss <= point.interval[1]
         assert point.num_bytes == whole.num_bytes * point.prefix_length // 6
@@ -57,8 +52,8 @@ def test_the_artifact_is_cut_to_a_length_of_the_curve(backbone, tmp_path):
     assert seen == [1, 2, 3, 4, 6]
 
 
-def test_a_stopped_curve_goes_on(backbone, tmp_path, monkeypatch):
-    whole = study(backbone, tmp_path / "whole", lengths=(2, 4))
+def test_a_stopped_curve_goes_on(llama, tmp_path, monkeypatch):
+    whole = study(llama, tmp_path / "whole", lengths=(2, 4))
     measured = []
     original = score_targets
 
@@ -70,9 +65,9 @@ def test_a_stopped_curve_goes_on(backbone, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "score_targets", counted)
     with pytest.raises(KeyboardInterrupt):
-        study(backbone, tmp_path, lengths=(2, 4))
+        study(llama, tmp_path, lengths=(2, 4))
     assert not (tmp_path / "run" / "length.json").exists()
-    result = study(backbone, tmp_path, lengths=(2, 4), resume=True)
+    result = study(llama, tmp_path, lengths=(2, 4), resume=True)
     assert result.lengths == whole.lengths
 
 
@@ -113,21 +108,21 @@ def test_usual_lengths_and_wrong_ones():
         curve_lengths(50, [51])
 
 
-def test_what_cannot_be_compared_is_refused(backbone, tmp_path):
+def test_what_cannot_be_compared_is_refused(llama, tmp_path):
     with pytest.raises(ConfigError):
-        study(backbone, tmp_path, dev_examples=None)
+        study(llama, tmp_path, dev_examples=None)
     with pytest.raises(ConfigError):
         find_length(config(tmp_path).replace(nested=False, method="lora"), dev_examples=DEV)
 
 
-def test_lengths_are_checked_before_training(backbone, tmp_path):
+def test_lengths_are_checked_before_training(llama, tmp_path):
     def never(event):
         raise AssertionError(f"an event before the lengths were checked: {event}")
 
     text = config(tmp_path, prefix_length=0, initialization="text")
-    data = {"backbone": backbone, "examples": EXAMPLES, "dev_examples": DEV, "progress": False, "on_event": never}
+    data = {"backbone": llama, "examples": EXAMPLES, "dev_examples": DEV, "progress": False, "on_event": never}
     with pytest.raises(ConfigError):
         find_length(text, lengths=(2, 50), **data)
     with pytest.raises(ConfigError):
-        study(backbone, tmp_path, lengths=(1,) * 70, on_event=never)
+        study(llama, tmp_path, lengths=(1,) * 70, on_event=never)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -46,9 +46,8 @@ def test_the_training_set_is_read_as_the_run_read_it(tmp_path):
     assert len(toy) == 320
 
 
-def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(tmp_path, tiny_models, tiny_tokenizer, capsys):
-    tiny_models("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def test_evaluate_joins_prefixes_and_knows_the_training_set_of_each(tmp_path, save_model, capsys):
+    save_model(tmp_path / "model")
     test = write(tmp_path / "test.jsonl", ["Bo", "Zed", "Cy"])
     for run, names in (("one", ["Ann", "Bo"]), ("two", ["Zed", "Di"])):
         settings = {"source": "name", "target": "text", "max_steps": 1, "device": "cpu"}

@@ -10,7 +10,6 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
 from prefixtune.data.chat import encode_chat
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.inference.model import load
@@ -179,18 +178,6 @@ def test_a_prefix_for_single_texts_reads_the_last_message(backbone, make_prefix)
     assert model.chat("who are you", **FEW) == expected
     with pytest.warns(UserWarning, match="last message only"):
         assert "".join(model.stream(TALK, **FEW)).strip() == expected
-
-
-def test_labels(backbone):
-    model = load(backbone)
-    expected = classify(backbone, TEXTS, labels=["yes", "no"])
-    assert model.classify(TEXTS, labels=["yes", "no"]) == expected
-    alone = model.classify(TEXTS[1], labels=["yes", "no"])
-    assert alone.label == expected[1].label
-    assert alone.probabilities == pytest.approx(expected[1].probabilities)
-    # The probabilities would be fewer than the labels.
-    with pytest.raises(ConfigError, match="yes' more than once"):
-        classify(backbone, TEXTS, labels=["yes", "no", "yes"])
 
 
 def test_files_name_their_backbone(backbone, make_prefix, tmp_path):

@@ -13,11 +13,8 @@ from prefixtune.prefix.prefix import Prefix, save_prefix
 
 
 @pytest.fixture(scope="module")
-def model(tiny_models, tiny_tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "gpt2"
-    tiny_models("gpt2").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def model(save_model, tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
 
 
 @pytest.fixture

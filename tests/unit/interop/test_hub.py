@@ -1,142 +1,91 @@
 """Pushing and pulling against a local fake of the hub's HTTP calls."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
 from huggingface_hub import ModelCard
 
-from prefixtune.backbone.prefixes import load_prefix, make_header
+from fake_server import FakeServer
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
 from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 from prefixtune.prefix.hub import FILE
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.prefix import Prefix
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LICENSES = (None, "apache-2.0", "cc-by-4.0", "other")
 """Some that the hub takes; it refuses a card with any other spelling."""
 
 
-class Hub(ThreadingHTTPServer):
+class Hub:
     """As much of the hub as an upload and a download need: repositories of small files, one commit."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
         self.repos = {}
         self.calls = []
         self.created = []
         self.refuse = None
+        self.server = FakeServer(self.answer)
+        self.url = self.server.url
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def answer(self, method, path, headers, body):
+        self.calls.append((method, path))
+        return self.take(path, body) if method == "POST" else self.give(path)
 
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body=b"", **headers):
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def read_body(self):
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def do_POST(self):
-        body = self.read_body()
-        self.server.calls.append(("POST", self.path))
-        if self.server.refuse:
-            self.answer(self.server.refuse, {"error": "not today"}, X_Error_Message="not today")
-            return
-        if self.path == "/api/repos/create":
+    def take(self, path, body):
+        if self.refuse:
+            return self.refuse, {"error": "not today"}, {"X-Error-Message": "not today"}
+        if path == "/api/repos/create":
             asked = json.loads(body)
-            self.server.created.append(asked)
+            self.created.append(asked)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            self.server.repos.setdefault(name, {})
-            self.answer(200, {"url": f"{self.server.url}/{name}"})
-            return
-        if self.path == "/api/validate-yaml":
+            self.repos.setdefault(name, {})
+            return 200, {"url": f"{self.url}/{name}"}
+        if path == "/api/validate-yaml":
             license_id = ModelCard(json.loads(body)["content"]).data.license
             errors = [] if license_id in LICENSES else [{"message": f'"license" must be one of {LICENSES}'}]
-            self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
-            return
-        name, _, what = self.path.removeprefix("/api/models/").partition("/preupload/")
-        if what:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self.answer(200, {"files": files})
-            return
-        name = self.path.removeprefix("/api/models/").partition("/commit/")[0]
-        for line in body.splitlines():
-            entry = json.loads(line)
+            return 400 if errors else 200, {"errors": errors, "warnings": []}
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return 200, {"files": [{"path": one, "uploadMode": "regular", "shouldIgnore": False} for one in names]}
+        name = path.removeprefix("/api/models/").partition("/commit/")[0]
+        for entry in map(json.loads, body.splitlines()):
             if entry["key"] == "file":
-                self.server.repos[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-        self.answer(
-            200, {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
-        )
+                self.repos[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        return 200, {"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
 
-    def do_GET(self):
-        self.server.calls.append((self.command, self.path))
-        name, _, rest = self.path.lstrip("/").partition("/resolve/")
-        file = rest.partition("/")[2]
-        data = self.server.repos.get(name, {}).get(file)
-        if name not in self.server.repos:
-            self.answer(404, X_Error_Code="RepoNotFound")
-        elif data is None:
-            self.answer(404, X_Error_Code="EntryNotFound")
-        else:
-            self.answer(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET
+    def give(self, path):
+        name, _, rest = path.lstrip("/").partition("/resolve/")
+        if name not in self.repos:
+            return 404, b"", {"X-Error-Code": "RepoNotFound"}
+        data = self.repos[name].get(rest.partition("/")[2])
+        if data is None:
+            return 404, b"", {"X-Error-Code": "EntryNotFound"}
+        return 200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
 
 
 @pytest.fixture
 def fake_hub(monkeypatch, tmp_path):
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    hub = Hub()
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", "hf_local")
-    yield server
-    server.shutdown()
-    server.server_close()
+    yield hub
+    hub.server.close()
 
 
 @pytest.fixture
-def artifact(tiny_backbone, random_prefix, tmp_path):
-    backbone = tiny_backbone("llama")
-    header = make_header(backbone, task="e2e", license="CC-BY-4.0", training={"steps": 9, "num_targets": 5})
-    return save_prefix(tmp_path / "mine.safetensors", Prefix(random_prefix(backbone, 4).layers, header))
+def artifact(llama, save_random_prefix, tmp_path):
+    facts = {"task": "e2e", "license": "CC-BY-4.0", "training": {"steps": 9, "num_targets": 5}}
+    return save_random_prefix(tmp_path / "mine.safetensors", llama, **facts)
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import json
 import struct
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
+from fake_server import FakeServer
 from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.llama_cpp import check as llama_cpp_check
@@ -103,29 +102,14 @@ class Server:
 
     def __init__(self):
         self.restored, self.cached, self.spoiled, self.asked, self.key = 3, 3, "", [], ""
-        outer = self
+        self.http = FakeServer(self.answer)
+        self.url = self.http.url
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.asked.append((self.path, body))
-                wrong_key = outer.key and self.headers["Authorization"] != f"Bearer {outer.key}"
-                code, answer = (401, {"error": "no"}) if wrong_key else outer.answer(self.path, body)
-                data = json.dumps(answer).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def answer(self, path, body):
+    def answer(self, method, path, headers, body):
+        body = json.loads(body)
+        self.asked.append((path, body))
+        if self.key and headers["Authorization"] != f"Bearer {self.key}":
+            return 401, {"error": "no"}
         if "restore" in path:
             return (400, {"error": "no"}) if self.spoiled == "file" else (200, {"n_restored": self.restored})
         held = body["prompt"][:3] == TOKENS
@@ -134,8 +118,7 @@ class Server:
             likely = -2.0
         if self.spoiled == "all":
             likely = -1.0
-        token = 6 if self.spoiled == "far" and likely == -1.0 else 5
-        probabilities = [{"top_logprobs": [{"id": token, "logprob": likely}]}]
+        probabilities = [{"top_logprobs": [{"id": 5, "logprob": likely}]}]
         reply = {"timings": {"cache_n": self.cached if held else 0}}
         return 200, reply if self.spoiled == "probabilities" else {**reply, "completion_probabilities": probabilities}
 
@@ -144,9 +127,7 @@ class Server:
 def server():
     made = Server()
     yield made
-    made.http.shutdown()
-    made.thread.join()
-    made.http.server_close()
+    made.http.close()
 
 
 def test_a_prefix_in_effect(server):

@@ -12,41 +12,9 @@ import torch
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError
 from prefixtune.interop.onnx import export as target
-from prefixtune.interop.onnx.run import generate, past_names
 from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.prefix.text_format import TextFormat
-
-FACTS = {"num_layers": 1, "num_kv_heads": 2, "head_dim": 3, "pad_id": 0, "end_ids": [9]}
-
-PREFIX = {name: np.ones((1, 2, 4, 3), dtype=np.float32) for name in past_names(FACTS)}
-
-
-class Graph:
-    """Records its inputs; its logits say that the token after t is t + 1."""
-
-    def __init__(self):
-        self.fed = []
-
-    def __call__(self, feed):
-        self.fed.append(feed)
-        ids = feed["input_ids"]
-        grown = [np.pad(feed[name], ((0, 0), (0, 0), (0, ids.shape[1]), (0, 0))) for name in past_names(FACTS)]
-        return [np.eye(12, dtype=np.float32)[ids + 1], *grown]
-
-
-def test_masks_positions_and_past_of_a_padded_batch():
-    graph = Graph()
-    assert generate(graph, FACTS, PREFIX, [[1, 2, 6], [4]], max_new_tokens=3) == [[7, 8], [5, 6, 7]]
-    first, second, third = graph.fed
-    assert first["input_ids"].tolist() == [[1, 2, 6], [0, 0, 4]]
-    assert first["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 1]]
-    assert first["position_ids"].tolist() == [[4, 5, 6], [4, 4, 4]]
-    assert first["past_key_values.0.key"].shape == (2, 2, 4, 3)
-    assert second["input_ids"].tolist() == [[7], [5]]
-    assert second["position_ids"].tolist() == [[7], [5]]
-    assert third["attention_mask"].tolist() == [[1] * 9, [1, 1, 1, 1, 0, 0, 1, 1, 1]]
-    assert third["past_key_values.0.value"].shape == (2, 2, 8, 3)
 
 
 @pytest.fixture

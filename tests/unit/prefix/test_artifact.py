@@ -20,11 +20,6 @@ from prefixtune.training.checkpoint import load_state, save_state
 
 
 @pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
-
-
-@pytest.fixture
 def prefix(llama, random_prefix):
     made = random_prefix(llama, 4).detach()
     return Prefix(made.layers, make_header(llama, task="toy", license="CC0"))
@@ -107,15 +102,6 @@ def test_other_shapes_are_always_refused(path, tiny_backbone):
             load_prefix(path, other, allow_other_backbone=True)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.999])
-def test_a_truncated_file_is_refused(share, path):
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError) as error:
-        load_prefix(path)
-    assert "truncated" in error.value.hint
-
-
 def test_numbers_that_are_not_finite_are_refused(path, prefix, tmp_path):
     def poison(tensors):
         tensors["decoder.1.key"][0, 0, 0] = torch.nan
@@ -161,16 +147,6 @@ def test_foreign_or_missing_tensors_are_refused(change, path):
     assert repr(str(path)) in error.value.message
     with pytest.raises(CheckpointError):
         read_outline(path)
-
-
-@pytest.mark.parametrize("shape", [[10**1500, 10**1500, 10**1500], [2**40] * 3, [1] * 10_000, [-1, 2, 3]])
-def test_shapes_that_no_tensor_has_are_refused(shape, path):
-    table = {"decoder.0.key": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    text = json.dumps({"__metadata__": {"prefixtune": '{"format_version": 2}'}, **table}).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    for read in (load_prefix, read_outline):
-        with pytest.raises(CheckpointError):
-            read(path)
 
 
 @pytest.mark.parametrize("rows", [None, 2])

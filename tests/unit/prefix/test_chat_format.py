@@ -26,11 +26,6 @@ def of_nobody(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
-
-
-@pytest.fixture
 def stored(llama, random_prefix, tmp_path):
     """Store a prefix with a chat template of its own."""
 

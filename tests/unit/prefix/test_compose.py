@@ -34,36 +34,19 @@ def _with_head(prefix, *labels):
 
 
 def test_the_header_keeps_what_each_part_was():
-    manual = _prefix(
-        3, 1, task="manual", form="question", training={"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9}
-    )
+    training = {"dev_loss": 1.5, "backbone_dtype": "bfloat16", "steps": 9}
+    manual = _prefix(3, 1, task="manual", form="question", training=training)
     style = _prefix(2, 2, task="style", form="prompt", text_format=FORMAT, license="mine")
-    joined = concatenate([manual, style], names=["manual.safetensors", "style.safetensors"])
-    assert (joined.header["task"], joined.header["form"]) == ("style", "prompt")
-    assert joined.header["text_format"] == FORMAT
-    assert joined.header["backbone"] == manual.header["backbone"]
-    assert Rotation.from_header(joined.header["rotation"]) == ROTATION
-    assert "training" not in joined.header
-    assert joined.header["composition"] == {
-        "mode": "concatenate",
-        "parts": [
-            {
-                "name": "manual.safetensors",
-                "hash": content_hash(manual),
-                "prefix_length": {"decoder": 3},
-                "task": "manual",
-                "dev_loss": 1.5,
-                "backbone_dtype": "bfloat16",
-            },
-            {
-                "name": "style.safetensors",
-                "hash": content_hash(style),
-                "prefix_length": {"decoder": 2},
-                "task": "style",
-                "license": "mine",
-            },
-        ],
-    }
+    header = concatenate([manual, style], names=["a.safetensors", "b.safetensors"]).header
+    assert (header["task"], header["form"], header["text_format"]) == ("style", "prompt", FORMAT)
+    assert header["backbone"] == manual.header["backbone"]
+    assert Rotation.from_header(header["rotation"]) == ROTATION
+    assert "training" not in header
+    measured = {"dev_loss": 1.5, "backbone_dtype": "bfloat16"}
+    first = {"name": "a.safetensors", "prefix_length": {"decoder": 3}, "task": "manual", **measured}
+    second = {"name": "b.safetensors", "prefix_length": {"decoder": 2}, "task": "style", "license": "mine"}
+    parts = [{**first, "hash": content_hash(manual)}, {**second, "hash": content_hash(style)}]
+    assert header["composition"] == {"mode": "concatenate", "parts": parts}
 
 
 def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text():
@@ -101,23 +84,20 @@ def test_one_part_may_classify():
 
 def test_what_cannot_be_joined_is_refused_by_name():
     other = {"name": "large", "fingerprint": "abd:", "kind": "decoder"}
-    with pytest.raises(BackboneError):
-        concatenate([_prefix(3), _prefix(3, backbone=other)], names=["one", "two"])
-    with pytest.raises(ConfigError):
-        concatenate([_prefix(30), _prefix(10)])
-    with pytest.raises(ConfigError):
-        concatenate([_prefix(3), _prefix(3, adapter="adapter")])
-    with pytest.raises(ConfigError):
-        concatenate([_prefix(3, rotation=None)] * 2)
+    narrow = Prefix({"decoder": ((torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)),) * 2})
+    for parts, error in (
+        ([_prefix(3), _prefix(3, backbone=other)], BackboneError),
+        ([_prefix(3, backbone=None), _prefix(3), _prefix(3, backbone=other)], BackboneError),
+        ([_prefix(3), narrow], BackboneError),
+        ([_prefix(30), _prefix(10)], ConfigError),
+        ([_prefix(3), _prefix(3, adapter="adapter")], ConfigError),
+        ([_prefix(3, rotation=None)] * 2, ConfigError),
+        ([], ConfigError),
+    ):
+        with pytest.raises(error):
+            concatenate(parts)
     with pytest.raises(ConfigError):
         concatenate([concatenate([_prefix(1)] * 30)] * 2 + [_prefix(1)] * 5, Rotation("none"))
-    with pytest.raises(ConfigError):
-        concatenate([])
-    with pytest.raises(BackboneError):
-        concatenate([_prefix(3, backbone=None), _prefix(3), _prefix(3, backbone=other)])
-    narrow = Prefix({"decoder": ((torch.zeros(2, 3, 3), torch.zeros(2, 3, 3)),) * 2})
-    with pytest.raises(BackboneError):
-        concatenate([_prefix(3), narrow])
 
 
 def _at(**layers):

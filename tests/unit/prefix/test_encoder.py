@@ -1,37 +1,18 @@
-"""What is trained: a table or an MLP, where each starts, and the MLP's fit to real words."""
+"""What is trained: a table or an MLP, where each starts, and the size of its steps."""
 
 import pytest
 import torch
 
-from prefixtune.prefix.encoder import PrefixEncoder, fit, step_sizes
+from prefixtune.prefix.encoder import PrefixEncoder, step_sizes
 from prefixtune.prefix.geometry import LayerShape
-from prefixtune.prefix.prefix import Prefix, flatten
-from prefixtune.training.starts.words import from_words
+from prefixtune.prefix.prefix import Prefix, flatten, unflatten
 
 GEOMETRY = {"decoder": (LayerShape(2, 4, 4), LayerShape(1, 8, 6))}
 
 
-def module(kind, start=None, length=5, **changes):
+def module(kind, start=None):
     torch.manual_seed(0)
-    return PrefixEncoder(
-        kind, GEOMETRY, length, **{"embedding_size": 12, "bottleneck_size": 7, "start": start, **changes}
-    )
-
-
-def random_start(length=5):
-    generator = torch.Generator().manual_seed(3)
-    return Prefix(
-        {
-            site: tuple(
-                (
-                    torch.randn(s.num_kv_heads, length, s.key_dim, generator=generator),
-                    torch.randn(s.num_kv_heads, length, s.value_dim, generator=generator),
-                )
-                for s in shapes
-            )
-            for site, shapes in GEOMETRY.items()
-        }
-    )
+    return PrefixEncoder(kind, GEOMETRY, 5, embedding_size=12, bottleneck_size=7, start=start)
 
 
 def test_the_mlp_is_the_papers():
@@ -43,23 +24,9 @@ def test_the_mlp_is_the_papers():
 
 @pytest.mark.parametrize("kind", ["none", "scaled"])
 def test_a_given_start_is_where_training_begins(kind):
-    start = random_start()
+    shapes = GEOMETRY["decoder"]
+    start = Prefix({"decoder": unflatten(torch.randn(5, sum(shape.size for shape in shapes)), shapes)})
     assert module(kind, start).bake().equal(start)
-
-
-def test_fitting_the_mlp_to_words_brings_it_near(tiny_backbone):
-    """The authors' 500 steps at 1e-4 reach an error of 1e-5 to 2e-4 here, from about 1."""
-    backbone = tiny_backbone("llama")
-    target = from_words(backbone, "Describe the data", 10)
-    torch.manual_seed(0)
-    made = PrefixEncoder("mlp", backbone.geometry, 10, embedding_size=32, bottleneck_size=512, start=target)
-    assert fit(made, target, steps=0)["decoder"] > 0.9
-    error = fit(made, target)["decoder"]
-    assert error < 2e-3
-    difference = flatten(made.bake().layers["decoder"]) - flatten(target.layers["decoder"])
-    assert error == pytest.approx(
-        float(difference.square().mean() / flatten(target.layers["decoder"]).square().mean()), rel=1e-4
-    )
 
 
 def test_steps_are_of_the_starts_size_without_where_texts_begin():

@@ -24,11 +24,6 @@ DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 @pytest.fixture
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
-
-
-@pytest.fixture
 def prefix(llama, random_prefix):
     form = {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<s>", "end": "</s>", "source": ""}
     header = make_header(llama, task="toy", method="prefix", text_format=form, license="CC0")

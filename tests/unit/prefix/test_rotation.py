@@ -1,7 +1,5 @@
 """Keys that turn, and a rotation as a header keeps it."""
 
-import math
-
 import pytest
 import torch
 
@@ -26,21 +24,6 @@ def _prefix(length, layers=2, dtype=torch.float32):
             )
         }
     )
-
-
-def test_pairs_turn_like_complex_numbers_and_the_rest_stays():
-    prefix = _prefix(3)
-    turned = ROTATION.turn(prefix, 7)
-    before, after = prefix.layers["decoder"][0][0], turned.layers["decoder"][0][0]
-    for first, second, frequency in zip(HALF.first, HALF.second, HALF.frequencies, strict=True):
-        expected = torch.complex(before[..., first], before[..., second]) * complex(
-            math.cos(7 * frequency), math.sin(7 * frequency)
-        )
-        assert torch.allclose(after[..., first], expected.real, atol=1e-6)
-        assert torch.allclose(after[..., second], expected.imag, atol=1e-6)
-    assert torch.equal(after[..., 4], before[..., 4])
-    assert torch.equal(turned.layers["decoder"][1][0], prefix.layers["decoder"][1][0])
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(turned.layers["decoder"], prefix.layers["decoder"], strict=True))
 
 
 def test_a_rotation_is_checked_against_a_prefix_before_anything_is_turned():

@@ -20,11 +20,6 @@ from prefixtune.training.train import train
 OLD = {"prompt": "Q: {source}{separator}", "target": " {target}", "separator": "<s>", "end": "</s>", "source": "{a}"}
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_backbone):
-    return tiny_backbone("llama")
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

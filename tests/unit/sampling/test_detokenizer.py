@@ -38,13 +38,17 @@ def cut(text, stop):
     return text[: min(places)] if places else text
 
 
+@pytest.mark.parametrize("verbatim", [False, True])
 @pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_pieces_joined_are_the_whole_text(decode, size, data):
-    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=20))
-    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é"]), max_size=2)))
-    assert "".join(pieces(decode, ids, stop)) == cut(decode(ids), stop).strip()
+def test_pieces_joined_are_the_whole_text(decode, size, verbatim, data):
+    # White space is what differs.
+    tokens = st.integers(0, size - 1) | st.sampled_from(b" \n" if decode is by_bytes else [3, 5])
+    ids = data.draw(st.lists(tokens, max_size=20))
+    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), max_size=2)))
+    whole = cut(decode(ids), stop)
+    assert "".join(pieces(decode, ids, stop, verbatim=verbatim)) == (whole if verbatim else whole.strip())
 
 
 def test_words_in_parts_that_are_marked_as_such():
@@ -80,16 +84,6 @@ def test_a_text_is_decoded_a_few_tokens_at_a_time():
 
 
 # --- verbatim --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("decode", "size"), [(by_bytes, 256), (by_words, len(WORDS))])
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_verbatim_pieces_joined_are_the_whole_text(decode, size, data):
-    tokens = st.integers(0, size - 1) | st.sampled_from(b" \n" if decode is by_bytes else [3, 5])
-    ids = data.draw(st.lists(tokens, max_size=20))
-    stop = tuple(data.draw(st.lists(st.sampled_from([" the", "b ", "x", "ab", "é", "\n"]), max_size=2)))
-    assert "".join(pieces(decode, ids, stop, verbatim=True)) == cut(decode(ids), stop)
 
 
 def test_a_text_goes_on_from_the_prompt():

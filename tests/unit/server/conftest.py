@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
@@ -32,7 +30,7 @@ def backbone(tiny_backbone):
 
 
 @pytest.fixture
-def make_server(backbone, tmp_path, random_prefix):
+def make_server(backbone, tmp_path, save_random_prefix):
     """A factory: `make_server(**options)` makes an application and its state, with the prefixes `a` and `b`."""
     states = []
 
@@ -40,17 +38,11 @@ def make_server(backbone, tmp_path, random_prefix):
         folder = tmp_path / "prefixes"
         folder.mkdir(exist_ok=True)
         for seed, name in enumerate(("a", "b")):
-            header = make_header(backbone, task="records", text_format=FORMAT)
-            prefix = Prefix(random_prefix(backbone, 4, seed).layers, header)
-            save_prefix(folder / f"{name}.safetensors", prefix)
+            facts = {"task": "records", "text_format": FORMAT}
+            save_random_prefix(folder / f"{name}.safetensors", backbone, seed=seed, **facts)
         folders = {"prefixes": str(folder), "data_folder": str(tmp_path / "data")}
         config = ServeConfig(**{"backbone": "tiny", **folders, "num_slots": 4, **options})
-        engine = Engine(
-            backbone,
-            num_slots=4,
-            max_length=config.max_length,
-            prefill_tokens=config.prefill_tokens,
-        )
+        engine = Engine(backbone, num_slots=4, max_length=config.max_length, prefill_tokens=config.prefill_tokens)
         state = ServerState(config, backbone, PrefixFolder(folder, backbone), EngineWorker(engine))
         states.append(state)
         return make_app(state), state
@@ -60,18 +52,11 @@ def make_server(backbone, tmp_path, random_prefix):
         state.close()
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_backbone):
-    """A tiny backbone, for the store."""
-    return tiny_backbone("llama")
-
-
 @pytest.fixture
-def save(tmp_path, llama, random_prefix):
-    """A factory: `save(name, seed, **facts)` writes a prefix into the folder."""
+def save(tmp_path, llama, save_random_prefix):
+    """A function: `save(name, seed, **facts)` writes a prefix into the folder."""
 
     def write(name, seed=0, *, length=3, folder=tmp_path, **facts):
-        prefix = random_prefix(llama, length, seed)
-        return save_prefix(folder / f"{name}.safetensors", Prefix(prefix.layers, make_header(llama, **facts)))
+        return save_random_prefix(folder / f"{name}.safetensors", llama, length, seed, **facts)
 
     return write

@@ -3,11 +3,9 @@
 import asyncio
 import logging
 
-from asgi_client import NEVER, Response, bearer, completion, send, texts_when_done
+from asgi_client import NEVER, Response, bearer, completion, keys, send, texts_when_done
 from prefixtune.engine.request import SequenceOutput
-from prefixtune.server.auth import hash_key
 from prefixtune.server.metrics import Metrics
-from prefixtune.server.settings import KeyConfig
 
 
 def test_a_page_of_an_allowed_origin_may_use_openais_client(make_server):
@@ -27,11 +25,7 @@ def test_a_page_of_an_allowed_origin_may_use_openais_client(make_server):
 
 
 def test_the_document_says_which_operations_need_a_key(make_server):
-    keys = {
-        "me": KeyConfig(hash=hash_key("pt-me"), prefixes=()),
-        "boss": KeyConfig(hash=hash_key("pt-boss"), admin=True),
-    }
-    app, _ = make_server(keys=keys)
+    app, _ = make_server(keys=keys(me={"prefixes": ()}, boss={"admin": True}))
     # Every key may read it, as the list of models.
     document = asyncio.run(send(app, "GET", "/openapi.json", headers=bearer("me"))).json
     assert {"/v1/completions", "/v1/files/{file_id}/preview", "/", "/metrics"} <= document["paths"].keys()
@@ -46,7 +40,7 @@ def test_the_document_says_which_operations_need_a_key(make_server):
 
 
 def test_a_key_is_asked_for_before_the_body(make_server):
-    app, _ = make_server(keys={"me": KeyConfig(hash=hash_key("pt-me"))})
+    app, _ = make_server(keys=keys(me={}))
     for path in ("/v1/completions", "/v1/tasks/a", "/classify", "/v1/fine_tuning/jobs", "/v1/files"):
         assert asyncio.run(asyncio.wait_for(send(app, "POST", path, NEVER), 5)).code == "invalid_api_key"
 

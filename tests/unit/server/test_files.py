@@ -8,10 +8,8 @@ import os
 import openai
 import pytest
 
-from asgi_client import bearer, send
+from asgi_client import bearer, keys, send
 from openai_client import ask
-from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig
 
 ROWS = b"".join(json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}).encode() + b"\n" for n in range(50))
 BOUNDARY = "boundary-1"
@@ -73,8 +71,7 @@ def test_forms_that_are_wrong_leave_nothing(app, tmp_path):
 
 
 def test_the_limits_of_a_key(make_server, tmp_path):
-    key = KeyConfig(hash=hash_key("pt-ann"), max_files=2, max_storage_mib=1)
-    app, _ = make_server(max_file_mib=1, keys={"ann": key})
+    app, _ = make_server(max_file_mib=1, keys=keys(ann={"max_files": 2, "max_storage_mib": 1}))
     large = part("file", b"x" * 700_000, filename="large.txt")
     document = part("purpose", b"document")
     assert post(app, document + large + END, **bearer("ann")).status == 200

@@ -7,15 +7,13 @@ import threading
 
 import pytest
 
-from asgi_client import bearer, completion, send
-from prefixtune.backbone.prefixes import load_prefix, make_header
+from asgi_client import bearer, completion, keys, send
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import BackboneError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.prefix import save_prefix
 from prefixtune.server import prefixes
-from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig
 
 USER = [{"role": "user", "content": "hello"}]
 
@@ -103,17 +101,18 @@ def test_a_join_is_computed_once_and_outside_the_event_loop(make_server, joins):
     assert len(joins) == 2
 
 
-def test_a_replaced_part_gives_a_new_join(make_server, backbone, composed, joins, random_prefix, tmp_path):
+def test_a_replaced_part_gives_a_new_join(make_server, backbone, composed, joins, save_random_prefix, tmp_path):
     app, state = make_server()
     folder = tmp_path / "prefixes"
     before = texts(ask(app, "/v1/completions", completion(model="a+b")))
     first = (folder / "b.safetensors").read_bytes()
-    changed = Prefix(random_prefix(backbone, 6, 9).layers, load_prefix(folder / "b.safetensors").header)
-    save_prefix(folder / "b.safetensors", changed)
+    facts = {name: load_prefix(folder / "b.safetensors").header[name] for name in ("task", "text_format")}
+    save_random_prefix(folder / "b.safetensors", backbone, 6, seed=9, **facts)
     after = texts(ask(app, "/v1/completions", completion(model="a+b")))
     assert after == generate(backbone, ["hello"], composed("a", "b"), max_new_tokens=5)
     assert (len(joins), after != before) == (2, True)
-    state.store.put("b", _file(tmp_path, first))
+    (tmp_path / "uploaded").write_bytes(first)
+    state.store.put("b", tmp_path / "uploaded")
     assert texts(ask(app, "/v1/completions", completion(model="a+b"))) == before
     state.store.delete("b")
     gone = ask(app, "/v1/completions", completion(model="a+b"))
@@ -121,17 +120,12 @@ def test_a_replaced_part_gives_a_new_join(make_server, backbone, composed, joins
     assert "'b'" in gone.json["error"]["message"]
 
 
-def _file(folder, content):
-    path = folder / "uploaded"
-    path.write_bytes(content)
-    return path
-
-
-def test_a_join_that_is_too_long_is_refused_with_all_lengths(backbone, make_server, joins, random_prefix, tmp_path):
+def test_a_join_that_is_too_long_is_refused_with_all_lengths(
+    backbone, make_server, joins, save_random_prefix, tmp_path
+):
     app, _ = make_server()
     for name, length in (("long", 300), ("longer", 400)):
-        prefix = Prefix(random_prefix(backbone, length, length).layers, make_header(backbone, task="records"))
-        save_prefix(tmp_path / "prefixes" / f"{name}.safetensors", prefix)
+        save_random_prefix(tmp_path / "prefixes" / f"{name}.safetensors", backbone, length, task="records")
     refused = ask(app, "/v1/completions", completion(model="long+a+longer"))
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
     assert joins == []
@@ -141,8 +135,7 @@ def test_a_join_that_is_too_long_is_refused_with_all_lengths(backbone, make_serv
 
 
 def test_a_key_must_allow_every_part(make_server):
-    rules = KeyConfig(hash=hash_key("pt-a"), prefixes=("a*",))
-    app, state = make_server(keys={"a": rules, "all": KeyConfig(hash=hash_key("pt-all"))})
+    app, state = make_server(keys=keys(a={"prefixes": ("a*",)}, all={}))
     for body in (completion(model="a+b"), completion(model="a+a2+b"), completion(model="a+b", prefixes=["a", "b"])):
         refused = ask(app, "/v1/completions", body, headers=bearer("a"))
         assert (refused.status, refused.code) == (403, "model_not_allowed"), refused.body

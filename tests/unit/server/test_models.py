@@ -1,12 +1,8 @@
-"""`/v1/models`: what clients read, the file of a prefix that one's own job trained, and uploads."""
+"""`/v1/models`: what clients read, the file of a prefix that one's own job trained, and uploads, hostile ones too."""
 
 import asyncio
 
-from asgi_client import bearer, completion, send
-from prefixtune.backbone.prefixes import make_header
-from prefixtune.prefix.prefix import Prefix, save_prefix
-from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig
+from asgi_client import bearer, completion, keys, send
 
 
 def download(app, name, key=""):
@@ -14,11 +10,10 @@ def download(app, name, key=""):
     return asyncio.run(send(app, "GET", f"/v1/models/{name}/file", headers=headers))
 
 
-def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, tmp_path, random_prefix):
-    rules = {name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "bob", "boss")}
-    app, _ = make_server(keys=rules)
-    header = {**make_header(backbone), "job": {"id": "ftjob-1", "owner": "ann"}}
-    path = save_prefix(tmp_path / "prefixes" / "hers.safetensors", Prefix(random_prefix(backbone, 4, 3).layers, header))
+def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, tmp_path, save_random_prefix):
+    app, _ = make_server(keys=keys(ann={}, bob={}, boss={"admin": True}))
+    hers = {"id": "ftjob-1", "owner": "ann"}
+    path = save_random_prefix(tmp_path / "prefixes" / "hers.safetensors", backbone, seed=3, job=hers)
     answer = download(app, "hers", "ann")
     assert (answer.status, answer.body) == (200, path.read_bytes())
     assert answer.headers["content-length"] == str(path.stat().st_size)
@@ -38,7 +33,7 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, t
 def test_what_reads_or_joins_a_file_counts_as_a_request(make_server):
     paths = ("/v1/models/{}", "/v1/tasks/{}")
     names = [f"key{number}" for number in range(4)]
-    app, _ = make_server(keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), requests_per_minute=1) for name in names})
+    app, _ = make_server(keys=keys(**{name: {"requests_per_minute": 1} for name in names}))
 
     def ask(key, method, path):
         return asyncio.run(send(app, method, path, headers=bearer(key))).status
@@ -63,9 +58,7 @@ def test_a_file_that_cannot_be_read_now_is_asked_for_again(make_server, monkeypa
 
 
 def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server, tmp_path):
-    app, _ = make_server(
-        keys={name: KeyConfig(hash=hash_key(f"pt-{name}"), admin=name == "boss") for name in ("ann", "boss")}
-    )
+    app, _ = make_server(keys=keys(ann={}, boss={"admin": True}))
     body = (tmp_path / "prefixes" / "b.safetensors").read_bytes()
 
     def put(name, content, key="boss"):
@@ -76,7 +69,8 @@ def test_an_admin_uploads_replaces_and_sees_what_is_refused(make_server, tmp_pat
     assert put("fresh", body, "ann") == (403, "admin_key_needed")
     assert put("fresh", body[:-4]) == (400, "invalid_prefix")
     assert put("tiny", body)[0] == put("..fresh", body)[0] == 400
-    (tmp_path / "prefixes" / "bad.safetensors").write_bytes(b"broken")
+    for name in ("bad.safetensors", ".hidden.safetensors", "notes.txt"):
+        (tmp_path / "prefixes" / name).write_bytes(b"broken")
     listed = asyncio.run(send(app, "GET", "/v1/models", headers=bearer("boss"))).json
     assert [model["id"] for model in listed["data"]] == ["tiny", "a", "b", "fresh"]
     assert list(listed["refused"]) == ["bad"]

@@ -9,29 +9,21 @@ import openai
 import pytest
 
 import openai_client
-from asgi_client import bearer, send
-from prefixtune.backbone.prefixes import make_header
-from prefixtune.prefix.prefix import Prefix, save_prefix
-from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig
+from asgi_client import bearer, keys, send
 
-KEYS = {
-    # Patterns that allow no result, which its owner may use all the same.
-    "ann": KeyConfig(hash=hash_key("pt-ann"), prefixes=("tiny", "a")),
-    "bob": KeyConfig(hash=hash_key("pt-bob")),
-    "boss": KeyConfig(hash=hash_key("pt-boss"), admin=True, prefixes=("tiny",)),
-}
+# Ann's patterns allow no result, which she may use all the same.
+KEYS = keys(ann={"prefixes": ("tiny", "a")}, bob={}, boss={"admin": True, "prefixes": ("tiny",)})
 
 
 @pytest.fixture
-def publish(tmp_path, backbone, random_prefix):
+def publish(tmp_path, backbone, save_random_prefix):
     """`publish(name, owner, step, seed)` puts a file into the folder as a job does; no owner: as anybody else does."""
     folder = tmp_path / "prefixes"
 
     def put(name, owner="ann", step=None, seed=3, job_id=""):
         job = {"id": job_id or f"ftjob-{owner}", "owner": owner, **({} if step is None else {"step": step})}
-        header = {**make_header(backbone), **({"job": job} if owner else {})}
-        made = save_prefix(tmp_path / "made.safetensors", Prefix(random_prefix(backbone, 4, seed).layers, header))
+        facts = {"job": job} if owner else {}
+        made = save_random_prefix(tmp_path / "made.safetensors", backbone, seed=seed, **facts)
         return Path(shutil.move(made, folder / f"{name}.safetensors"))
 
     return put
@@ -136,7 +128,7 @@ def test_a_result_is_deleted_with_its_checkpoints(make_server, publish, key):
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server, tmp_path):
-    app, _ = make_server(keys={**KEYS, "root": KeyConfig(hash=hash_key("pt-root"), admin=True)})
+    app, _ = make_server(keys=KEYS | keys(root={"admin": True}))
     for key, name in (("bob", "a"), ("bob", "tiny"), ("root", "tiny")):
         with pytest.raises(openai.PermissionDeniedError):
             ask(app, key, lambda client, name=name: client.models.delete(name))

@@ -1,12 +1,15 @@
-"""Prompts: the prefix's text format, long sources, and earlier messages."""
+"""Prompts: the prefix's text format, long sources, earlier messages; whole conversations by a chat template."""
 
 import asyncio
 import logging
 
+import pytest
+
 from asgi_client import completion, send
-from prefixtune.backbone.prefixes import make_header
+from prefixtune.backbone.prefixes import load_prefix
+from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.inference.generate import generate
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.chat_format import allow_template
 
 
 def test_dropped_messages_are_reported(make_server, caplog):
@@ -26,12 +29,11 @@ def test_dropped_messages_are_reported(make_server, caplog):
             assert response.json["choices"][0]["message"] == alone.json["choices"][0]["message"]
 
 
-def test_long_sources_are_treated_as_in_training(make_server, backbone, text_format, random_prefix, caplog):
+def test_long_sources_are_treated_as_in_training(make_server, backbone, text_format, save_random_prefix, caplog):
     app, state = make_server()
-    cutting_format = {**text_format, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
-    header = make_header(backbone, task="records", text_format=cutting_format)
-    prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
-    save_prefix(state.store.folder / "cuts.safetensors", prefix)
+    cutting = {**text_format, "max_length": 60, "on_too_long": "cut", "longest_target": 20}
+    facts = {"task": "records", "text_format": cutting}
+    prefix = load_prefix(save_random_prefix(state.store.folder / "cuts.safetensors", backbone, **facts))
     source = "abcdefghij" * 9
     cut = []
     (expected,) = generate(backbone, [source], prefix, max_new_tokens=12, on_cut=cut.append)
@@ -53,11 +55,11 @@ def test_long_sources_are_treated_as_in_training(make_server, backbone, text_for
     assert (refused.status, refused.code) == (400, "context_length_exceeded")
 
 
-def test_a_default_that_the_engine_lacks_is_left_out(make_server, backbone, text_format, random_prefix, monkeypatch):
+def test_a_default_that_the_engine_lacks_is_left_out(
+    make_server, backbone, text_format, save_random_prefix, monkeypatch
+):
     app, state = make_server()
-    header = make_header(backbone, task="e2e", text_format=text_format)
-    prefix = Prefix(random_prefix(backbone, 4, 5).layers, header)
-    save_prefix(state.store.folder / "e2e.safetensors", prefix)
+    save_random_prefix(state.store.folder / "e2e.safetensors", backbone, task="e2e", text_format=text_format)
     submitted = []
     submit = state.worker.submit
     monkeypatch.setattr(state.worker, "submit", lambda one, *a, **k: (submitted.append(one), submit(one, *a, **k)))
@@ -68,3 +70,76 @@ def test_a_default_that_the_engine_lacks_is_left_out(make_server, backbone, text
     for more in ({"min_tokens": 2}, {"presence_penalty": 1.0}):
         response = asyncio.run(send(app, "POST", "/v1/completions", completion(model="e2e", prompt="a", **more)))
         assert (response.status, response.json["error"]["param"]) == (400, *more)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Go on"},
+]
+
+
+REFUSES = "{{ raise_exception('only one turn') }}"
+HANGS = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def server(make_server, backbone, save_random_prefix, tmp_path):
+    """An application with the prefix `chatty`, and others whose templates do not write the messages."""
+    (tmp_path / "prefixes").mkdir()
+    allow_template(REFUSES)
+    form = chat_format(backbone, TEMPLATE).to_dict()
+    for name, template in (("chatty", TEMPLATE), ("refuses", REFUSES), ("hangs", HANGS)):
+        facts = {"task": "records", "text_format": {**form, "chat_template": template}}
+        save_random_prefix(tmp_path / "prefixes" / f"{name}.safetensors", backbone, seed=9, **facts)
+    return make_server()
+
+
+def prompts_of(state, monkeypatch):
+    """The requests that the engine gets from now on."""
+    requests = []
+    submit = state.worker.submit
+
+    def record(request, *args, **options):
+        requests.append(request)
+        return submit(request, *args, **options)
+
+    monkeypatch.setattr(state.worker, "submit", record)
+    return requests
+
+
+def test_all_messages_are_read(server, backbone, tmp_path, monkeypatch):
+    app, state = server
+    requests, form = prompts_of(state, monkeypatch), chat_format(backbone, TEMPLATE)
+    body = {"model": "chatty", "messages": CHAT, "max_tokens": 6, "temperature": 0}
+    response = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+    assert response.status == 200
+    assert "x-prefixtune-dropped-messages" not in response.headers
+    assert list(requests[-1].prompt) == encode_chat(backbone, CHAT, form)
+    assert requests[-1].sampling.end_ids == (backbone.tokenizer.pad_token_id,)
+    prefix = load_prefix(tmp_path / "prefixes" / "chatty.safetensors", backbone)
+    (expected,) = generate(backbone, [CHAT], prefix, max_new_tokens=6)
+    assert response.json["choices"][0]["message"]["content"] == expected
+    # The newer name of a role, as in the backbone's own template; a completion and a task are one user message.
+    body["messages"] = [{"role": "developer", "content": "S"}, *CHAT[1:]]
+    asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+    assert list(requests[-1].prompt) == encode_chat(backbone, CHAT, form)
+    for path, body in (
+        ("/v1/completions", {"model": "chatty", "prompt": "Hi", "max_tokens": 3}),
+        ("/v1/tasks/chatty", {"source": "Hi", "max_tokens": 3}),
+    ):
+        assert asyncio.run(send(app, "POST", path, body)).status == 200
+        assert list(requests[-1].prompt) == encode_chat(backbone, [CHAT[1]], form)
+
+
+def test_a_template_that_refuses_and_one_that_nobody_named(server):
+    app, state = server
+    body = {"messages": CHAT}
+    assert asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": "refuses", **body})).status == 400
+    assert asyncio.run(send(app, "POST", "/v1/chat/completions", {"model": "hangs", **body})).status == 503
+    assert list(state.store.refused) == ["hangs"]

@@ -49,14 +49,6 @@ def test_fields_reach_the_engine():
     assert 0 < completion(top_p=0).sampling(9).top_p < 1e-6
 
 
-def test_response_formats():
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    named = {"name": "x", "schema": schema, "strict": True, "description": "d"}
-    assert completion(response_format={"type": "json_schema", "json_schema": named}).json_schema == schema
-    assert chat(response_format={"type": "json_object"}).json_schema == {"type": "object"}
-    assert completion(response_format={"type": "text"}).json_schema is None
-
-
 def test_messages():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [

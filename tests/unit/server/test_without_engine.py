@@ -9,9 +9,7 @@ import pytest
 from asgi_client import send
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone, load_tokenizer
-from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
-from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.api.models import _UPLOAD_FOLDER
 from prefixtune.server.app import make_app
 from prefixtune.server.launch import _load
@@ -22,15 +20,11 @@ from prefixtune.utils.console import Console
 
 
 @pytest.fixture
-def state(tmp_path, tiny_models, tiny_tokenizer, random_prefix):
+def state(tmp_path, save_model, save_random_prefix):
     """A server's state over a tiny model's folder without its weights, with the prefix `a`."""
-    model, prefixes = tmp_path / "model", tmp_path / "prefixes"
-    tiny_models("llama").save_pretrained(model)
-    tiny_tokenizer.save_pretrained(model)
-    backbone = load_backbone(model)
-    header = make_header(backbone, job={"id": "ftjob-1", "owner": "local"})
-    prefixes.mkdir()
-    save_prefix(prefixes / "a.safetensors", Prefix(random_prefix(backbone, 4).layers, header))
+    model, prefixes = save_model(tmp_path / "model"), tmp_path / "prefixes"
+    job = {"id": "ftjob-1", "owner": "local"}
+    save_random_prefix(prefixes / "a.safetensors", load_backbone(model), job=job)
     (model / "model.safetensors").unlink()
     config = ServeConfig(engine="none", backbone=str(model), prefixes=str(prefixes), data_folder=str(tmp_path / "data"))
     unloaded = load_tokenizer(config.backbone)

@@ -64,29 +64,3 @@ def test_draws_depend_on_the_seed_and_the_step_alone():
     assert varied(6, **options) != once != varied(5, seed=1, **options)
     lengths = [group.front.length for group in once[0]]
     assert [group.front.length for group in varied(5, nested=True)[0]] == lengths
-
-
-def test_processes_share_the_same_groups(backbone, examples):
-    from prefixtune.training.data import tokenize
-    from prefixtune.training.distributed import ProcessGroup
-    from prefixtune.training.loop import TrainLoop
-    from prefixtune.training.starts.build import build_encoder
-
-    config = pt.TrainConfig(prefix_length=6, init_text="ab", nested=True, prefix_dropout=0.4, max_steps=3, batch_size=4)
-    data = tokenize(config, backbone, examples, [])
-
-    def groups(rank, size):
-        encoder, start = build_encoder(config, backbone, examples=data.train.examples)
-        loop = TrainLoop(config, backbone, data, encoder, start.description, ProcessGroup(rank, size))
-        found = []
-        for ((batch, counts),) in loop.remaining_steps():
-            assert counts
-            lengths = [batch.fronts[index].length for index in batch.packing.prefix_index]
-            found.append([*zip((group.hidden for group in batch.packing.groups), lengths, strict=True)])
-            loop.state.step += 1
-        return found
-
-    together = groups(0, 1)
-    for own, first, second in zip(together, groups(0, 2), groups(1, 2), strict=True):
-        assert own[0::2] == first
-        assert own[1::2] == second

@@ -1,15 +1,14 @@
 """Configurations: one model, values from files, variables, options and Python, and all faults in one answer."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
 
-from prefixtune.errors import ConfigError, DataError
-from prefixtune.utils.config import CommaList, Config, Layer, Table, TextList
+from prefixtune.errors import ConfigError
+from prefixtune.utils.config import CommaList, Config, Layer, TextList
 
 
 class Recipe(Config):
@@ -58,18 +57,6 @@ def test_wrong_values_are_named_all_at_once():
         assert len(message) < 1000
 
 
-def test_every_copy_is_validated():
-    recipe = Recipe(servings=3)
-    assert recipe.replace(rate=0.5).model_fields_set == {"servings", "rate"}
-    assert "servings" in refusal(recipe.replace, servings=0)
-
-
-def test_a_file_is_read(tmp_path):
-    path = tmp_path / "recipe.toml"
-    path.write_text('\ufeffservings = 4\nrate = 1e-3\noven = "gas"\nsteps = [1, 2]\n', encoding="utf-8")
-    assert Recipe.from_file(path) == Recipe(servings=4, rate=1e-3, oven="gas", steps=(1, 2))
-
-
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -110,24 +97,6 @@ def test_texts_become_values_and_the_last_layer_wins():
     assert recipe == Recipe(
         servings=5, seed=1, vegan=True, rate=1e-3, steps=(3, 4), names=("a", "b", "c"), stop=("x,y", "z")
     )
-
-
-class Guest(Table):
-    name: str
-    seats: int = Field(default=1, ge=1, le=9)
-
-
-class Party(Config):
-    error_class = DataError
-
-    guests: Mapping[str, Guest] = {}
-
-
-def test_faults_in_tables_are_named_with_the_way_to_them():
-    with pytest.raises(DataError) as caught:
-        Party(guests={"a": {"name": 3, "seats": 0}, "b": {"naem": "x"}})
-    for part in ("guests.a.name", "guests.a.seats", "guests.b.naem", "guests.b.name"):
-        assert part in caught.value.message
 
 
 def test_a_configuration_survives_toml_and_json(tmp_path):

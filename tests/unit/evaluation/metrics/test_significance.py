@@ -50,20 +50,6 @@ def test_a_part_is_padded_to_its_own_references():
     assert part.score == pytest.approx(alone.score)
 
 
-@pytest.mark.parametrize("metric", ["nist", "ter"])
-def test_an_interval_holds_the_score_and_shrinks_with_more_items(metric):
-    few, many = (measure(*items(count, 0.3), metrics=[metric])[metric] for count in (40, 640))
-    widths = []
-    for measured in (few, many):
-        low, high = bootstrap(measured)
-        assert low < measured.score < high
-        widths.append(high - low)
-    # Sixteen times as many items, a quarter of the width.
-    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.5)
-    wide, narrow = bootstrap(few, level=0.99), bootstrap(few, level=0.5)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
 def test_an_interval_is_that_of_sacrebleus_bootstrap():
     import sacrebleu
 

@@ -24,16 +24,6 @@ def test_words_are_cut_and_cycled(tiny_backbone):
     assert not from_words(backbone, "abcd", 4).equal(from_words(backbone, "abce", 4))
 
 
-def test_it_has_the_backbones_shapes_in_float32(tiny_backbone):
-    backbone = tiny_backbone("qwen3")
-    backbone.model.to(torch.bfloat16)
-    prefix = from_words(backbone, "abc", 5)
-    assert prefix.geometry == backbone.geometry
-    assert prefix.prefix_length == 5
-    assert prefix.dtype == torch.float32
-    assert not any(tensor.requires_grad for tensor in prefix.tensors())
-
-
 @pytest.mark.parametrize("name", ["bert", "bart", "gpt2"])
 def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(name, tiny_backbone):
     backbone = tiny_backbone(name)
