@@ -177,13 +177,13 @@ def rewrite_header() -> Callable[..., Path]:
     """A function: `rewrite_header(path, **fields)` changes a prefix file's header, as another program might."""
     from safetensors import safe_open
 
-    from prefixtune.prefix.file import HEADER_KEY, save_file
+    from prefixtune.prefix.file import HEADER_KEY, save_verified
 
     def rewrite(path: Path, **fields: Any) -> Path:
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             header = json.loads(handle.metadata()[HEADER_KEY])
-        save_file(path, tensors, HEADER_KEY, {**header, **fields})
+        save_verified(path, tensors, HEADER_KEY, {**header, **fields})
         return path
 
     return rewrite

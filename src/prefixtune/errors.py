@@ -107,14 +107,10 @@ def describe_value(value: object) -> str:
     """A value of a wrong type, in a few words for a message.
 
     >>> describe_value(3), describe_value("a b"), describe_value({"a": 1}), describe_value(None)
-    ('3 (of type int)', "of type str, 'a b'", 'of type dict', 'None')
+    ('3 (of type int)', "'a b' (of type str)", 'of type dict', 'None (of type NoneType)')
     """
-    if value is None:
-        return "None"
-    kind = type(value).__name__
-    if isinstance(value, str):
-        return f"of type {kind}, {short_repr(value)}"
-    return f"{short_repr(value)} (of type {kind})" if isinstance(value, bool | int | float) else f"of type {kind}"
+    kind = f"of type {type(value).__name__}"
+    return f"{short_repr(value)} ({kind})" if isinstance(value, str | int | float | None) else kind
 
 
 def short_repr(value: object, longest: int = 60) -> str:
@@ -141,8 +137,7 @@ def first_line(error: BaseException) -> str:
     >>> first_line(OSError("no room\nat all")), first_line(KeyError())
     ('no room', 'KeyError')
     """
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -128,7 +128,7 @@ def test_webnlg(webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]])
 
 
 def test_webnlg_normalization_is_the_official_one(webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]]):
-    from prefixtune.evaluation.metrics import PROTOCOLS
+    from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 
     outputs, references, rows = webnlg
     prepare = PROTOCOLS["webnlg"].prepare
@@ -155,7 +155,7 @@ def test_dart_bleu_counts_absent_references_as_empty_and_says_so(
 def test_dart_normalization_is_the_official_one_and_leaves_prepared_texts(
     dart: tuple[list[str], list[list[str]]], shared_data: Path
 ):
-    from prefixtune.evaluation.metrics import PROTOCOLS
+    from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 
     prepare = PROTOCOLS["dart"].prepare
     released = [item["references"][:3] for item in lines(shared_data, "dart/test.jsonl.gz")]

@@ -348,18 +348,18 @@ def test_a_full_disk_is_reported_and_leaves_the_last_state(
     backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_for()
-    original, calls = prefixtune.prefix.file.save_file, []
+    original, calls = prefixtune.prefix.file.safetensors.save_file, []
 
-    def full(path: Any, *stored: Any) -> None:
+    def full(tensors: Any, path: Any, *stored: Any) -> None:
         calls.append(1)
         # The start, and two steps.
         if len(calls) > 3:
             Path(path).write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        original(path, *stored)
+        original(tensors, path, *stored)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.prefix.file, "save_file", full)
+        patch.setattr(prefixtune.prefix.file.safetensors, "save_file", full)
         with pytest.raises(PrefixError, match="No space left on device") as error:
             train(config, backbone=backbone, examples=SHARED)
     assert "free some space" in error.value.hint

@@ -26,13 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import (
-    AttentionBackend,
-    Injection,
-    batch_prefixes,
-    current_injection,
-    injecting,
-)
+from prefixtune.attention.injection import AttentionBackend, Injection, batch_prefixes, current_injection, injecting
 from prefixtune.attention.layout import Layout, main_device, using
 from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Packing
@@ -97,9 +91,7 @@ def forward_with_prefixes(
     exact = torch.float32, main_device(model)
     if packing is None:
         if len(rows) not in (1, len(input_ids)) or (source_rows is not None and len(rows) > 1):
-            raise ConfigError(
-                f"{len(rows)} prefixes for {len(input_ids)} rows.", hint="give one for all, or one a row."
-            )
+            raise ConfigError(f"{len(rows)} prefixes for {len(input_ids)} rows.", hint="give one, or one for each.")
         injection = batch_prefixes(rows, layout, *exact)
     else:
         _check_packed(model, layout, packing, len(rows), len(input_ids), attention_mask)
@@ -298,9 +290,7 @@ def gradient_checkpointing(model: Any, enabled: bool = True) -> Iterator[None]:
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise BackboneError(
-            f"{type(model).__name__} does not support gradient checkpointing.", hint="train without it."
-        )
+        raise BackboneError(f"{type(model).__name__} cannot checkpoint gradients.", hint="train without it.")
     # transformers 5.24 renamed the switch.
     names = ("activation_checkpointing", "gradient_checkpointing")
     name = next(name for name in names if hasattr(model, f"{name}_enable"))

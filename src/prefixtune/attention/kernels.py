@@ -80,10 +80,7 @@ def plain_attention(
 
 
 def causal_attention(
-    query: Float[Tensor, "B Hq T Dk"],
-    key: Float[Tensor, "B H S Dk"],
-    value: Float[Tensor, "B H S Dv"],
-    scale: float,
+    query: Float[Tensor, "B Hq T Dk"], key: Float[Tensor, "B H S Dk"], value: Float[Tensor, "B H S Dv"], scale: float
 ) -> Float[Tensor, "B Hq T Dv"]:
     """Attention of the last T of S positions, each to itself and to all before it, without a mask on a GPU."""
     # Loads torch's compiler, which takes a second.
@@ -115,10 +112,7 @@ def eager_attention(
 
 
 def attention_weights(
-    query: Float[Tensor, "B Hq T Dk"],
-    key: Float[Tensor, "B H S Dk"],
-    mask: Tensor | None,
-    scores: ScoreOptions,
+    query: Float[Tensor, "B Hq T Dk"], key: Float[Tensor, "B H S Dk"], mask: Tensor | None, scores: ScoreOptions
 ) -> Float[Tensor, "B Hq T S"]:
     """The softmax of the scores, in float32; sinks take their share of it, so that rows may sum to less than 1."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -9,12 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from prefixtune.attention.injection import (
-    AttentionCall,
-    attention_observer,
-    current_injection,
-    traced_calls,
-)
+from prefixtune.attention.injection import AttentionCall, attention_observer, current_injection, traced_calls
 from prefixtune.attention.kernels import AttentionKernel, ScoreOptions, plain_attention
 from prefixtune.attention.masks import make_additive_mask, make_mask
 from prefixtune.attention.packed import packed_attention
@@ -23,11 +18,7 @@ from prefixtune.errors import BackboneError
 ATTENTION = "prefixtune"
 """The name of the attention function in transformers' registry."""
 
-ATTENTIONS: dict[AttentionKernel, str] = {
-    "sdpa": ATTENTION,
-    "eager": f"{ATTENTION}_eager",
-    "flex": f"{ATTENTION}_flex",
-}
+ATTENTIONS: dict[AttentionKernel, str] = {"sdpa": ATTENTION, "eager": f"{ATTENTION}_eager", "flex": f"{ATTENTION}_flex"}
 """What computes the attention, once the prefix is in front -> its name in the registry."""
 
 

@@ -20,9 +20,10 @@ from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.identity import fingerprint
 from prefixtune.doctor.selfcheck import check_once
-from prefixtune.errors import BackboneError, RequestError
+from prefixtune.errors import BackboneError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.prefix.rotation import Rotation, longrope_limit
+from prefixtune.prefix.text_format import check_characters
 
 _POSITION_LIMITS = ("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings")
 
@@ -236,12 +237,8 @@ class Backbone:
         Raises:
             RequestError: A text holds half a surrogate pair.
         """
-        try:
-            "".join(texts).encode("utf-8")
-        except UnicodeEncodeError as error:
-            number = 1 + next(n for n, text in enumerate(texts) if error.object[error.start] in text)
-            what = f"text {number} holds half a surrogate pair, which is no character."
-            raise RequestError(what, hint="write UTF-8 text.") from error
+        for number, text in enumerate(texts, start=1):
+            check_characters(text, f"text {number}")
         encoded = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids

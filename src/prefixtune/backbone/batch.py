@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,15 +79,6 @@ class SoftLabels:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def is_valid(self, vocabulary: int) -> bool:
-        """Whether each label is a distribution over tokens of such a vocabulary, up to rounding."""
-        if not len(self):
-            return True
-        known = bool(((self.ids >= 0) & (self.ids < vocabulary)).all())
-        total = self.log_probs.double().exp().sum(dim=1)
-        # Compared so that a NaN is no distribution.
-        return known and bool(((self.log_probs <= 1e-3).all(dim=1) & ((total - 1).abs() < 0.01)).all())
 
     def split(self, lengths: Sequence[int]) -> list[SoftLabels]:
         """As many labels each as `lengths` says."""
@@ -199,22 +190,15 @@ def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
     """Tensors on a device; on a GPU in one transfer from pinned memory, for which nothing waits."""
     if device.type != "cuda" or all(tensor.device == device for tensor in tensors.values()):
         return {name: tensor.to(device) for name, tensor in tensors.items()}
-    return _split(_join(tensors.values()).pin_memory().to(device, non_blocking=True), tensors)
+    return _as_one(tensors, lambda joined: joined.pin_memory().to(device, non_blocking=True))
 
 
-def _by_size(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Those of the largest elements first, so that each begins where its elements may."""
-    return sorted(tensors, key=lambda tensor: -tensor.element_size())
-
-
-def _join(tensors: Iterable[Tensor]) -> UInt8[Tensor, " _N"]:
-    """The bytes of all tensors."""
-    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in _by_size(tensors)])
-
-
-def _split(joined: UInt8[Tensor, " _N"], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `_join` made one of, as views of it."""
-    ordered = _by_size(tensors.values())
-    pieces = joined.split([tensor.numel() * tensor.element_size() for tensor in ordered])
-    made = {id(like): piece.view(like.dtype).view(like.shape) for like, piece in zip(ordered, pieces, strict=True)}
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+def _as_one(
+    tensors: Mapping[str, Tensor], move: Callable[[UInt8[Tensor, " N"]], UInt8[Tensor, " N"]]
+) -> dict[str, Tensor]:
+    """Tensors as views of what `move` makes of the bytes of all."""
+    # Those of the largest elements first, so that each begins where its elements may.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    moved = move(torch.cat([tensor.reshape(-1).view(torch.uint8) for _, tensor in ordered]))
+    pieces = moved.split([tensor.nbytes for _, tensor in ordered])
+    return {name: piece.view(like.dtype).view(like.shape) for (name, like), piece in zip(ordered, pieces, strict=True)}

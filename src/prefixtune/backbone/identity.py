@@ -47,7 +47,7 @@ def backbone_identity(name: str) -> str:
                     facts.append(hashlib.sha256(config.read_bytes()).hexdigest())
     except OSError as error:
         raise BackboneError(
-            f"the configuration of {name!r} cannot be read: {error.strerror or error}.", hint="check its permissions."
+            f"cannot read {name!r}: {error.strerror or error}.", hint="check its permissions."
         ) from error
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 

@@ -48,11 +48,8 @@ def as_backbone(given: BackboneLike) -> Backbone:
             config = getattr(model, "config", None)
             name = getattr(config, "name_or_path", "") or getattr(config, "model_type", "") or type(model).__name__
             return check_end_token(Backbone.from_model(model, tokenizer, str(name)))
-    raise ConfigError(
-        f"the backbone is {describe_value(given)}, but must be a name, a path, a Backbone or a pair (model, tokenizer) "
-        "of transformers.",
-        hint='give load_backbone("smollm2-135m"), say, or (model, tokenizer) in this order.',
-    )
+    hint = "give a name, a path, a Backbone, or a pair (model, tokenizer) of transformers, in this order."
+    raise ConfigError(f"the backbone is {describe_value(given)}.", hint=hint)
 
 
 def load_backbone(
@@ -95,10 +92,8 @@ def load_backbone(
     if not isinstance(name_or_path, str | os.PathLike):
         usual = (dtype, str(device)) == ("auto", "auto") and attention == "sdpa"
         if not usual or quantize or device_map or adapter:
-            raise ConfigError(
-                f"the backbone is {describe_value(name_or_path)}, which is used as it is, but options were given too.",
-                hint="give a name or path with them, or set dtype and device on the model itself.",
-            )
+            what = f"the backbone is {describe_value(name_or_path)}, which is used as it is, without options."
+            raise ConfigError(what, hint="give a name or path with them, or set them on the model itself.")
         return as_backbone(name_or_path)
     name = os.fspath(name_or_path)
     target = choose_device(device)
@@ -163,14 +158,13 @@ def check_end_token(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
+def load_tokenizer(name: str) -> Backbone:
     """Load the configuration and the tokenizer of a backbone, not its weights.
 
     What it returns encodes and decodes, and knows its kind and its positions. It computes nothing.
 
     Args:
         name: As for `load_backbone`.
-        limited: It has as many positions as the model; otherwise any number, so that nothing is truncated.
 
     Raises:
         BackboneError: There is no such model, or its tokenizer has no end token.
@@ -183,8 +177,7 @@ def load_tokenizer(name: str, *, limited: bool = True) -> Backbone:
     config, tokenizer = read_tokenizer(name, source, options)
     made = auto_class(config).__name__
     kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"
-    backbone = check_end_token(_unloaded(config, tokenizer, name, kind))
-    return backbone if limited else without_limits(backbone)
+    return check_end_token(_unloaded(config, tokenizer, name, kind))
 
 
 def without_limits(backbone: Backbone) -> Backbone:

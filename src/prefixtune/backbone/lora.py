@@ -41,14 +41,11 @@ def load_adapter(model: Any, path: str) -> None:
         stored = peft.load_peft_weights(path, device="cpu").keys()
         missing = sorted(key for key in peft.get_peft_model_state_dict(tuned) if "lora_" in key and key not in stored)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        raise BackboneError(
-            f"the adapter {path!r} does not fit: {first_line(error)}", hint="load its own base model."
-        ) from error
+        what = f"the adapter {path!r} does not fit: {first_line(error)}"
+        raise BackboneError(what, hint="load its own base model.") from error
     if missing:
-        raise BackboneError(
-            f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for, such as {missing[0]}.",
-            hint="get the whole adapter, and load its own base model.",
-        )
+        what = f"the adapter {path!r} lacks {len(missing)} weights that its configuration asks for: {missing[0]}, ..."
+        raise BackboneError(what, hint="get the whole adapter, and load its own base model.")
 
 
 def add_adapter(model: Any, rank: int, *, seed: int = 0) -> None:
@@ -109,10 +106,8 @@ def check_adapter(folder: Path) -> None:
     """
     _lora_config(folder)
     if not (folder / "adapter_model.safetensors").is_file():
-        raise BackboneError(
-            f"{str(folder)!r} holds no adapter_model.safetensors.",
-            hint="give the folder that PEFT's save_pretrained wrote, with safe serialization.",
-        )
+        hint = "give the folder that PEFT's save_pretrained wrote, with safe serialization."
+        raise BackboneError(f"{str(folder)!r} holds no adapter_model.safetensors.", hint=hint)
 
 
 def _lora_config(folder: Path) -> dict[str, Any]:

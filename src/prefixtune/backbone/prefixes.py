@@ -85,10 +85,8 @@ def load_prefix(
     backbone, origin = as_backbone(backbone), backbone_origin(prefix.header)
     check_fits(prefix, backbone.geometry, backbone.name)
     if prefix.head is not None and (width := prefix.head.weight.shape[1]) != backbone.head_size:
-        raise BackboneError(
-            f"the head in {name} is for hidden states of {width}, but {backbone.name!r} has {backbone.head_size}.",
-            hint="load the backbone that its header names.",
-        )
+        what = f"the head in {name} is for hidden states of {width}, but {backbone.name!r} has {backbone.head_size}."
+        raise BackboneError(what, hint="load the backbone that its header names.")
     if not origin.fingerprint or fingerprints_match(origin.fingerprint, backbone.fingerprint):
         return prefix
     if allow_other_backbone:
@@ -111,10 +109,8 @@ def named_backbone(prefixes: Sequence[Prefix]) -> str:
     names = {backbone_origin(prefix.header).name for prefix in prefixes} - {""}
     if len(names) > 1 or (prefixes and not names):
         named = f"different backbones: {', '.join(sorted(names))}" if names else "no backbone"
-        raise ConfigError(
-            f"the {'prefixes name' if len(prefixes) > 1 else 'prefix names'} {named}.",
-            hint='name the model: load("smollm2-135m", prefix), or --backbone.',
-        )
+        hint = 'name the model: load("smollm2-135m", prefix), or --backbone.'
+        raise ConfigError(f"the prefixes name {named}.", hint=hint)
     return names.pop() if names else DEFAULT_BACKBONE
 
 
@@ -126,10 +122,8 @@ def trained_adapter(prefixes: Sequence[Prefix]) -> str | None:
     """
     adapters = sorted({str(prefix.header.get("adapter") or "") for prefix in prefixes})
     if len(adapters) > 1 or (adapters and adapters[0] and not os.path.isdir(adapters[0])):
-        raise ConfigError(
-            f"the prefixes were trained on the LoRA adapters {short_repr(adapters)}: several, or no such folder.",
-            hint="name the one to load with the backbone: adapter= of load, or --adapter, where a command has it.",
-        )
+        what = f"the prefixes were trained on the LoRA adapters {short_repr(adapters)}: several, or no such folder."
+        raise ConfigError(what, hint="name the one to load: adapter= of load, or --adapter, where a command has it.")
     return (adapters[0] or None) if adapters else None
 
 
@@ -193,14 +187,10 @@ class PrefixValidator:
                 # Not mapped from the file, as the engine reads it as it is.
                 prefix = load_prefix(copy, self.backbone).detach().to(self.backbone.dtype, self.backbone.device)
             except OSError as error:
-                raise PrefixError(
-                    f"cannot read the prefix {name!r} now: {error.strerror}.", hint="try again."
-                ) from error
+                raise PrefixError(f"cannot read {name!r} now: {error.strerror}.", hint="try again.") from error
             except PrefixError as error:
                 raise CheckpointError(error.message.replace(str(copy), name), hint=error.hint) from error
         if not prefix.is_finite():
-            raise CheckpointError(
-                f"{name!r} has numbers that are too large for {self.backbone.dtype}.",
-                hint="serve in float32 or bfloat16.",
-            )
+            what = f"{name!r} has numbers that are too large for {self.backbone.dtype}."
+            raise CheckpointError(what, hint="serve in float32 or bfloat16.")
         return prefix

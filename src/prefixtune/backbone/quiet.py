@@ -11,15 +11,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """While the block runs, no progress bars, advice or warnings of transformers or torchao reach the terminal."""
+    """While the block runs, no progress bars, advice or warnings of these libraries reach the terminal."""
     from transformers.utils import logging as transformers_logging
 
     # transformers imports torchao where it is installed, and that makes torch warn in its log. The hub's library logs
-    # every try; what fails in the end is an error here.
-    loggers = {
-        logging.getLogger(name) for name in ("torch.utils._pytree", "torchao", "huggingface_hub", "transformers")
-    }
-    levels = {logger: logger.level for logger in loggers}
+    # every try; what fails in the end is an error here. The exporter of graphs logs what is not installed.
+    names = ("torch.utils._pytree", "torch.onnx", "torchao", "huggingface_hub", "transformers")
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
     bars = transformers_logging.is_progress_bar_enabled()
     for logger in levels:
         logger.setLevel(logging.ERROR)

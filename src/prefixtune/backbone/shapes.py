@@ -167,10 +167,8 @@ def check_plain_layers(backbone: Backbone, target: str, length: int | None = Non
         or config.num_hidden_layers != len(shapes),
     }
     if reasons := [fault for fault, applies in faults.items() if applies]:
-        raise BackboneError(
-            f"{target} would not compute {backbone.name!r} with a prefix as here: {'; '.join(reasons)}.",
-            hint="use `prefixtune generate` or `prefixtune serve` for it.",
-        )
+        what = f"{target} would not compute {backbone.name!r} with a prefix as here: {'; '.join(reasons)}."
+        raise BackboneError(what, hint="use `prefixtune generate` or `prefixtune serve` for it.")
 
 
 def _find_window(config: Any) -> int | None:

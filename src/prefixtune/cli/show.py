@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefixtune.utils.console import Console, Figure, safe_text
+from prefixtune.utils.console import Figure, print_table, safe_text
 
 if TYPE_CHECKING:
     from prefixtune.results import Evaluation, Score
@@ -54,10 +54,9 @@ def show(facts: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    console = Console()
     for part in parts:
         if isinstance(part, Table):
-            console.table(*part, result=True)
+            print_table(*part)
         else:
             print(part)
 

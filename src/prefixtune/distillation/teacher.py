@@ -22,8 +22,7 @@ from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.reader import Progress, Reader
 from prefixtune.distillation.wording import Wording, count_endings, in_view
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix.file import read_verified, save_file
-from prefixtune.prefix.header import FORMAT_VERSION
+from prefixtune.prefix.file import read_verified, save_verified
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
 from prefixtune.training.artifact import load_tuned
@@ -137,7 +136,7 @@ def label_examples(
     for view, indices in teacher.by_view(questions):
         logits = label_logits(teacher.backbone, view, collate(teacher.backbone, [examples[index] for index in indices]))
         soft = SoftLabels.from_logits(logits[:, :vocabulary].float()).to(torch.device("cpu"))
-        if not soft.is_valid(vocabulary):
+        if soft.log_probs.isnan().any():
             raise BackboneError(
                 f"the teacher {teacher.backbone.name!r} gives numbers that are not finite.",
                 hint="choose another --dtype.",
@@ -165,7 +164,7 @@ def write_labels(path: Path, examples: Sequence[TokenizedExample]) -> None:
     """Write the labels of examples to a file."""
     labels = SoftLabels.cat([part for example in examples for part in example.soft_targets])
     tensors = {"ids": labels.ids, "log_probs": labels.log_probs}
-    save_file(path, tensors, _LABELS, {"format_version": FORMAT_VERSION})
+    save_verified(path, tensors, _LABELS, {})
 
 
 def read_labels(path: Path, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from prefixtune.attention.forward import forward_with_prefixes
 from prefixtune.attention.injection import batch_prefixes, injecting, prefilled_cache
 from prefixtune.attention.layout import Layout, cache_argument, main_device
-from prefixtune.attention.masks import cached_prefix_slots
+from prefixtune.attention.masks import cached_prefix_slots, positions_from_mask
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.prefix.prefix import Prefix
@@ -160,10 +160,8 @@ class Rows:
                     steps.append(output.logits)
             return [], self._targets_of(steps)
         ids, mask = self._padded(self.sources, "left")
-        shift = torch.tensor(
-            [[0 if prefix is None else prefix.length()] for prefix in self.prefixes], device=ids.device
-        )
-        positions = (mask.cumsum(-1) - 1).clamp(min=0) + shift
+        shift = torch.tensor([[0 if one is None else one.length()] for one in self.prefixes], device=ids.device)
+        positions = positions_from_mask(mask) + shift
         given, shown = {}, mask
         ours: contextlib.AbstractContextManager[None] = injecting(injection)
         if layout.cache_layers is not None:
@@ -196,12 +194,12 @@ class Rows:
     def _padded(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Ids and mask; padding repeats the first id, so that a model that sees padding gives other outputs."""
         longest = max(map(len, rows))
-        ids, mask = [], []
-        for row in rows:
-            padding, hidden, real = [row[0]] * (longest - len(row)), [0] * (longest - len(row)), [1] * len(row)
-            ids.append([*padding, *row] if side == "left" else [*row, *padding])
-            mask.append(hidden + real if side == "left" else real + hidden)
-        return self._ids(ids), self._ids(mask)
+        ids = torch.tensor([[row[0]] * longest for row in rows])
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            real = slice(longest - len(row), None) if side == "left" else slice(len(row))
+            ids[number, real], mask[number, real] = torch.tensor(row), 1
+        return ids.to(self.device), mask.to(self.device)
 
 
 def _apart(rows: Sequence[Tensor], references: Sequence[Tensor]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_tokenizer
+from prefixtune.backbone.load import load_tokenizer, without_limits
 from prefixtune.data.encoding import TEXT_FORMAT, encode_examples, is_text
 from prefixtune.data.examples import Example, TaskKind, conversation_of, has_messages, limit_targets
 from prefixtune.data.forms import describe_data
@@ -103,14 +103,13 @@ class DataReport(Measures):
     overlap: Overlap | None = None
 
 
-def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX_TOKENIZED) -> DataReport:
+def report_data(config: TrainConfig, *, test: str = "") -> DataReport:
     """Look at a run's training file; nothing is written and no weights are loaded.
 
     Args:
         config: The run: its `train`, `task`, `form`, `source`, `target`, `backbone`, `max_length`, `prefix_length`, and
             so on.
         test: A file whose sources are compared; empty: none.
-        max_tokenized: Examples that are tokenized, at most.
 
     Raises:
         PrefixError: A file cannot be read, or an option is wrong; as in training.
@@ -119,8 +118,7 @@ def report_data(config: TrainConfig, *, test: str = "", max_tokenized: int = MAX
     examples, kind = read.examples, TASKS[read.task].kind
     if not any(example.targets for example in examples):
         raise DataError(f"{config.train} has no targets.", hint="name the target column (--target).")
-    backbone, unlimited = (load_tokenizer(config.backbone, limited=limited) for limited in (True, False))
-    measures = _measure(config, examples, kind, backbone, unlimited, max_tokenized)
+    measures = _measure(config, examples, kind, load_tokenizer(config.backbone))
     labels = Counter(target for example in examples for target in example.targets if kind == "classification")
     equal_rows, equal_sources = _count_equal(examples)
     line = f"{shown(config.train)}: read as task {read.task}: examples {len(examples):,}"
@@ -154,29 +152,20 @@ def _count_equal(examples: Sequence[Example]) -> tuple[int, int]:
     return sum(map(len, targets.values())) - distinct, distinct - len(targets)
 
 
-def _measure(
-    config: TrainConfig,
-    examples: Sequence[Example],
-    kind: TaskKind,
-    backbone: Backbone,
-    unlimited: Backbone,
-    max_tokenized: int,
-) -> Measures:
+def _measure(config: TrainConfig, examples: Sequence[Example], kind: TaskKind, backbone: Backbone) -> Measures:
     """Tokenize examples, and measure them.
 
     Args:
         config: The run.
         examples: Of its data; at least one has a target.
         kind: Of the task.
-        backbone: It has as many positions as the model.
-        unlimited: It has the same tokenizer, and any number of positions.
-        max_tokenized: Examples that are tokenized, at most, evenly spaced.
+        backbone: Its tokenizer, with as many positions as the model.
 
     Raises:
         PrefixError: As in training.
     """
-    solved = [example for example in examples if example.targets]
-    count = min(len(solved), max_tokenized)
+    unlimited, solved = without_limits(backbone), [example for example in examples if example.targets]
+    count = min(len(solved), MAX_TOKENIZED)
     chosen: Sequence[Example] = [solved[index * len(solved) // count] for index in range(count)]
     labels = None
     if kind != "generation":

@@ -12,16 +12,8 @@ from prefixtune.data.examples import Example, TaskKind, references_of
 from prefixtune.data.files import LocatedRow, json_lines
 from prefixtune.data.streams import read_text, shown
 from prefixtune.errors import ConfigError, DataError, short_repr
-from prefixtune.evaluation.metrics import (
-    Measurement,
-    Unavailable,
-    accuracy,
-    macro_f1,
-    measure,
-    metric_names,
-    randomize,
-    span_f1,
-)
+from prefixtune.evaluation.metrics import Measurement, Unavailable, accuracy, macro_f1, measure, randomize, span_f1
+from prefixtune.evaluation.metrics.scoring import metric_names
 from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Against, Evaluation, GroupScores, OutputRow, Score
 from prefixtune.utils.files import write_text
 from prefixtune.utils.machine import describe_machine, versions
@@ -84,7 +76,6 @@ def score_outputs(
     protocol: str = "plain",
     metrics: str | Sequence[str] | None = None,
     intervals: bool = False,
-    samples: int = 1000,
     strict: bool = False,
     against: tuple[str, Sequence[str]] | None = None,
 ) -> Evaluation:
@@ -97,7 +88,6 @@ def score_outputs(
         protocol: By whose rules texts are scored (`Task.protocol`).
         metrics: The name of a score, or several; None: the usual ones.
         intervals: Also compute each score's bootstrap interval.
-        samples: Draws of intervals and of the test.
         strict: A metric that cannot be computed here is an error; otherwise it is left out.
         against: The name and the outputs of a second system; the difference is tested by paired randomization.
 
@@ -127,9 +117,9 @@ def score_outputs(
     if left_out and not names:
         raise ConfigError(f"no metric can be computed here: {next(iter(left_out.values()))}.")
     level = LEVEL if intervals else None
-    scores, *other = ({name: one[name].to_score(level=level, samples=samples) for name in names} for one in measured)
+    scores, *other = ({name: one[name].to_score(level=level) for name in names} for one in measured)
     if against:
-        tests = {name: randomize(measured[0][name], measured[1][name], samples=samples) for name in names}
+        tests = {name: randomize(measured[0][name], measured[1][name]) for name in names}
         facts["against"] = Against(outputs=against[0], scores=other[0], comparison=tests)
     groups = score_groups({name: measured[0][name] for name in names}, examples)
     return Evaluation(scores=scores, groups=groups, left_out=left_out, **facts)
@@ -218,10 +208,8 @@ def outputs_of(examples: Sequence[Example], path: Path, *, data: str, limit: int
         # Only "\n" ends a line; the one after the last line adds no empty output.
         rows = [("", {"output": line.removesuffix("\r")}) for line in text.removesuffix("\n").split("\n")]
     if len(rows) not in (len(chosen), len(examples)):
-        raise DataError(
-            f"{str(path)!r} has {len(rows):,} outputs, but {data!r} has {len(examples):,} examples.",
-            hint="write one output for each distinct source, in order; --limit N takes the first ones.",
-        )
+        what = f"{str(path)!r} has {len(rows):,} outputs, but {data!r} has {len(examples):,} examples."
+        raise DataError(what, hint="write one output for each distinct source, in order; --limit N takes the first.")
     return [_output(row, example) for row, example in zip(rows[: len(chosen)], chosen, strict=True)]
 
 
@@ -233,8 +221,6 @@ def _output(row: LocatedRow, example: Example) -> str:
         raise DataError(what, hint='write lines as {"output": "..."}.')
     # White space does not count.
     if isinstance(source, str) and source.split() != example.source.split():
-        raise DataError(
-            f"{location}: it is for the source {short_repr(source)}, but the example has {short_repr(example.source)}.",
-            hint="name the references that these outputs are for; or leave out the key 'source', if they are.",
-        )
+        what = f"{location}: it is for the source {short_repr(source)}, not for {short_repr(example.source)}."
+        raise DataError(what, hint="name the references that these outputs are for; or leave out the key 'source'.")
     return output

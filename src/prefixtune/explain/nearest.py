@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,11 @@ _MOST_TOKENS, _LONGEST, _TOP = 2048, 64, 3
 
 def nearest_view(subject: Subject) -> View:
     """Each position's nearest tokens of real text, by values."""
-    texts = _corpus(subject)
+    backbone, texts = subject.backbone, _corpus(subject)
     probes = {"prefix": subject.prefix, **{k: p for k, p in subject.controls.items() if k != "shuffled"}}
     parts: dict[str, list[Tensor]] = {name: [] for name in probes}
     for ids in texts:
-        text = _run(subject, ids)
+        text = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
         for name, probe in probes.items():
             parts[name].append(cosines(probe, text))
     best = {name: float(torch.cat(found, 1).max(1).values.mean()) for name, found in parts.items()}
@@ -71,11 +72,6 @@ def cosines(prefix: Prefix, text: Prefix) -> Float[Tensor, "P T"]:
     return total / layers.clamp(min=1)
 
 
-def _run(subject: Subject, ids: Sequence[int]) -> Prefix:
-    backbone = subject.backbone
-    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([list(ids)], device=backbone.device))
-
-
 def _corpus(subject: Subject) -> list[tuple[int, ...]]:
     """Texts as tokens: the data, and the text that the prefix started from.
 
@@ -88,8 +84,5 @@ def _corpus(subject: Subject) -> list[tuple[int, ...]]:
         rows.insert(0, subject.backbone.encode(started))
     # Rows may share their source.
     pieces = dict.fromkeys(tuple(row[at : at + _LONGEST]) for row in rows for at in range(0, len(row), _LONGEST))
-    kept: list[tuple[int, ...]] = []
-    room = _MOST_TOKENS
-    for piece in pieces:
-        kept, room = [*kept, piece[:room]], max(0, room - len(piece))
-    return [piece for piece in kept if piece]
+    ends = itertools.accumulate(map(len, pieces))
+    return [piece for piece, end in zip(pieces, ends, strict=True) if end <= _MOST_TOKENS]

@@ -175,8 +175,5 @@ def _general(found: Found) -> list[Block]:
     by_name = _named(found["prefix"], {"random": found["random"]})
     unchanged = texts("texts unchanged", [f"{each['unchanged']} of {each['requests']}" for each in by_name.values()])
     divergence = numbers("KL per token", [each["kl"] for each in by_name.values()], lambda value: fixed(value, 3))
-    return [
-        Table(
-            "Answers with the prefix, beside those of the bare model", [texts("prefix", by_name), unchanged, divergence]
-        )
-    ]
+    columns = [texts("prefix", by_name), unchanged, divergence]
+    return [Table("Answers with the prefix, beside those of the bare model", columns)]

@@ -59,9 +59,7 @@ class Collator:
             examples = as_examples([feature])
             if isinstance(feature, Mapping) and is_text(examples[0]):
                 what = f"a row of the data set has the columns {listed(feature)}; needed are a source and a target."
-                raise DataError(
-                    what, hint="rename them, and set remove_unused_columns=False in the trainer's arguments."
-                )
+                raise DataError(what, hint="rename them; set remove_unused_columns=False in the trainer's arguments.")
             rows.extend(self._encode(examples))
         ids, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
         return {

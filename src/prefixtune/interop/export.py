@@ -31,9 +31,7 @@ def check_folder(folder: str | Path) -> None:
         return
     for name in (CONFIG_FILE, PREFIX_FILE, README):
         if os.path.exists(Path(folder) / name):
-            raise ConfigError(
-                f"{str(folder)!r} holds a {name}, and is not the folder of an export.", hint="name a folder of its own."
-            )
+            raise ConfigError(f"{str(folder)!r} holds a {name}.", hint="name a folder of its own.")
 
 
 def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
@@ -46,9 +44,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
     """
     name = backbone.name
     if backbone.kind != "decoder":
-        raise BackboneError(
-            f"{target} takes decoder-only models, but {name!r} is of kind {backbone.kind!r}.", hint=_HINT
-        )
+        raise BackboneError(f"{target} takes decoder-only models; {name!r} is an {backbone.kind}.", hint=_HINT)
     check_fits(prefix, backbone.geometry, name)
     check_prefix(prefix, target)
     check_plain_layers(backbone, target)
@@ -78,10 +74,7 @@ def describe_origin(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
         "model_type": backbone.model.config.model_type,
         "prefix_length": prefix.prefix_length,
         "positions": "text starts at position P",
-        "text_format": {
-            "prompt": text_format.format_prompt("{source}", backbone.separator),
-            "target": trained.target,
-        },
+        "text_format": {"prompt": text_format.format_prompt("{source}", backbone.separator), "target": trained.target},
         "end": trained.end if trained.is_chat else backbone.end,
         **{key: prefix.header[key] for key in ("task", "license") if prefix.header.get(key)},
     }

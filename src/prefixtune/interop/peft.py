@@ -65,9 +65,7 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> Prefix:
     shapes = _read_shapes(config, flat, folder)
     prefix = Prefix({"decoder": tuple((k.contiguous(), v.contiguous()) for k, v in unflatten(flat, shapes))})
     if not prefix.is_finite():
-        raise CheckpointError(
-            f"{str(folder)!r} holds NaN or infinity.", hint="get the adapter again, or train it again."
-        )
+        raise CheckpointError(f"{str(folder)!r} holds NaN or infinity.", hint="get it again, or train it again.")
     header: dict[str, Any] = stored_header or {
         "backbone": {"name": str(config.get("base_model_name_or_path") or ""), "kind": "decoder"},
         "text_format": {"prompt": "{source}", "target": "{target}"},
@@ -91,9 +89,7 @@ def _check_type(config: Mapping[str, Any], folder: Path) -> None:
     # Of an encoder-decoder, PEFT shifts the decoder's text by P positions, or biases the prefix by its distance.
     if task not in (None, "CAUSAL_LM") or config.get("num_transformer_submodules") == 2:
         what = f"{str(folder)!r} is for the task {task!r}; only prefixes of CAUSAL_LM are the same numbers here."
-        raise CheckpointError(
-            what, hint="train it here, with prefixes at all sites: `prefixtune train --backbone NAME`."
-        )
+        raise CheckpointError(what, hint="train it here, at all sites: `prefixtune train --backbone NAME`.")
 
 
 def _read_rows(folder: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -150,9 +150,8 @@ class PrefixModel(nn.Module):
         """The last hidden states: TRL computes its loss from them and the output embeddings."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        return BaseModelOutput(
-            last_hidden_state=self._run_backbone(Backbone.hidden_states, input_ids, attention_mask, {}, others)
-        )
+        hidden = self._run_backbone(Backbone.hidden_states, input_ids, attention_mask, {}, others)
+        return BaseModelOutput(last_hidden_state=hidden)
 
     def _run_backbone(
         self,
@@ -247,8 +246,7 @@ class PrefixModel(nn.Module):
             CheckpointError: The prefix holds NaN or infinity.
             PrefixError: The file cannot be written.
         """
-        dtype = torch.float32 if self.settings.save_dtype == "float32" else torch.bfloat16
-        return save_prefix(Path(save_directory) / PREFIX_FILE, self.prefix(), dtype=dtype)
+        return save_prefix(Path(save_directory) / PREFIX_FILE, self.prefix(), dtype=self.settings.save_dtype)
 
     # --- what trainers need of a model -------------------------------------------------------------------------------
 

@@ -96,11 +96,7 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def render_chat(
-    tokenizer: Any,
-    text_format: TextFormat,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    add_generation_prompt: bool,
+    tokenizer: Any, text_format: TextFormat, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
 ) -> str:
     """The text of messages, special tokens by name; a tokenizer that reads it must add none.
 
@@ -159,8 +155,6 @@ def split_at_last_message(
     marked = [*messages[:-1], {**messages[-1], "content": _SENTINEL}]
     parts = render_chat(tokenizer, text_format, marked, add_generation_prompt=True).split(_SENTINEL)
     if len(parts) != 2:
-        raise RequestError(
-            f"the chat template writes the last message {len(parts) - 1} times, so it cannot be cut.",
-            hint="shorten the message.",
-        )
+        what = f"the chat template writes the last message {len(parts) - 1} times, so it cannot be cut."
+        raise RequestError(what, hint="shorten the message.")
     return parts[0], parts[1]

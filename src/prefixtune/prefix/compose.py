@@ -56,30 +56,23 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     rotation = _known(rotation, prefixes)
     total, most = sum(prefix.length() for prefix in prefixes), rotation.max_positions
     if most is not None and total >= most:
-        raise ConfigError(
-            f"joined, the prefixes take {total:,} positions, but the model has {most:,}, and the text needs some.",
-            hint="join fewer, or cut them: `prefixtune compose FILE --length P`.",
-        )
+        what = f"joined, the prefixes take {total:,} of the model's {most:,} positions, and the text needs some."
+        raise ConfigError(what, hint="join fewer, or cut them: `prefixtune compose FILE --length P`.")
     heads = [number for number, prefix in enumerate(prefixes) if prefix.head is not None or prefix.header.get("labels")]
     if len(heads) > 1:
-        raise ConfigError(
-            f"{names[heads[0]]} and {names[heads[1]]} both classify, and a prefix has one set of labels.",
-            hint="join one prefix that classifies with others that do not.",
-        )
+        raise ConfigError(f"{names[heads[0]]} and {names[heads[1]]} both classify.", hint="join only one that does.")
     lead = heads[0] if heads else len(prefixes) - 1
     parts = _describe_parts(prefixes, names, "concatenate")
     header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
-    shared = any(_is_shared(prefix, "training", "beside") or _is_shared(prefix, "composition") for prefix in prefixes)
+    trained = [(prefix.header.get("training") or {}).get("beside") for prefix in prefixes]
+    shared = any(map(_is_shared, [*trained, *(prefix.header.get("composition") for prefix in prefixes)]))
     header["composition"] = {"mode": "concatenate", **(_SHARED if shared else {}), "parts": parts}
     return Prefix(join(prefixes, rotation, shared=shared).layers, header, prefixes[lead].head)
 
 
-def _is_shared(prefix: Prefix, *keys: str) -> bool:
-    """Whether it was trained at the positions of others, or is made of such: as a part of its header says."""
-    found: Any = prefix.header
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return isinstance(found, Mapping) and found.get("positions") == "shared"
+def _is_shared(facts: object) -> bool:
+    """Whether parts stand at the same positions, as the part of a header on their training or composition says."""
+    return isinstance(facts, Mapping) and facts.get("positions") == "shared"
 
 
 def join(prefixes: Sequence[Prefix], rotation: Rotation, *, shared: bool) -> Prefix:
@@ -129,10 +122,8 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
     are_numbers = all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
-        raise ConfigError(
-            f"the weights are {short_repr(weights)}, but must be {len(prefixes)} numbers with sum 1.",
-            hint="divide each by their sum.",
-        )
+        hint = f"give {len(prefixes)} numbers, each divided by their sum."
+        raise ConfigError(f"the weights are {short_repr(weights)}, and not one for each, with sum 1.", hint=hint)
     named = [prefix.named_tensors() for prefix in prefixes]
     kinds = [
         ({key: tensor.shape for key, tensor in one.items()}, prefix.header.get("labels"))
@@ -180,11 +171,9 @@ def cut(
         ConfigError: Nothing would be cut, or left; no rotation is known; or an argument is of a wrong type.
     """
     if end not in ("start", "end") or length not in range(1, prefix.prefix_length):
-        raise ConfigError(
-            f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r} at {end!r}.",
-            hint="choose a smaller length, at least 1, and 'start' or 'end'.",
-        )
-    kept, shared = prefix[:length] if end == "end" else prefix[-length:], _is_shared(prefix, "composition")
+        what = f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r} at {end!r}."
+        raise ConfigError(what, hint="choose a smaller length, at least 1, and 'start' or 'end'.")
+    kept, shared = prefix[:length] if end == "end" else prefix[-length:], _is_shared(prefix.header.get("composition"))
     if end == "start" or shared:
         kept = _known(rotation, [prefix]).turn(kept, -max(0, prefix.length() - length))
     header = dict(prefix.header)
@@ -209,19 +198,14 @@ def check_joinable(prefixes: Sequence[Prefix], names: Sequence[str] = ()) -> lis
             many.
     """
     if not prefixes or not all(isinstance(one, Prefix) for one in prefixes):
-        raise ConfigError(
-            f"prefixes is {short_repr(prefixes)}, but must be a list of Prefix.",
-            hint="Prefix.from_pretrained(path) reads one from a file.",
-        )
+        hint = "give a list of Prefix: Prefix.from_pretrained(path) reads one from a file."
+        raise ConfigError(f"prefixes is {short_repr(prefixes)}.", hint=hint)
     names = list(names) or [f"prefix {number}" for number in range(1, len(prefixes) + 1)]
     if len(names) != len(prefixes):
         raise ConfigError(f"{len(names)} names for {len(prefixes)} prefixes.", hint="give one for each, or none.")
     for name, prefix in zip(names, prefixes, strict=True):
         if prefix.header.get("adapter"):
-            raise ConfigError(
-                f"{name} was trained together with a LoRA adapter, which other prefixes were not made for.",
-                hint="compose prefixes of the plain backbone.",
-            )
+            raise ConfigError(f"{name} was trained on a LoRA adapter.", hint="compose prefixes of the plain backbone.")
     known = [(prefix.geometry, backbone_origin(prefix.header)) for prefix in prefixes]
     hint = "compose prefixes of one backbone, with the same weights; `prefixtune inspect FILE` names it."
     for (name, (shapes, origin)), (other, (other_shapes, other_origin)) in combinations(
@@ -259,10 +243,8 @@ def stored_rotation(prefixes: Sequence[Prefix]) -> Rotation | None:
 def _known(rotation: Rotation | None, prefixes: Sequence[Prefix]) -> Rotation:
     rotation = rotation or stored_rotation(prefixes)
     if rotation is None:
-        raise ConfigError(
-            "no header says how keys turn with position: the files are older than joining.",
-            hint="pass the backbone's rotation: load_backbone(...).rotation.",
-        )
+        hint = "pass the backbone's: load_backbone(...).rotation."
+        raise ConfigError("no header says how keys turn with position.", hint=hint)
     return rotation
 
 
@@ -327,7 +309,5 @@ def _describe_parts(
             entry["composition"] = {"mode": earlier.get("mode"), "hashes": [part.get("hash", "") for part in inner]}
         parts.append({key: value for key, value in entry.items() if value is not None})
     if len(parts) > MAX_PARTS:
-        raise ConfigError(
-            f"the result would have {len(parts)} parts, but at most {MAX_PARTS} are allowed.", hint="compose fewer."
-        )
+        raise ConfigError(f"it would have {len(parts)} parts, more than {MAX_PARTS}.", hint="compose fewer.")
     return parts

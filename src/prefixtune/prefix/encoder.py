@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from prefixtune.prefix.geometry import Geometry, LayerShape, Site
 from prefixtune.prefix.prefix import Head, KeyValue, Prefix, flatten, unflatten
 
-REPARAMETERIZATIONS = ("mlp", "none", "scaled")
-
 RANDOM_STD = 0.02
 """Standard deviation of a random start of a directly trained prefix."""
 _NEARLY_ZERO = 1e-6
@@ -155,7 +153,6 @@ class PrefixEncoder(nn.Module):
     ) -> None:
         super().__init__()
         lengths = dict.fromkeys(geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
-        self.kind = kind
         like = like if start is None else start
         self.geometry: dict[Site, tuple[LayerShape, ...]] = dict(geometry)
         self.sites = nn.ModuleDict()
@@ -180,10 +177,7 @@ class PrefixEncoder(nn.Module):
 
 
 def step_sizes(
-    shapes: Sequence[LayerShape],
-    like: Sequence[KeyValue] | None,
-    value_scale: float,
-    sinks: Collection[int] = (0,),
+    shapes: Sequence[LayerShape], like: Sequence[KeyValue] | None, value_scale: float, sinks: Collection[int] = (0,)
 ) -> Float[Tensor, " S"]:
     """The step of each number of a position: the root mean square of its layer's keys or values in some prefix.
 

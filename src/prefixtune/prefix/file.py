@@ -86,34 +86,24 @@ def read_verified(path: str | Path, key: str, otherwise: str, hint: str) -> tupl
     return tensors, header
 
 
-def save_file(path: str | Path, tensors: dict[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
-    """Store tensors, a header with the version of the format, and the checksum of both; equal contents in equal files.
-
-    The library itself writes metadata in an order that changes from call to call.
-
-    Raises:
-        CheckpointError: The header could not be read again.
-    """
-    text = dump_header(header)
-    safetensors.save_file(tensors, path, {key: text, _CHECKSUM_KEY: hash_tensors(tensors, text)})
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-        table = {"__metadata__": dict(sorted(table.pop("__metadata__").items())), **table}
-        file.seek(8)
-        file.write(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
-
-
 def save_verified(path: str | Path, tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any]) -> None:
-    """Store tensors and a header, atomically, as `read_verified` reads them.
+    """Store tensors, a header with the version of the format, and the checksum of both, as `read_verified` reads them.
+
+    Equal contents make equal files: the library itself writes metadata in an order that changes from call to call.
 
     Raises:
         CheckpointError: The header could not be read again.
         PrefixError: The file cannot be written; one that was there is untouched.
     """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text, stored = dump_header(header), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(Path(path)) as temporary:
-        save_file(temporary, stored, key, header)
+        safetensors.save_file(stored, temporary, {key: text, _CHECKSUM_KEY: hash_tensors(stored, text)})
+        with open(temporary, "r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(length))
+            table = {"__metadata__": dict(sorted(table.pop("__metadata__").items())), **table}
+            file.seek(8)
+            file.write(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], header: str = "") -> str:

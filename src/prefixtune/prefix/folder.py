@@ -88,10 +88,8 @@ def check_name(name: object) -> None:
         RequestError: It is not a valid name.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(
-            f"{str(name)[:128]!r} is not a valid name of a prefix.",
-            hint="use 1 to 128 letters, digits, '.', '_' and '-', not starting with a dot.",
-        )
+        hint = "use 1 to 128 letters, digits, '.', '_' and '-', not starting with a dot."
+        raise RequestError(f"{str(name)[:128]!r} is not a valid name of a prefix.", hint=hint)
 
 
 def check_regular_file(folder: Path, name: str) -> None:
@@ -164,10 +162,6 @@ class PrefixReference:
         if cache_salt != reference.request_fields["cache_salt"]:
             return replace(reference, length=1, fault="its cache_salt is not that of its prefix")
         return reference
-
-    def path(self, folder: Path) -> Path:
-        """Its file in a folder."""
-        return path_of(folder, self.name)
 
 
 def hash_file(path: Path) -> str:

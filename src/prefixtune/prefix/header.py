@@ -163,10 +163,8 @@ def read_header(text: str, what: str) -> dict[str, Any]:
         raise CheckpointError(f"the header of {what} cannot be read as a JSON object: {error}.", hint=_AGAIN) from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{what} is of format version {short_repr(version)}, but this prefixtune reads {FORMAT_VERSION}.",
-            hint="upgrade prefixtune, or get the file again.",
-        )
+        fault = f"{what} is of format version {short_repr(version)}, but this prefixtune reads {FORMAT_VERSION}."
+        raise CheckpointError(fault, hint="upgrade prefixtune, or get the file again.")
     return header
 
 
@@ -180,7 +178,5 @@ def dump_header(header: Mapping[str, Any]) -> str:
     try:
         parse_header(text)
     except ValueError as error:
-        raise CheckpointError(
-            f"the header cannot be stored: {error}.", hint="make labels, templates and descriptions shorter."
-        ) from error
+        raise CheckpointError(f"the header cannot be stored: {error}.", hint="shorten what it holds.") from error
     return text

@@ -1,6 +1,6 @@
 """Prefixes on the Hugging Face hub: find a file, here or there; and the model card that is uploaded with one.
 
-`hub:OWNER/NAME` is downloaded; a name without `hub:` is a path on this machine. Only `download`, and
+`hub:OWNER/NAME` is downloaded; a name without `hub:` is a path on this machine. Only `prefix_file`, and
 `Prefix.push_to_hub`, use the network. The card is made from the prefix's header and, where it was evaluated, its
 scores, in the hub's model-index format.
 """
@@ -65,14 +65,6 @@ prefixtune generate --prefix {file} "..."
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def download(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a repository's prefix into the hub's own cache; arguments and errors are those of `prefix_file`."""
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(f"cannot download {FILE!r} of {repo_id!r}"):
-        return Path(hf_hub_download(repo_id, FILE, revision=revision, token=token, **LIBRARY))
-
-
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """While the block runs, errors of the hub become one line.
@@ -110,10 +102,8 @@ def prefix_file(
         PrefixError: The hub cannot be reached, or has no such file.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ConfigError(
-            f"the prefix is {describe_value(path)}, but must be a path, hub:OWNER/NAME or a Prefix.",
-            hint='give "runs/e2e/prefix.safetensors", say, or a list of prefixes, one per text.',
-        )
+        hint = "give a path, hub:OWNER/NAME or a Prefix; or a list of these, one per text."
+        raise ConfigError(f"the prefix is {describe_value(path)}.", hint=hint)
     name = os.fspath(path)
     if bare and isinstance(path, str) and REPOSITORY.fullmatch(name) and not os.path.lexists(name):
         name = f"{HUB}{name}"
@@ -121,12 +111,14 @@ def prefix_file(
         repository, _, stated = name.removeprefix(HUB).partition("@")
         if not REPOSITORY.fullmatch(repository):
             raise ConfigError(f"{name!r} is not the name of a repository.", hint="write hub:OWNER/NAME.")
-        return download(repository, revision=revision or stated or None, token=token)
+        from huggingface_hub import hf_hub_download
+
+        with hub_errors(f"cannot download {FILE!r} of {repository!r}"):
+            wanted = revision or stated or None
+            return Path(hf_hub_download(repository, FILE, revision=wanted, token=token, **LIBRARY))
     if revision is not None:
-        raise ConfigError(
-            f"revision is {revision!r}, but {str(path)!r} is no repository of the hub.",
-            hint="leave it out, or write OWNER/NAME.",
-        )
+        what = f"revision is {revision!r}, but {name!r} is no repository of the hub."
+        raise ConfigError(what, hint="leave it out, or write OWNER/NAME.")
     file = Path(path) / FILE if os.path.isdir(path) else Path(path)
     if not os.path.isfile(file):
         raise CheckpointError(
@@ -148,12 +140,10 @@ def make_card(prefix: Prefix, repo_id: str, evaluation: Any = None) -> str:
         evaluation: What `read_evaluations` takes; None: it was not evaluated.
 
     Raises:
-        ConfigError: The repository is no text, or the evaluation holds no scores.
+        ConfigError: The evaluation holds no scores.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    if not isinstance(repo_id, str):
-        raise ConfigError(f"the repository is {describe_value(repo_id)}, not a text.", hint="write OWNER/NAME.")
     header = prefix.header
     evaluations = read_evaluations(evaluation, str(header.get("task") or ""))
     task, training, name = str(header.get("task") or ""), header.get("training") or {}, repo_id.rpartition("/")[2]

@@ -23,17 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, describe_value, short_repr
-from prefixtune.prefix.file import (
-    HEADER_KEY,
-    hash_tensors,
-    read_table,
-    read_verified,
-    save_file,
-)
+from prefixtune.prefix.file import HEADER_KEY, hash_tensors, read_table, read_verified, save_verified
 from prefixtune.prefix.geometry import SITES, Geometry, LayerShape, Site, describe
 from prefixtune.prefix.header import backbone_origin, check_header
 from prefixtune.prefix.hub import CARD, FILE, LIBRARY, REPOSITORY, hub_errors, make_card, prefix_file
-from prefixtune.utils.files import atomic_path, write_text
+from prefixtune.utils.files import write_text
 
 KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
 """One layer's keys and values: (H, P, D), where H and D may differ between layers."""
@@ -102,10 +96,8 @@ class Prefix:
         for site, layers in self.layers.items():
             pairs = site in SITES and isinstance(layers, Sequence) and all(map(_is_pair, layers))
             if not pairs or len({key.shape[1] for key, _ in layers}) != 1:
-                raise ConfigError(
-                    f"not a prefix: site {short_repr(site)} has no layers of (key, value) pairs of one length.",
-                    hint=f"give (H, P, D) tensors of one P, at a site of {', '.join(SITES)}.",
-                )
+                what = f"not a prefix: its site {short_repr(site)} has no layers of (key, value) pairs of one length."
+                raise ConfigError(what, hint=f"give (H, P, D) tensors of one P, at a site of {', '.join(SITES)}.")
         if not self.layers:
             raise ConfigError("not a prefix: it has no site.", hint=f"give layers of a site: {', '.join(SITES)}.")
         # Always in one order of sites.
@@ -169,7 +161,7 @@ class Prefix:
     @property
     def num_bytes(self) -> int:
         """The tensors' size in bytes, in their current dtype."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored_tensors())
+        return sum(tensor.nbytes for tensor in self.stored_tensors())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,18 +199,12 @@ class Prefix:
         Raises:
             ConfigError: Nothing is left, or the index is no slice that goes on.
         """
-        if not isinstance(positions, slice) or (positions.step or 1) < 1:
-            raise ConfigError(
-                f"a prefix is sliced by positions, in order, but got {short_repr(positions)}.",
-                hint="write prefix[2:3] for one position.",
-            )
-        sliced = self._mapped(lambda tensor: tensor[:, positions], lambda tensor: tensor)
-        if min(sliced.length(site) for site in sliced.sites) == 0:
-            raise ConfigError(
-                f"slice {positions} of a prefix of length {self.prefix_length} is empty.",
-                hint="keep at least one position.",
-            )
-        return sliced
+        if isinstance(positions, slice) and (positions.step or 1) > 0:
+            sliced = self._mapped(lambda tensor: tensor[:, positions], lambda tensor: tensor)
+            if all(sliced.lengths.values()):
+                return sliced
+        what = f"{short_repr(positions)} names no positions, in order, of a prefix of length {self.prefix_length}."
+        raise ConfigError(what, hint="write prefix[2:3] for one position.")
 
     def is_finite(self) -> bool:
         """Whether it holds no NaN and no infinity."""
@@ -301,13 +287,11 @@ class Prefix:
 
         # Checked as a whole before anything is sent.
         if adapter := self.header.get("adapter"):
-            raise ConfigError(
-                f"the prefix was trained on the LoRA adapter {short_repr(adapter)}, which would not be with it.",
-                hint="upload both with `hf upload`, or merge the adapter into its model and train again.",
-            )
-        card = self.card(repo_id, evaluation)
-        if not REPOSITORY.fullmatch(repo_id):
+            what = f"the prefix was trained on the LoRA adapter {short_repr(adapter)}, which would not be with it."
+            raise ConfigError(what, hint="upload both with `hf upload`, or merge the adapter into its model first.")
+        if not isinstance(repo_id, str) or not REPOSITORY.fullmatch(repo_id):
             raise ConfigError(f"{short_repr(repo_id)} is not the name of a repository.", hint="write OWNER/NAME.")
+        card = self.card(repo_id, evaluation)
         with TemporaryDirectory() as folder:
             file = save_prefix(Path(folder) / FILE, self, dtype=self.dtype)
             with hub_errors(f"cannot upload to {repo_id!r}"):
@@ -451,27 +435,21 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
         PrefixError: The file cannot be written.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(prefix, Prefix):
-        raise ConfigError(
-            f"path is {describe_value(path)} and prefix {describe_value(prefix)}, but must be a path and a Prefix.",
-            hint="write save_prefix(path, prefix).",
-        )
+        what = f"path is {describe_value(path)}, and prefix is {describe_value(prefix)}."
+        raise ConfigError(what, hint="write save_prefix(path, prefix).")
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if chosen not in _READ:
         raise ConfigError(f"dtype is {dtype}, which no prefix is stored in.", hint=f"use {', '.join(DTYPES)}.")
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{str(path)!r} does not end with .safetensors.", hint=f"write to {path.stem}.safetensors."
-        )
+        hint = f"write to {path.stem}.safetensors."
+        raise CheckpointError(f"{str(path)!r} does not end with .safetensors.", hint=hint)
     stored = prefix.detach().to(chosen, "cpu")
     if not stored.is_finite():
-        raise CheckpointError(
-            f"the prefix for {str(path)!r} holds NaN or infinity in {chosen}.",
-            hint="store it as bfloat16 or float32, or train it again.",
-        )
+        what = f"the prefix for {str(path)!r} holds NaN or infinity in {chosen}."
+        raise CheckpointError(what, hint="store it as bfloat16 or float32, or train it again.")
     _check_header(stored, f"the prefix for {str(path)!r}")
-    with atomic_path(path) as temporary:
-        save_file(temporary, stored.named_tensors(), HEADER_KEY, {**prefix.header, **describe_tensors(stored)})
+    save_verified(path, stored.named_tensors(), HEADER_KEY, {**prefix.header, **describe_tensors(stored)})
     return path
 
 
@@ -487,16 +465,10 @@ def unflatten(flat: Float[Tensor, "P S"], shapes: Sequence[LayerShape]) -> tuple
         flat: P rows of S = sum of the layers' sizes.
         shapes: The layers.
     """
-    sizes = list(chain.from_iterable((s.num_kv_heads * s.key_dim, s.num_kv_heads * s.value_dim) for s in shapes))
-    parts = flat.split(sizes, dim=1)
-    pairs = zip(parts[::2], parts[1::2], shapes, strict=True)
-    return tuple(
-        (
-            key.unflatten(1, (shape.num_kv_heads, shape.key_dim)).transpose(0, 1),
-            value.unflatten(1, (shape.num_kv_heads, shape.value_dim)).transpose(0, 1),
-        )
-        for key, value, shape in pairs
-    )
+    sizes = [(shape.num_kv_heads, width) for shape in shapes for width in (shape.key_dim, shape.value_dim)]
+    parts = flat.split([heads * width for heads, width in sizes], dim=1)
+    tensors = [part.unflatten(1, size).transpose(0, 1) for part, size in zip(parts, sizes, strict=True)]
+    return tuple(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def flatten(layers: Sequence[KeyValue]) -> Float[Tensor, "P S"]:
@@ -512,7 +484,5 @@ def check_fits(prefix: Prefix, geometry: Geometry, name: str) -> None:
     """
     for site, shapes in prefix.geometry.items():
         if geometry.get(site) != shapes:
-            raise BackboneError(
-                f"the prefix has {describe(prefix.geometry)}, but {name!r} has {describe(geometry)}.",
-                hint="load the backbone that the prefix was trained for; `prefixtune inspect FILE` names it.",
-            )
+            what = f"the prefix has {describe(prefix.geometry)}, but {name!r} has {describe(geometry)}."
+            raise BackboneError(what, hint="load its own backbone; `prefixtune inspect FILE` names it.")

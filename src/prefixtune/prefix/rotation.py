@@ -63,15 +63,11 @@ class PairTurns:
 
     def __call__(self, keys: Float[Tensor, "*_ P D"], offset: int) -> Float[Tensor, "*_ P D"]:
         """Keys `offset` positions further on, in their own dtype; computed in float32."""
-        size = keys.shape[-1]
-        angles = torch.tensor(self.frequencies, dtype=torch.float64) * offset
-        first, second = torch.tensor(self.first), torch.tensor(self.second)
-        partner = torch.arange(size).index_copy(0, first, second).index_copy(0, second, first)
-        cos = torch.ones(size, dtype=torch.float64).index_copy(0, torch.cat([first, second]), angles.cos().repeat(2))
-        sin = torch.zeros(size, dtype=torch.float64)
-        sin = sin.index_copy(0, first, -angles.sin()).index_copy(0, second, angles.sin())
-        exact = keys.float()
-        turned = exact * cos.to(exact) + exact[..., partner.to(keys.device)] * sin.to(exact)
+        angles, exact = torch.tensor(self.frequencies, dtype=torch.float64) * offset, keys.float()
+        cos, sin = angles.cos().to(exact), angles.sin().to(exact)
+        first, second, turned = list(self.first), list(self.second), exact.clone()
+        turned[..., first] = exact[..., first] * cos - exact[..., second] * sin
+        turned[..., second] = exact[..., second] * cos + exact[..., first] * sin
         return turned.to(keys.dtype)
 
 
@@ -136,15 +132,10 @@ class Rotation:
     def to_header(self) -> dict[str, Any]:
         """What an artifact's header keeps of it, so that joining needs no model; `docs/format.md` has the fields."""
         kinds = list(dict.fromkeys(turn for turns in self.layers.values() for turn in turns if turn is not None))
-        stored = _StoredRotation(
-            positions=self.positions,
-            max_positions=self.max_positions,
-            turns=kinds,
-            layers={
-                site: [None if turn is None else kinds.index(turn) for turn in turns]
-                for site, turns in self.layers.items()
-            },
-        )
+        layers = {
+            site: [None if turn is None else kinds.index(turn) for turn in turns] for site, turns in self.layers.items()
+        }
+        stored = _StoredRotation(positions=self.positions, max_positions=self.max_positions, turns=kinds, layers=layers)
         return stored.model_dump(mode="json", exclude_defaults=True)
 
     @classmethod
@@ -164,12 +155,10 @@ class Rotation:
                 site: tuple(None if number is None else stored.turns[number] for number in numbers)
                 for site, numbers in stored.layers.items()
             }
-            if (stored.positions == "rotary") != any(turn is not None for turns in layers.values() for turn in turns):
+            if (stored.positions == "rotary") != any(map(any, layers.values())):
                 raise ValueError(f"its positions are {stored.positions!r}, which its layers do not suit")
         except (ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"the header's rotation cannot be used: {short_repr(str(error))}.", hint=_HINT
-            ) from error
+            raise CheckpointError(f"the header's rotation is wrong: {short_repr(str(error))}.", hint=_HINT) from error
         found = cls(stored.positions, layers, stored.max_positions)
         found.check(geometry or {})
         return found

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["nearest", "router"]
-
 _WORD = re.compile(r"\w+")
 
 
@@ -52,10 +50,8 @@ def router(memories: Sequence[Prefix], names: Sequence[str]) -> Callable[[str], 
     """
     stored = [(number, pair[0]) for number, one in enumerate(memories) for pair in one.header.get("questions", ())]
     if missing := [name for number, name in enumerate(names) if number not in {owner for owner, _ in stored}]:
-        raise ConfigError(
-            f"{missing[0]} stores no questions, so that no text can be routed to it.",
-            hint="make it with `prefixtune distill --document`, which stores them.",
-        )
+        hint = "make it with `prefixtune distill --document`, which stores them."
+        raise ConfigError(f"{missing[0]} stores no questions to route texts by.", hint=hint)
     find = nearest([question for _, question in stored])
 
     def route(text: str) -> int | None:

@@ -216,9 +216,7 @@ def read_text_format(header: Mapping[str, Any]) -> TextFormat | None:
     try:
         return TextFormat.from_dict(stored)
     except (ConfigError, DataError) as error:
-        raise CheckpointError(
-            f"the header's {error.message}", hint="get the file again, train it again, or upgrade prefixtune."
-        ) from error
+        raise CheckpointError(f"the header's {error.message}", hint="get it again, or upgrade prefixtune.") from error
 
 
 def cut_prompt(
@@ -274,6 +272,19 @@ _MARGIN = 64
 """Tokens that a beginning may have more than the whole text has there, as it ends within a word."""
 
 
+def check_characters(text: str, name: str = "a text") -> None:
+    """Refuse what no UTF-8 text is; `name` is what a message calls it.
+
+    Raises:
+        RequestError: It holds half a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"{name} holds half a surrogate pair at position {error.start}, which is no character."
+        raise RequestError(what, hint="write UTF-8 text.") from None
+
+
 class _Encodes(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -294,13 +305,7 @@ def bounded(tokenizer: _Encodes, text: str, positions: int | None) -> str:
     Raises:
         RequestError: It holds half a surrogate pair.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"a text holds half a surrogate pair at position {error.start}, which is no character.",
-            hint="write UTF-8 text.",
-        ) from None
+    check_characters(text)
     if positions is None:
         return text
     size = max(_CHARACTERS * positions, 1024)

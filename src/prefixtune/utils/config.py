@@ -83,14 +83,9 @@ def allowed_range(field: FieldInfo) -> str:
     >>> [allowed_range(field) for field in Model.model_fields.values()]
     ['at least 0 and at most 65535', 'above 0']
     """
-    bounds = {
-        name: value
-        for item in field.metadata
-        for name in ("ge", "gt", "le", "lt")
-        if (value := getattr(item, name, None)) is not None
-    }
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
+    bounds = [(words[name], getattr(item, name, None)) for item in field.metadata for name in words]
+    return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
 
 
 def _describe(fault: ErrorDetails, name: str, known: Iterable[str]) -> str:
@@ -127,15 +122,10 @@ class Layer:
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot read the configuration {str(path)!r}: {error.strerror}.", hint="check the path."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            reason = str(error).removesuffix(".")
-            raise ConfigError(
-                f"{str(path)!r} is not TOML: {reason}.", hint='write lines such as dtype = "auto".'
-            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or str(error).removesuffix(".")
+            hint = 'name a TOML file, with lines such as dtype = "auto".'
+            raise ConfigError(f"cannot read the configuration {str(path)!r}: {reason}.", hint=hint) from error
         unknown = [name for name in values if name not in fields]
         if unknown:
             raise ConfigError(
@@ -232,10 +222,8 @@ class Config(Table):
             return config
         values = options if config is None else config
         if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"config is {describe_value(config)}, but must be of type {cls.__name__}, or a dict.",
-                hint=f"write config={cls.__name__}(...), or the options themselves as keywords.",
-            )
+            hint = f"give a {cls.__name__}, a dict of its fields, or the fields as keywords."
+            raise ConfigError(f"config is {describe_value(config)}.", hint=hint)
         return cls(**values)
 
     @classmethod
@@ -276,7 +264,8 @@ class Config(Table):
     @classmethod
     def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
         """A path is text; of one to write to, `~` is the home folder, also in `--output=~/x`, where shells leave it."""
-        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
+        several = isinstance(value, list | tuple)
+        items = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in (value if several else [value])]
         for item in items:
             if isinstance(item, str):
                 # A lone surrogate, possible in JSON and in arguments, cannot be stored.
@@ -287,7 +276,7 @@ class Config(Table):
                 raise ValueError("is a whole number of more than 64 bits")
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
-        return items if isinstance(value, list | tuple) else items[0]
+        return items if several else items[0]
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -295,7 +284,3 @@ class Config(Table):
         if messages:
             raise ValueError("; ".join(messages))
         return self
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]

@@ -6,9 +6,9 @@ Progress and messages go to stderr; stdout holds results only.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
@@ -83,7 +83,7 @@ class Console:
     Colors follow the terminal and the environment variable `NO_COLOR`.
 
     Args:
-        quiet: Show nothing but errors (and tables that are results).
+        quiet: Show nothing but errors.
         stream: Where to print; stderr when left out.
     """
 
@@ -113,36 +113,6 @@ class Console:
             yield Progress(lines.show)
             lines.line()
 
-    def table(
-        self,
-        title: str,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[Figure | None]],
-        *,
-        result: bool = False,
-    ) -> None:
-        """Print a table; columns of numbers are aligned to the right, and None is an empty cell.
-
-        Args:
-            title: Above the table; empty for none.
-            columns: The headings.
-            rows: One value per column in every row.
-            result: The table is the command's result: print it to stdout, even when quiet.
-        """
-        if self.quiet and not result:
-            return
-        out = _rich_console(sys.stdout) if result else self._out
-        table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
-        for index, name in enumerate(columns):
-            cells = [row[index] for row in rows if row[index] is not None]
-            numbers = bool(cells) and not any(isinstance(cell, str) for cell in cells)
-            table.add_column(_text(name), justify="right" if numbers else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(_text("" if cell is None else format_figure(cell)) for cell in row))
-        if title:
-            _print_line(out, _text(title, "bold"))
-        out.print(table, markup=False, highlight=False, emoji=False)
-
     def info(self, text: str) -> None:
         """Print a line, unless quiet."""
         if not self.quiet:
@@ -163,11 +133,32 @@ class Console:
         _print_line(self._out, _text(text))
 
 
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Figure | None]]) -> None:
+    """Print a table on stdout; columns of numbers are aligned to the right, and None is an empty cell.
+
+    Args:
+        title: Above the table; empty for none.
+        columns: The headings.
+        rows: One value per column in every row.
+    """
+    out = _rich_console(sys.stdout)
+    table = Table(box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
+    for index, name in enumerate(columns):
+        cells = [row[index] for row in rows if row[index] is not None]
+        numbers = bool(cells) and not any(isinstance(cell, str) for cell in cells)
+        table.add_column(_text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_text("" if cell is None else format_figure(cell)) for cell in row))
+    if title:
+        _print_line(out, _text(title, "bold"))
+    out.print(table, markup=False, highlight=False, emoji=False)
+
+
 @contextlib.contextmanager
 def show_batches(
     title: str, total: int, on_batch: Callable[[int], None] | None, progress: bool
-) -> Iterator[Callable[[int], None] | None]:
-    """Yield what a function calls after each batch: its caller's own, or one that shows the progress on stderr.
+) -> Iterator[Callable[[int], None]]:
+    """Yield what a function calls after each batch: it calls its caller's own, and may show the progress on stderr.
 
     Args:
         title: Names the work.
@@ -175,10 +166,7 @@ def show_batches(
         on_batch: The caller's; None: there is none.
         progress: Whether to show it.
     """
-    if not progress:
-        yield on_batch
-        return
-    with Console().progress(title, total) as bar:
+    with Console(quiet=not progress).progress(title, total) as bar:
 
         def both(done: int) -> None:
             bar.update(done)
@@ -212,8 +200,11 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Characters that set the direction of what follows them, up to another one."""
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, other ends of lines, halves of surrogate pairs, and what turns the order of the text behind it.
+
+Marks that join letters or emoji are text.
+"""
 
 
 def safe_text(text: str) -> str:
@@ -222,14 +213,7 @@ def safe_text(text: str) -> str:
     >>> safe_text("a\x1b[2Jb\n")
     'a\ufffd[2Jb\n'
     """
-    return "".join(character if _is_safe(character) else "\ufffd" for character in text)
-
-
-def _is_safe(character: str) -> bool:
-    # Marks that join letters or emoji are text; those that turn the order of what follows are not.
-    if character in "\n\t" or character.isprintable():
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp") and character not in _TURNING
+    return _STEERING.sub("\ufffd", text)
 
 
 class _RichConsole(rich_console.Console):

@@ -198,11 +198,7 @@ def fsync(path: Path) -> None:
     Raises:
         OSError: A file cannot be flushed.
     """
-    if not path.is_dir():
-        with open(path, "rb+") as handle:
-            os.fsync(handle.fileno())
-        return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -228,9 +224,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     try:
         with file_lock(folder / ".lock") as acquired:
             if not acquired:
-                raise PrefixError(
-                    f"{str(folder)!r} is in use by another process.", hint="wait for it, or choose another folder."
-                )
+                raise PrefixError(f"another process uses {str(folder)!r}.", hint="wait, or choose another folder.")
             yield
     finally:
         for path in made:

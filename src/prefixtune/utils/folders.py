@@ -41,7 +41,5 @@ def _folder(below: str, variable: str, usual: str) -> Path:
         return expand_home(home) / below
     folder = expand_home(os.environ.get(variable) or usual)
     if str(folder).startswith("~"):
-        raise ConfigError(
-            "this user has no home folder, and so none to write to.", hint="set PREFIXTUNE_HOME to a folder."
-        )
+        raise ConfigError("this user has no home folder to write to.", hint="set PREFIXTUNE_HOME to a folder.")
     return folder / "prefixtune"

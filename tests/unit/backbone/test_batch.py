@@ -20,10 +20,15 @@ def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
         "none": torch.empty(0, 4, dtype=torch.int64),
         "soft_ids": torch.arange(5, dtype=torch.int32)[:, None].expand(-1, 2),
     }
-    joined = batch._join(tensors.values())
-    assert (joined.dtype, joined.dim()) == (torch.uint8, 1)
-    again = batch._split(joined, tensors)
-    assert list(again) == list(tensors)
+    moved: list[torch.Tensor] = []
+
+    def move(joined: torch.Tensor) -> torch.Tensor:
+        moved.append(joined.clone())
+        return moved[-1]
+
+    again = batch._as_one(tensors, move)
+    assert [(joined.dtype, joined.dim()) for joined in moved] == [(torch.uint8, 1)]
+    assert again.keys() == tensors.keys()
     assert all(
         torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )

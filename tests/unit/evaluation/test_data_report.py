@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import prefixtune as pt
-from prefixtune.backbone.load import load_tokenizer
+from prefixtune.backbone.load import load_tokenizer, without_limits
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.registry import read_task
 from prefixtune.errors import BackboneError, DataError
@@ -43,9 +43,8 @@ def look(tmp_path: Path, model: Callable[[str], str]) -> Callable[..., DataRepor
     def run(rows: list[dict[str, Any]], family: str = "llama", test: str = "", **options: Any) -> DataReport:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        limits = {"max_tokenized": options.pop("max_tokenized", 2000)}
         config = pt.TrainConfig(train=str(path), backbone=model(family), **{"prefix_length": 3, **options})
-        return report_data(config, test=test, **limits)
+        return report_data(config, test=test)
 
     return run
 
@@ -122,9 +121,10 @@ def test_equal_sources_are_merged_where_training_merges_them(
     assert report.steps == 1
 
 
-def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport]) -> None:
+def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixtune.evaluation.data_report.MAX_TOKENIZED", 7)
     rows = rows_of([(f"s{n}", "t") for n in range(50)])
-    report = look(rows, max_tokenized=7)
+    report = look(rows)
     assert (report.rows, report.examples, report.tokenized) == (50, 50, 7)
     with pytest.raises(DataError, match="line 51"):
         look([*rows, {"bad": 1}])
@@ -142,6 +142,6 @@ def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..
     for family, kind in (("llama", "decoder"), ("t5", "encoder-decoder"), ("bert", "encoder")):
         backbone, loaded = load_tokenizer(model(family)), tiny_backbone(family)
         assert (backbone.kind, backbone.max_positions) == (kind, loaded.max_positions)
-    assert load_tokenizer(model("llama"), limited=False).max_positions is None
+    assert without_limits(load_tokenizer(model("llama"))).max_positions is None
     with pytest.raises(BackboneError, match="nothing"):
         load_tokenizer(str(tmp_path / "nothing"))

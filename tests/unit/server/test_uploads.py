@@ -13,7 +13,7 @@ import torch
 
 from asgi_client import Response, bearer, send
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.prefix.file import HEADER_KEY, save_file
+from prefixtune.prefix.file import HEADER_KEY, save_verified
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
@@ -25,7 +25,7 @@ def hostile(file: Path, made: Path) -> dict[str, bytes]:
     tensors = {f"decoder.{n}.{part}": t for n, pair in layers for part, t in zip(("key", "value"), pair, strict=True)}
 
     def changed(more: dict[str, torch.Tensor], **fields: Any) -> bytes:
-        save_file(made, {**tensors, **more}, HEADER_KEY, {**prefix.header, **fields})
+        save_verified(made, {**tensors, **more}, HEADER_KEY, {**prefix.header, **fields})
         return made.read_bytes()
 
     length = struct.unpack("<Q", good[:8])[0]

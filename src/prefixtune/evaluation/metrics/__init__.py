@@ -12,19 +12,6 @@ from __future__ import annotations
 from prefixtune.evaluation.metrics.java import Unavailable
 from prefixtune.evaluation.metrics.labels import accuracy, macro_f1, span_f1
 from prefixtune.evaluation.metrics.measurement import Measurement, bootstrap, randomize
-from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-from prefixtune.evaluation.metrics.scoring import METRICS, measure, metric_names
+from prefixtune.evaluation.metrics.scoring import measure
 
-__all__ = [
-    "METRICS",
-    "PROTOCOLS",
-    "Measurement",
-    "Unavailable",
-    "accuracy",
-    "bootstrap",
-    "macro_f1",
-    "measure",
-    "metric_names",
-    "randomize",
-    "span_f1",
-]
+__all__ = ["Measurement", "Unavailable", "accuracy", "bootstrap", "macro_f1", "measure", "randomize", "span_f1"]

@@ -59,17 +59,15 @@ def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[s
     Raises:
         Unavailable: Java or pycocoevalcap is missing, or the program failed.
     """
-    jar = jar_path(METEOR_JAR)
     # `|||` separates texts, so it is removed from them.
     lines = [
         " ||| ".join(["SCORE", *(squeeze(text.replace("|||", " ")) for text in [*item, hypothesis])])
         for hypothesis, item in zip(hypotheses, references, strict=True)
     ]
-    command = ["-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = ["-Xmx2G", "-jar", str(jar_path(METEOR_JAR)), "-", "-", "-stdio", "-l", "en", "-norm"]
     rows = [line.split() for line in run_java(command, lines)]
-    wrong = next((row for row in rows if len(row) != _NUM_COUNTS), None)
-    if wrong is not None:
-        raise java_failure(f"METEOR wrote {' '.join(wrong)[:200]!r}")
+    if wrong := [row for row in rows if len(row) != _NUM_COUNTS]:
+        raise java_failure(f"METEOR wrote {' '.join(wrong[0])[:200]!r}")
     return [[float(word) for word in row] for row in rows]
 
 

@@ -76,10 +76,8 @@ def run_java(command: Sequence[str], lines: Sequence[str]) -> list[str]:
     """
     java = shutil.which("java")
     if java is None:
-        raise Unavailable(
-            "METEOR and the Penn Treebank tokenizer are Java programs, and there is no `java`",
-            "install one (Debian and Ubuntu: apt install default-jre-headless)",
-        )
+        what = "METEOR and the Penn Treebank tokenizer are Java programs, and there is no `java`"
+        raise Unavailable(what, "install one (Debian and Ubuntu: apt install default-jre-headless)")
     # UTF-8 whatever the locale; an unpaired surrogate becomes a question mark.
     full_command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *command]
     encoded = "".join(line + "\n" for line in lines).encode("utf-8", "replace")

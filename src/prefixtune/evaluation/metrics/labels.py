@@ -72,9 +72,7 @@ def span_f1(predicted_tags: Sequence[Sequence[str]], reference_tags: Sequence[Se
     hits = num_predicted = num_references = 0
     for index, (predicted, reference) in enumerate(zip(predicted_tags, reference_tags, strict=True)):
         if len(predicted) != len(reference):
-            raise ValueError(
-                f"sentence {index} (from 0) has {len(predicted)} predicted tags, but {len(reference)} words"
-            )
+            raise ValueError(f"sentence {index} (from 0) has {len(predicted)} tags for {len(reference)} words")
         if wrong := [tag for tag in reference if not _TAG.fullmatch(tag)]:
             raise ValueError(f"sentence {index} (from 0): reference {wrong[0]!r} is none of O, B-TYPE and I-TYPE")
         predicted_spans, reference_spans = set(_spans(predicted)), set(_spans(reference))

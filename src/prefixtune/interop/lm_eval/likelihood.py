@@ -1,6 +1,6 @@
 """How likely continuations of contexts are, each behind its own prefix.
 
-Continuations of one context share its computation (`data.batching.pack`), so a multiple-choice question is read once
+Continuations of one context share its computation (`data.batching.collate`), so a multiple-choice question is read once
 for all its choices; and prefixes are mixed in one batch.
 """
 
@@ -10,22 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.loss import label_logits
-from prefixtune.data.batching import join, pack, pad
+from prefixtune.backbone.loss import label_logits, token_losses
+from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
 
 _SHORT_CONTEXT = 256
 """Continuations of a context share a group while they take no more positions than it, or than this: attention within a
 group costs the square of its positions."""
-_ROWS = 64
-"""Rows of logits that are converted to float32 at a time."""
-
 Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -101,14 +95,14 @@ def _batches(
 ) -> Iterator[list[list[Continuation]]]:
     """Groups of continuations that are computed together: at most `batch_size` continuations."""
     batch: list[list[Continuation]] = []
-    room = batch_size
-    if not backbone.layout.packable:
+    room, mixes = batch_size, backbone.layout.packable and not backbone.counts_by_row
+    if not mixes:
         # Only prefixes of one kind share a batch: each its own. The sort is stable.
         groups = sorted(groups, key=lambda group: id(group[0].prefix))
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = list(group[start : start + batch_size])
-            alike = not batch or backbone.layout.packable or batch[0][0].prefix is part[0].prefix
+            alike = not batch or mixes or batch[0][0].prefix is part[0].prefix
             if len(part) > room or not alike:
                 yield batch
                 batch, room = [], batch_size
@@ -126,33 +120,17 @@ def _score_batch(
     for group in groups:
         by_prefix.setdefault(id(group[0].prefix), []).append(group)
     prefixes = [same[0][0].prefix for same in by_prefix.values()]
-    batches = [_collate(backbone, same) for same in by_prefix.values()]
+    batches = [
+        collate(backbone, [TokenizedExample(one[0].context, tuple(each.tokens for each in one)) for one in same])
+        for same in by_prefix.values()
+    ]
     batch = batches[0] if len(batches) == 1 else join(batches)
     logits = label_logits(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
-    logprobs, greedy = (found.cpu() for found in _label_scores(logits, batch.labels.to(logits.device)))
+    labels = batch.labels.to(logits.device)
+    logprobs, greedy = -token_losses(logits, labels).double().cpu(), (logits.argmax(dim=-1) == labels).cpu()
     target, size = batch.target_index.cpu(), batch.num_targets
     sums = torch.zeros(size, dtype=torch.float64).index_add_(0, target, logprobs)
     misses = torch.zeros(size, dtype=torch.long).index_add_(0, target, (~greedy).long())
     ordered = (one for same in by_prefix.values() for group in same for one in group)
     for one, total, missed in zip(ordered, sums.tolist(), misses.tolist(), strict=True):
         yield one.key, (float(total), not missed)
-
-
-def _collate(backbone: Backbone, groups: Sequence[Sequence[Continuation]]) -> Batch:
-    examples = [TokenizedExample(group[0].context, tuple(one.tokens for one in group)) for group in groups]
-    start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
-    if backbone.layout.packable:
-        return pack(examples, decoder_start_id=start)
-    return pad(examples, pad_id=backbone.pad_id, decoder_start_id=start)
-
-
-def _label_scores(
-    logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-    """Each label's log-probability, in float64 of a softmax in float32, and whether it is the likeliest."""
-    logprobs = torch.empty(len(labels), dtype=torch.float64)
-    for first in range(0, len(labels), _ROWS):
-        rows = slice(first, first + _ROWS)
-        logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
-        logprobs[rows] = logarithms.gather(1, labels[rows, None])[:, 0].double().cpu()
-    return logprobs, logits.argmax(dim=-1) == labels

@@ -10,10 +10,7 @@ loop and needs no torch.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +161,7 @@ def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
     }
     module = _Step(model).eval()
     try:
-        with quiet_transformers(), _quiet_exporter(), torch.no_grad():
+        with quiet_transformers(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (ids, mask, positions, past),
@@ -183,18 +180,6 @@ def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
             f"{first_line(error)}",
             hint="use `prefixtune serve`, or another target.",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Hide the exporter's log messages about libraries that are not installed."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @torch.no_grad()

@@ -9,13 +9,6 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import Geometry, LayerShape
 from prefixtune.prefix.rotation import longrope_limit
 
-__all__ = [
-    "check_cache_updates",
-    "check_kv_cache",
-    "geometry_of",
-    "heads_of_rank",
-]
-
 _DRAFTS_WITHOUT_MODEL = (None, "ngram", "ngram_gpu", "suffix")
 _HINT = "serve it with `prefixtune serve --engine torch`"
 

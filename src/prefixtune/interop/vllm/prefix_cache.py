@@ -12,12 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.folder import PrefixReference, hash_file
+from prefixtune.prefix.folder import PrefixReference, hash_file, path_of
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, read_artifact
-
-__all__ = ["KeyValues", "PrefixCache"]
-
 
 KeyValues = list[tuple[Float[Tensor, "P _H D"], Float[Tensor, "P _H D"]]]
 """Per layer, the keys and values of this rank's KV heads."""
@@ -61,7 +58,7 @@ class PrefixCache:
             self._loaded.move_to_end(reference)
             return entry[0]
         key_values = self._read(reference)
-        num_bytes = sum(tensor.numel() * tensor.element_size() for pair in key_values for tensor in pair)
+        num_bytes = sum(tensor.nbytes for pair in key_values for tensor in pair)
         self._loaded[reference] = key_values, num_bytes
         self._num_bytes += num_bytes
         while self._num_bytes > self.max_bytes and len(self._loaded) > 1:
@@ -72,7 +69,7 @@ class PrefixCache:
         with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
             # A copy: reading maps the file into memory, and somebody may write to it meanwhile.
             copy = Path(private) / "copy.safetensors"
-            shutil.copyfile(reference.path(self.folder), copy)
+            shutil.copyfile(path_of(self.folder, reference.name), copy)
             if hash_file(copy) != reference.sha256:
                 raise CheckpointError("its file is another one than the request names.", hint="name the new one.")
             return self._convert(read_artifact(copy).detach(), reference)

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixtune.evaluation.metrics import PROTOCOLS, Unavailable, measure
+from prefixtune.evaluation.metrics import Unavailable, measure
 from prefixtune.evaluation.metrics.alignment import meteor_statistics
 from prefixtune.evaluation.metrics.java import treebank_words
+from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 PYTHON_ONLY = ["bleu", "bleu_sound", "nist", "rouge_1", "rouge_2", "chrf", "ter"]
