@@ -1,11 +1,7 @@
 """Requests to a server's application in this process, sent as uvicorn would send them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 NEVER = "a body that does not arrive"
 
@@ -13,32 +9,23 @@ NEVER = "a body that does not arrive"
 class Response:
     """The response to one request."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.status, self.headers, self.body, self.ended = 0, dict[str, str](), b"", False
 
     @property
-    def json(self) -> Any:
+    def json(self):
         """The body."""
         return json.loads(self.body)
 
     @property
-    def code(self) -> Any:
+    def code(self):
         """The code of an error."""
         return self.json["error"]["code"]
 
 
 async def send(
-    app: Any,
-    method: str,
-    path: str,
-    body: Any = None,
-    *,
-    headers: dict[str, str] | None = None,
-    disconnected: asyncio.Event | None = None,
-    before_reading: Callable[[], Awaitable[None]] | None = None,
-    client: str = "127.0.0.1",
-    into: Response | None = None,
-) -> Response:
+    app, method, path, body=None, *, headers=None, disconnected=None, before_reading=None, client="127.0.0.1", into=None
+):
     """Send a request.
 
     Args:
@@ -63,7 +50,7 @@ async def send(
 
     data = body if isinstance(body, bytes) else b"" if body in (None, NEVER) else json.dumps(body).encode()
 
-    async def receive() -> dict[str, Any]:
+    async def receive():
         nonlocal sent
         if not sent and body is not NEVER:
             sent = True
@@ -71,7 +58,7 @@ async def send(
         await disconnected.wait()
         return {"type": "http.disconnect"}
 
-    async def take(message: dict[str, Any]) -> None:
+    async def take(message):
         if message["type"] == "http.response.start":
             response.status = message["status"]
             response.headers = {name.decode(): value.decode() for name, value in message["headers"]}
@@ -85,12 +72,12 @@ async def send(
     return response
 
 
-def completion(**fields: Any) -> dict[str, Any]:
+def completion(**fields):
     """A body of `/v1/completions` for the prefix `a`: five tokens, greedy."""
     return {"model": "a", "prompt": "hello", "max_tokens": 5, "temperature": 0, **fields}
 
 
-def keys(**rules: dict[str, Any]) -> dict[str, Any]:
+def keys(**rules):
     """A server's keys by name, with their rules; the key of NAME is `pt-NAME`."""
     from prefixtune.server.auth import hash_key
     from prefixtune.server.settings import KeyConfig
@@ -98,15 +85,15 @@ def keys(**rules: dict[str, Any]) -> dict[str, Any]:
     return {name: KeyConfig(hash=hash_key(f"pt-{name}"), **own) for name, own in rules.items()}
 
 
-def bearer(name: str) -> dict[str, str]:
+def bearer(name):
     """The header with the key `pt-NAME`."""
     return {"authorization": f"Bearer pt-{name}"}
 
 
-def texts_when_done(state: Any) -> int:
+def texts_when_done(state):
     """How many texts a server still counts once its engine has ended all requests."""
 
-    async def wait() -> None:
+    async def wait():
         while state.worker.num_unfinished:
             await asyncio.sleep(0.01)
 

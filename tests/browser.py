@@ -1,7 +1,5 @@
 """A real browser for tests of pages: headless Chromium, driven over its DevTools pipe."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -11,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 __all__ = ["CHROMIUM", "NO_CHROMIUM", "Browser"]
 
@@ -31,7 +28,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 class Browser:
     """One page in a headless browser."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile):
         commands_out, self._commands = os.pipe()
         self._answers, answers_in = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run"]
@@ -46,16 +43,16 @@ class Browser:
         os.close(answers_in)
         self._buffer = b""
         self._number = 0
-        self._session: str | None = None
-        self.events: list[dict[str, Any]] = []
+        self._session = None
+        self.events = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method, **parameters):
         self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        message = {"id": self._number, "method": method, "params": parameters}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._commands, json.dumps(message).encode() + b"\0")
@@ -63,11 +60,10 @@ class Browser:
             answer = self._receive()
             if answer.get("id") == self._number:
                 assert "error" not in answer, answer
-                result: dict[str, Any] = answer["result"]
-                return result
+                return answer["result"]
             self.events.append(answer)
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self):
         deadline = time.monotonic() + 60
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], max(0, deadline - time.monotonic()))
@@ -76,12 +72,9 @@ class Browser:
             assert data, "the browser has gone"
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\0")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)
 
-    def open(
-        self, place: Path | str, *, width: int = 1280, height: int = 900, scheme: str = "light", scripts: bool = True
-    ) -> None:
+    def open(self, place, *, width=1280, height=900, scheme="light", scripts=True):
         """Load a file or an address, at a size and in a color scheme."""
         self.events.clear()
         self.call(
@@ -93,38 +86,38 @@ class Browser:
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
-    def value(self, expression: str) -> Any:
+    def value(self, expression):
         """What a piece of JavaScript gives."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 20) -> None:
+    def until(self, expression, seconds=20):
         """Wait until a piece of JavaScript gives something true."""
         end = time.monotonic() + seconds
         while not self.value(expression):
             assert time.monotonic() < end, f"it did not come to pass: {expression}"
             time.sleep(0.02)
 
-    def screenshot(self, path: Path) -> None:
+    def screenshot(self, path):
         """Store what is to be seen as a PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
-    def press(self, key: str, code: int) -> None:
+    def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
-    def complaints(self) -> list[Any]:
+    def complaints(self):
         """Errors and warnings in the console, and exceptions."""
         kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
         return [event["params"] for event in self.events if event["method"] in kinds]
 
-    def requests(self) -> list[str]:
+    def requests(self):
         sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in sent]
 
-    def close(self) -> None:
+    def close(self):
         self._process.kill()
         self._process.wait()
         os.close(self._commands)

@@ -1,7 +1,5 @@
 """A process that holds a file or a lock of this project until it is killed, and whether a process runs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,7 +14,7 @@ from prefixtune.utils.locks import *
 """
 
 
-def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
+def start_child(code, *arguments):
     """Run `code` in a new process; returns when it has printed `ready`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
@@ -30,12 +28,12 @@ def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process):
     process.kill()
     process.communicate()
 
 
-def is_running(pid: int) -> bool:
+def is_running(pid):
     """Whether there is such a process; one that has ended, and that nobody has waited for, does not run."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)

@@ -1,12 +1,9 @@
 """A helper of the tests that read data files."""
 
-from __future__ import annotations
-
 import gzip
-from pathlib import Path
 
 
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+def write(path, text, encoding="utf-8"):
     """Write a file with this text, gzipped if its name says so; its folder is created. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = text.encode(encoding)

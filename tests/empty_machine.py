@@ -6,11 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = "Scripts" if os.name == "nt" else "bin"
@@ -55,16 +52,16 @@ class Machine:
     uv: Path | None = None
 
     @property
-    def work(self) -> Path:
+    def work(self):
         """The folder that commands run in."""
         return self.folder / "work"
 
     @property
-    def offline(self) -> dict[str, str]:
+    def offline(self):
         """Settings with which every network access fails at once."""
         return {"HTTPS_PROXY": NOBODY, "HTTP_PROXY": NOBODY, "ALL_PROXY": NOBODY, "NO_PROXY": "", "no_proxy": ""}
 
-    def run(self, *command: str | Path, code: int = 0, stdin: str = "", **settings: str) -> tuple[str, str]:
+    def run(self, *command, code=0, stdin="", **settings):
         """Run a program of the environment; its stdout and stderr."""
         words = [str(word) for word in command]
         words[0] = shutil.which(words[0], path=str(self.programs)) or words[0]
@@ -77,17 +74,17 @@ class Machine:
         assert "Traceback" not in done.stderr, shown
         return done.stdout, done.stderr
 
-    def prefixtune(self, *words: str | Path, code: int = 0, stdin: str = "") -> tuple[str, str]:
+    def prefixtune(self, *words, code=0, stdin=""):
         """A command that needs no network, and gets none."""
         return self.run("prefixtune", *words, code=code, stdin=stdin, **self.offline)
 
-    def commands(self, *commands: Sequence[str | Path]) -> list[tuple[int, str, str]]:
+    def commands(self, *commands):
         """Commands in one process, which loads torch once: the exit code, stdout and stderr of each."""
         words = json.dumps([list(map(str, command)) for command in commands])
         out, _ = self.run("python", "-c", RUN, stdin=words, **self.offline)
         return [(code, said, told) for code, said, told in json.loads(out)]
 
-    def mistakes(self, *commands: Sequence[str | Path]) -> list[str]:
+    def mistakes(self, *commands):
         """Commands that each end with one line of error and its hint; what they say."""
         found = []
         for code, _, err in self.commands(*commands):
@@ -97,7 +94,7 @@ class Machine:
         return found
 
 
-def clean_environment(folder: Path, path: list[str]) -> dict[str, str]:
+def clean_environment(folder, path):
     """This process's environment without anything that names a checkout, a home or a cache; pip's settings stay."""
     dropped = ("PYTHON", "PREFIXTUNE", "HF_", "TRANSFORMERS_", "XDG_", "VIRTUAL_ENV", "PYTEST_", "MAKE", "MFLAGS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped) and name != "UV"}
@@ -111,13 +108,13 @@ def clean_environment(folder: Path, path: list[str]) -> dict[str, str]:
     }
 
 
-def path_without_uv() -> list[str]:
+def path_without_uv():
     """This machine's path, without folders that hold uv or a prefixtune."""
     folders = os.environ["PATH"].split(os.pathsep)
     return [one for one in folders if not any(shutil.which(name, path=one) for name in ("uv", "prefixtune"))]
 
 
-def call(*command: str | Path, folder: Path, **settings: str) -> str:
+def call(*command, folder, **settings):
     """Run a program that makes the environments, and show what it said where it fails."""
     environment = clean_environment(folder, path_without_uv()) | settings
     words = [str(word) for word in command]
@@ -126,7 +123,7 @@ def call(*command: str | Path, folder: Path, **settings: str) -> str:
     return done.stdout
 
 
-def new_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+def new_folder(factory, name):
     folder = factory.mktemp(name)
     for part in ("home", "prefixtune", "work"):
         (folder / part).mkdir()

@@ -1,11 +1,5 @@
 """What the engine's tests share: backbones by family, a request by itself, and the ids of an output."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.request import Request, SequenceOutput
 from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt
@@ -15,16 +9,16 @@ DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen
 ENCODER_DECODERS_OF_THE_ZOO = ("umt5",)
 
 
-def ids(output: SequenceOutput) -> list[int]:
+def ids(output):
     """The token ids of an output that came without an error."""
     assert not output.error
     return [token.id for token in output.tokens]
 
 
-_known: dict[Any, tuple[Backbone, list[int]]] = {}
+_known = {}
 
 
-def alone(backbone: Backbone, request: Request, **options: Any) -> list[int]:
+def alone(backbone, request, **options):
     """What transformers' `generate` makes of a request by itself; worked out once for each backbone and request."""
     config = GenerateConfig(**{"max_new_tokens": request.sampling.max_new_tokens, **options})
     prefix = None if request.prefix is None else content_hash(request.prefix)
@@ -45,10 +39,10 @@ class EvenNumbers:
 
     WITHIN = 4
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.count = 0
 
-    def random(self) -> float:
+    def random(self):
         """The next number."""
         self.count += 1
         return self.count * (5**0.5 - 1) / 2 % 1

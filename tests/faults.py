@@ -7,8 +7,6 @@ Started by `unit/test_faults.py` as a program of its own, with the library of `f
 Prints a line of JSON for every operation: how many failures it was tried with, and what was wrong afterwards.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes
@@ -17,7 +15,6 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -40,12 +37,12 @@ FAULTS = ctypes.CDLL(None)
 Files = dict[str, bytes]
 
 
-def snapshot(folder: Path) -> Files:
+def snapshot(folder):
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ordered(files: Files) -> Files:
+def ordered(files):
     """The same, with the tables of safetensors files in order: the library writes their metadata in any."""
     made = dict(files)
     for name, content in files.items():
@@ -55,7 +52,7 @@ def ordered(files: Files) -> Files:
     return made
 
 
-def command(*words: object) -> tuple[int, str]:
+def command(*words):
     """Run a command here; returns its exit code, and what it printed on stderr."""
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
@@ -64,7 +61,7 @@ def command(*words: object) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def failing(folder: Path, nth: int, error: int) -> Iterator[None]:
+def failing(folder, nth, error):
     FAULTS.faults_arm(str(folder).encode(), ctypes.c_long(nth), error)
     try:
         yield
@@ -72,7 +69,7 @@ def failing(folder: Path, nth: int, error: int) -> Iterator[None]:
         FAULTS.faults_arm(b"", ctypes.c_long(0), 0)
 
 
-def is_one_line_of_error(code: int, printed: str) -> bool:
+def is_one_line_of_error(code, printed):
     lines = printed.splitlines()
     return code == 2 and len(lines) <= 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: ")
 
@@ -86,10 +83,10 @@ class Operation:
         after: Looks at the folder after a failure; returns what is wrong with it.
     """
 
-    def __init__(self, folder: Path, act: Callable[[], str | None], after: Callable[[Files], str | None]) -> None:
+    def __init__(self, folder, act, after):
         self.folder, self.act, self.after = folder, act, after
 
-    def run(self, name: str) -> None:
+    def run(self, name):
         before, wrong, tried = snapshot(self.folder), [], 0
         for nth in range(1, 1000):
             error = (errno.ENOSPC, errno.EIO)[nth % 2]
@@ -115,8 +112,8 @@ class Operation:
 FAULTS.faults_left.restype = ctypes.c_long
 
 
-def of_command(*words: object) -> Callable[[], str | None]:
-    def act() -> str | None:
+def of_command(*words):
+    def act():
         code, printed = command(*words)
         # What is not needed may fail, such as bringing a folder's names to disk.
         return None if code == 0 or is_one_line_of_error(code, printed) else f"exit code {code}, {printed!r}"
@@ -124,8 +121,8 @@ def of_command(*words: object) -> Callable[[], str | None]:
     return act
 
 
-def all_or_nothing(old: Files, new: Files) -> Callable[[Files], str | None]:
-    def after(found: Files) -> str | None:
+def all_or_nothing(old, new):
+    def after(found):
         if ordered(found) in (ordered(old), ordered(new)):
             return None
         changed = [name for name in old.keys() | new.keys() | found.keys() if found.get(name) != old.get(name)]
@@ -134,7 +131,7 @@ def all_or_nothing(old: Files, new: Files) -> Callable[[Files], str | None]:
     return after
 
 
-def writes_all_or_nothing(folder: Path, output: Path, old: tuple[object, ...], new: tuple[object, ...]) -> Operation:
+def writes_all_or_nothing(folder, output, old, new):
     """A command that replaces what another call of it wrote."""
     for words in (new, old):
         assert command(*words)[0] == 0
@@ -145,7 +142,7 @@ def writes_all_or_nothing(folder: Path, output: Path, old: tuple[object, ...], n
     return Operation(folder, of_command(*new), all_or_nothing(snapshot(folder), made))
 
 
-def training(folder: Path, backbone: Path, data: Path) -> Operation:
+def training(folder, backbone, data):
     run = folder / "run"
     words = ["train", "--backbone", backbone, "--train", data, "--dev", data, "--source", "s", "--target", "t"]
     words += ["--output", run, "--max-steps", 2, "--save-every", 1, "--eval-every", 1, "--prefix-length", 2]
@@ -154,7 +151,7 @@ def training(folder: Path, backbone: Path, data: Path) -> Operation:
     wanted = load_prefix(run / "prefix.safetensors")
     shutil.rmtree(run)
 
-    def after(found: Files) -> str | None:
+    def after(found):
         prefix, state = run / "prefix.safetensors", run / "state.safetensors"
         if prefix.exists():
             load_prefix(prefix)
@@ -169,7 +166,7 @@ def training(folder: Path, backbone: Path, data: Path) -> Operation:
     return Operation(folder, of_command(*words), after)
 
 
-def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
+def upload(folder, model, one, other):
     folder.mkdir()
     shutil.copyfile(one, folder / "p.safetensors")
     backbone = load_backbone(model, device="cpu")
@@ -183,12 +180,12 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
     app, body = make_app(state), other.read_bytes()
 
-    def act() -> str | None:
+    def act():
         answer = asyncio.run(send(app, "PUT", "/v1/models/p", body, headers=bearer("boss")))
         good = answer.status in (200, 201) or (answer.status == 507 and answer.json["error"]["message"])
         return None if good else f"{answer.status}, {answer.body!r}"
 
-    def after(found: Files) -> str | None:
+    def after(found):
         if found not in ({"p.safetensors": one.read_bytes()}, {"p.safetensors": body}):
             return f"the folder holds {sorted(found)}"
         file = load_prefix(folder / "p.safetensors", backbone)
@@ -197,7 +194,7 @@ def upload(folder: Path, model: Path, one: Path, other: Path) -> Operation:
     return Operation(folder, act, after)
 
 
-def run(work: Path) -> None:
+def run(work):
     model = make_model(work / "model")
     backbone = load_backbone(model, device="cpu")
     one, other = (make_prefix(backbone, work / f"{n}.safetensors", n, task="records") for n in (1, 2))

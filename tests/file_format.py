@@ -1,15 +1,11 @@
 """The checksum of docs/format.md, written down once more from its words: for files that tests make by hand."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 
-def checksum_by_hand(tensors: Mapping[str, Tensor], header: str) -> str:
+def checksum_by_hand(tensors, header):
     text = header.encode()
     for name in sorted(tensors):
         kept = tensors[name].contiguous()

@@ -1,11 +1,7 @@
 """Small tasks of lm-eval over local files, made up on the spot: questions with choices, texts to continue, texts."""
 
-from __future__ import annotations
-
 import json
 import random
-from pathlib import Path
-from typing import Any
 
 WORDS = [
     *("the", "a", "cat", "dog", "tree", "sees", "likes", "red", "blue"),
@@ -13,11 +9,11 @@ WORDS = [
 ]
 
 
-def words(rng: random.Random, least: int, most: int) -> str:
+def words(rng, least, most):
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
 
 
-def make_tasks(folder: Path, *, seed: int = 0, count: int = 12) -> Path:
+def make_tasks(folder, *, seed=0, count=12):
     """Write the tasks `made_choices`, `made_texts`, `made_rolling` and the group `made` of the first two."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +62,7 @@ def make_tasks(folder: Path, *, seed: int = 0, count: int = 12) -> Path:
     return folder
 
 
-def _write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+def _write_task(folder, name, rows, **settings):
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = {

@@ -1,13 +1,8 @@
 """Folders as the commands write them, with made-up figures."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 PLACES = ("Aromi", "Bibimbap House", "Clowns", "Cotto", "Fitzbillies", "Green Man", "Loch Fyne", "Strada", "Wildwood")
 KINDS = ("coffee shop", "pub", "restaurant")
@@ -16,22 +11,20 @@ MACHINE = {"cpu": "2 cores", "memory_gib": 24, "gpu": None}
 VERSIONS = {"prefixtune": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0"}
 
 
-def write(path: Path, value: object) -> None:
+def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def write_lines(path: Path, rows: Sequence[object]) -> None:
+def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def training(folder: Path, *, steps: int = 200, final: float = 1.3, seed: int = 0, end: bool = True) -> Path:
+def training(folder, *, steps=200, final=1.3, seed=0, end=True):
     """A training run: `config.toml`, `events.jsonl`, `prefix.safetensors`."""
     chance = random.Random(f"training {seed}")
-    events: list[dict[str, Any]] = [
-        {"event": "start", "step": 0, "total_steps": steps, "num_trained": 1_234_432, "num_stored": 92_160}
-    ]
+    events = [{"event": "start", "step": 0, "total_steps": steps, "num_trained": 1_234_432, "num_stored": 92_160}]
     best = math.inf
     for step in range(1, steps + 1):
         loss = final + 1.6 * math.exp(-5 * step / steps) + chance.gauss(0, 0.12)
@@ -60,7 +53,7 @@ def training(folder: Path, *, steps: int = 200, final: float = 1.3, seed: int = 
     return folder
 
 
-def examples(count: int, skill: float, seed: int = 0) -> list[dict[str, Any]]:
+def examples(count, skill, seed=0):
     """Outputs of a system; at skill 1 every one is a reference."""
     chance, luck = random.Random("examples"), random.Random(f"outputs {skill} {seed}")
     rows = []
@@ -80,7 +73,7 @@ def examples(count: int, skill: float, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(score: float, width: float = 0.0, *, higher: bool = True, name: str = "made up") -> dict[str, Any]:
+def measure(score, width=0.0, *, higher=True, name="made up"):
     return {
         "score": score,
         "implementation": name,
@@ -89,20 +82,10 @@ def measure(score: float, width: float = 0.0, *, higher: bool = True, name: str 
     }
 
 
-def evaluation(
-    folder: Path,
-    score: float = 60.0,
-    *,
-    title: str = "prefix",
-    method: str = "prefix",
-    count: int = 60,
-    seed: int = 0,
-    width: float = 1.9,
-    **changes: Any,
-) -> Path:
+def evaluation(folder, score=60.0, *, title="prefix", method="prefix", count=60, seed=0, width=1.9, **changes):
     """An evaluation: `evaluation.json` and `outputs.jsonl`."""
 
-    def scores(score: float) -> dict[str, Any]:
+    def scores(score):
         score = max(score, width)
         return {
             "bleu": measure(score, width, name="sacrebleu 2.6.0 (lower-case, 13a)"),
@@ -145,7 +128,7 @@ def evaluation(
 SCORES = {"prefix": 62.4, "fine-tuning": 63.9, "adapter": 61.7, "lora": 62.2, "zero-shot": 6.1}
 
 
-def five_runs(folder: Path) -> list[Path]:
+def five_runs(folder):
     """Five runs that were trained and evaluated on the same data."""
     return [
         evaluation(

@@ -1,18 +1,14 @@
 """OpenAI's unmodified client, against an application in this process."""
 
-from __future__ import annotations
-
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import httpx2
 import openai
 
 
 @asynccontextmanager
-async def client_of(app: Any, key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
+async def client_of(app, key="none"):
     """A client that reaches the application."""
     transport = httpx2.ASGITransport(app, client=("127.0.0.1", 1))
     async with (
@@ -22,10 +18,10 @@ async def client_of(app: Any, key: str = "none") -> AsyncIterator[openai.AsyncOp
         yield client
 
 
-def ask(app: Any, work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], key: str = "none") -> Any:
+def ask(app, work, key="none"):
     """What some calls of the client return."""
 
-    async def run() -> Any:
+    async def run():
         async with client_of(app, key) as client:
             return await work(client)
 

@@ -1,14 +1,9 @@
 """Put another function in the place of one of this project's, in every module that has imported it."""
 
-from __future__ import annotations
-
 import sys
-from typing import Any
-
-import pytest
 
 
-def replace_everywhere(monkeypatch: pytest.MonkeyPatch, original: Any, replacement: Any) -> None:
+def replace_everywhere(monkeypatch, original, replacement):
     """Let every loaded module of `prefixtune` that knows `original` by its name use `replacement` until the test ends.
 
     Raises:

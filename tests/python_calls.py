@@ -3,17 +3,13 @@
 python tests/python_calls.py FOLDER    one JSON object: the call's name -> its value, or its error
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -37,10 +33,10 @@ TEXTS = ["some text", "more"]
 class Calls:
     """What every call gave, by name."""
 
-    def __init__(self) -> None:
-        self.given: dict[str, Any] = {}
+    def __init__(self):
+        self.given = {}
 
-    def __call__(self, name: str, call: Callable[[], Any]) -> None:
+    def __call__(self, name, call):
         try:
             self.given[name] = {"value": call()}
         except pt.PrefixError as error:
@@ -49,7 +45,7 @@ class Calls:
             self.given[name] = {"raw": f"{type(error).__name__}: {error}"}
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder):
     """Make a tiny model and a prefix in a folder, and call everything."""
     calls = Calls()
     tokenizer = make_tokenizer()
@@ -66,7 +62,7 @@ def main(folder: Path) -> dict[str, Any]:
     file = pt.save_prefix(run / "prefix.safetensors", prefix, dtype="float32")
 
     # What users have.
-    def written(one: Any = backbone, what: Any = prefix, **options: Any) -> list[str]:
+    def written(one=backbone, what=prefix, **options):
         return pt.generate(one, TEXTS, what, **{"max_new_tokens": 4, **options})
 
     calls("generate", written)
@@ -96,7 +92,7 @@ def main(folder: Path) -> dict[str, Any]:
     calls("dicts", lambda: list(pt.evaluate((model, tokenizer), dicts, str(file), **scores).outputs))
     calls("classify", lambda: [p.label for p in classify((model, tokenizer), TEXTS, labels=["yes", "no"])])
 
-    def trained(name: str, config: Any = None, **options: Any) -> list[Any]:
+    def trained(name, config=None, **options):
         """The losses of a short run, and what it showed on stderr."""
         settings = {
             "max_steps": 2,

@@ -1,7 +1,5 @@
 """Short sentences about people, to learn within seconds."""
 
-from __future__ import annotations
-
 from prefixtune.data import Example
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")

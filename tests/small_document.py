@@ -1,16 +1,10 @@
 """A tiny model of bytes, a document, and questions about it."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 import prefixtune.training.silence as silence
-from prefixtune.backbone.backbone import Backbone
 
 DOCUMENT = "The Owl goes to Ashby from platform B. The Fox goes to Dover from platform C."
 ROWS = [
@@ -27,17 +21,16 @@ REQUESTS = {"train": [["Sing of rain.", "Drip, drop."], ["Count to 3.", "1 2 3"]
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Backbone:
+def backbone(tiny_backbone, monkeypatch):
     monkeypatch.setattr(silence, "_requests", lambda: REQUESTS)
-    made: Backbone = tiny_backbone("llama", max_position_embeddings=512)
-    return made
+    return tiny_backbone("llama", max_position_embeddings=512)
 
 
 @pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[[str, Iterable[dict[str, str]]], str]:
+def write_rows(tmp_path):
     """A function: `write_rows(name, rows)` writes JSON lines and returns the path."""
 
-    def write(name: str, rows: Iterable[dict[str, str]]) -> str:
+    def write(name, rows):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -47,7 +40,7 @@ def write_rows(tmp_path: Path) -> Callable[[str, Iterable[dict[str, str]]], str]
 
 
 @pytest.fixture
-def options(tmp_path: Path, write_rows: Callable[..., str]) -> dict[str, Any]:
+def options(tmp_path, write_rows):
     """Of a small run on the document with answers."""
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT, encoding="utf-8")
@@ -67,6 +60,6 @@ def options(tmp_path: Path, write_rows: Callable[..., str]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def unanswered(options: dict[str, Any], write_rows: Callable[..., str]) -> dict[str, Any]:
+def unanswered(options, write_rows):
     """The same without answers: the model writes them."""
     return {**options, "questions": write_rows("open.jsonl", ({"question": row["question"]} for row in ROWS))}

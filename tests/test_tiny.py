@@ -1,11 +1,5 @@
 """The whole tour on a tiny random model: train, store, load, generate, mix, evaluate."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 
 import prefixtune as pt
@@ -14,7 +8,7 @@ from prefixtune.inference.config import GenerateConfig
 EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.",)) for letter in "abcdefgh"]
 
 
-def test_the_whole_tour(tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_whole_tour(tiny_backbone, tmp_path):
     backbone = tiny_backbone("llama")
     before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     config = pt.TrainConfig(

@@ -4,12 +4,9 @@ Everything runs outside the checkout, with an empty HOME and an empty PREFIXTUNE
 developer's environment has. Nothing of the project is imported here: `make clean-install` runs this folder by itself.
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,7 +16,7 @@ from empty_machine import BIN, ROOT, Machine, call, new_folder, path_without_uv
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory):
     """The package, built from the checkout."""
     folder = new_folder(tmp_path_factory, "wheel")
     call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, folder=folder)
@@ -28,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uv(tmp_path_factory):
     """uv: this machine's own, or one from the package index in an environment of its own."""
     if present := shutil.which("uv"):
         return Path(present)
@@ -42,7 +39,7 @@ def uv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def torch_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def torch_options(tmp_path_factory):
     """Options that make uv install the torch which pip would.
 
     uv reads none of pip's settings, and on Linux the index alone gives a torch with 3 GB of CUDA. pip downloads the one
@@ -57,7 +54,7 @@ def torch_options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--find-links", str(files), "--constraints", str(constraints)]
 
 
-def made_by_pip(factory: pytest.TempPathFactory, wheel: Path) -> Machine:
+def made_by_pip(factory, wheel):
     folder = new_folder(factory, "pip")
     venv.create(folder / "environment", with_pip=True)
     programs = folder / "environment" / BIN
@@ -65,7 +62,7 @@ def made_by_pip(factory: pytest.TempPathFactory, wheel: Path) -> Machine:
     return Machine("pip", folder, programs, path_without_uv())
 
 
-def made_by_uv(factory: pytest.TempPathFactory, wheel: Path, uv: Path, torch_options: list[str]) -> Machine:
+def made_by_uv(factory, wheel, uv, torch_options):
     """As `uv venv` and `uv pip install` make one; then without the pip that the package brings."""
     folder = new_folder(factory, "uv")
     environment = folder / "environment"
@@ -81,7 +78,7 @@ def made_by_uv(factory: pytest.TempPathFactory, wheel: Path, uv: Path, torch_opt
 @pytest.fixture(
     scope="session", params=[pytest.param(how, marks=pytest.mark.xdist_group(how)) for how in ("pip", "uv")]
 )
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Machine]:
+def machine(request, tmp_path_factory, wheel):
     """An empty machine with the package, once made by pip and once by uv."""
     if request.param == "pip":
         made = made_by_pip(tmp_path_factory, wheel)
@@ -93,13 +90,13 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def demo(machine: Machine) -> tuple[str, str]:
+def demo(machine):
     """What `prefixtune demo` prints, the first command of all; it fetches the backbone. By uv it is cut short."""
     return machine.run("prefixtune", "demo", "--steps", "20" if machine.name == "pip" else "2")
 
 
 @pytest.fixture(scope="session")
-def prefix(machine: Machine, demo: tuple[str, str]) -> Path:
+def prefix(machine, demo):
     """A prefix that `prefixtune train` made from a small file."""
     source = ("--source", "{name} is {food}", "--target", "text")
     machine.prefixtune("train", "--train", "places.jsonl", *source, "--output", "runs/places", "--max-steps", "2")

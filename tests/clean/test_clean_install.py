@@ -1,14 +1,12 @@
 """The first minutes of a new user: the commands on an empty machine, and what is said where an extra is missing."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from empty_machine import PLACES, ROOT, Machine, call
+from empty_machine import PLACES, ROOT, call
 
 INSTALLED = """
 import json, re
@@ -65,7 +63,7 @@ by_pip, by_uv = (
 )
 
 
-def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
+def test_the_core_dependencies_alone_are_there(machine):
     out, _ = machine.run("python", "-c", INSTALLED)
     core, extras, here = json.loads(out)
     assert set(core) <= {*here, *({"pip"} if machine.name == "uv" else ())}
@@ -77,7 +75,7 @@ def test_the_core_dependencies_alone_are_there(machine: Machine) -> None:
 
 
 @by_uv
-def test_every_module_imports_without_the_extras(machine: Machine) -> None:
+def test_every_module_imports_without_the_extras(machine):
     out, _ = machine.run("python", "-c", IMPORTS)
     missing = json.loads(out)
     optional = {"fastapi", "starlette", "uvicorn", "h11", "prometheus_client", "python_multipart", "vllm", "lm_eval"}
@@ -87,7 +85,7 @@ def test_every_module_imports_without_the_extras(machine: Machine) -> None:
     assert all(name.startswith(packages) for name in missing)
 
 
-def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) -> None:
+def test_the_demo_is_the_first_command(machine, demo):
     assert f"with {machine.name} (93 MB" in demo[1]
     folder = machine.work / "runs" / "demo"
     figures = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
@@ -99,7 +97,7 @@ def test_the_demo_is_the_first_command(machine: Machine, demo: tuple[str, str]) 
 
 
 @by_uv
-def test_every_command_has_help(machine: Machine) -> None:
+def test_every_command_has_help(machine):
     out, _ = machine.run("python", "-c", "from prefixtune.cli.main import command_options; print(*command_options())")
     names = out.split()
     assert len(names) > 10
@@ -109,7 +107,7 @@ def test_every_command_has_help(machine: Machine) -> None:
 
 
 @by_uv
-def test_the_wheel_brings_completion_for_the_shells(machine: Machine) -> None:
+def test_the_wheel_brings_completion_for_the_shells(machine):
     """Without running Python, bash completes a command from the script that the wheel put beside the program."""
     share = machine.programs.parent / "share"
     script = share / "bash-completion" / "completions" / "prefixtune"
@@ -121,7 +119,7 @@ def test_the_wheel_brings_completion_for_the_shells(machine: Machine) -> None:
 
 
 @by_pip
-def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) -> None:
+def test_train_generate_evaluate_inspect_report(machine, prefix):
     out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
     assert json.loads(out)["output"]
     evaluate = ("evaluate", "--prefix", prefix, "--data", "places.jsonl", "--target", "text", "--max-new-tokens", "4")
@@ -138,7 +136,7 @@ def test_train_generate_evaluate_inspect_report(machine: Machine, prefix: Path) 
 
 
 @by_pip
-def test_commands_on_files(machine: Machine, prefix: Path) -> None:
+def test_commands_on_files(machine, prefix):
     """What converts, exports and scores needs no optional library either."""
     out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
     assert json.loads(out)["scores"]["bleu"]["score"] == pytest.approx(100)
@@ -152,7 +150,7 @@ def test_commands_on_files(machine: Machine, prefix: Path) -> None:
 
 
 @by_pip
-def test_the_python_of_the_readme(machine: Machine, demo: tuple[str, str]) -> None:
+def test_the_python_of_the_readme(machine, demo):
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)[0]
     assert "max_steps=20" in block
     (machine.work / "readme.py").write_text(block.replace("max_steps=20", "max_steps=2"), encoding="utf-8")
@@ -162,7 +160,7 @@ def test_the_python_of_the_readme(machine: Machine, demo: tuple[str, str]) -> No
 
 
 @by_pip
-def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
+def test_tokenizers_of_sentencepiece(machine):
     """transformers reads them with two packages that it does not require."""
     machine.run("python", Path(__file__).with_name("sentencepiece_models.py"), "models", **machine.offline)
     for name in ("marian", "pegasus"):
@@ -172,7 +170,7 @@ def test_tokenizers_of_sentencepiece(machine: Machine) -> None:
 
 
 @by_uv
-def test_a_missing_extra_is_named(machine: Machine, prefix: Path) -> None:
+def test_a_missing_extra_is_named(machine, prefix):
     (machine.work / "places.parquet").write_bytes(b"PAR1")
     commands = [(extra, command) for extra, several in EXTRAS.items() for command in several]
     words = [[prefix if word == "PREFIX" else word for word in command] for _, command in commands]
@@ -181,7 +179,7 @@ def test_a_missing_extra_is_named(machine: Machine, prefix: Path) -> None:
         assert "installed" in said
 
 
-def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
+def test_offline_it_is_said_soon_how_to_go_on(machine):
     """Neither pip nor uv reaches the index: an answer within a minute."""
     settings = machine.offline | {"UV_CACHE_DIR": str(machine.folder / "empty"), "PIP_NO_CACHE_DIR": "1"}
     settings["PREFIXTUNE_HOME"] = str(machine.folder / "nothing")
@@ -191,7 +189,7 @@ def test_offline_it_is_said_soon_how_to_go_on(machine: Machine) -> None:
 
 
 @by_uv
-def test_without_pip_and_uv_the_wheel_is_asked_for(machine: Machine) -> None:
+def test_without_pip_and_uv_the_wheel_is_asked_for(machine):
     settings = {"PATH": str(machine.programs), "PREFIXTUNE_HOME": str(machine.folder / "nothing")}
     _, err = machine.run("prefixtune", "prepare", code=2, **settings)
     assert "prefixtune prepare --wheel FILE" in err
@@ -199,7 +197,7 @@ def test_without_pip_and_uv_the_wheel_is_asked_for(machine: Machine) -> None:
 
 @by_uv
 @pytest.mark.parametrize("how", ["uv tool run", "uv tool install"])
-def test_tools_of_uv(machine: Machine, how: str, wheel: Path, torch_options: list[str]) -> None:
+def test_tools_of_uv(machine, how, wheel, torch_options):
     """A tool that uv runs knows its uv by `$UV`; one that it installed is an ordinary program, and has pip."""
     assert machine.uv is not None
     tools = {"UV_TOOL_DIR": str(machine.folder / "tools"), "UV_TOOL_BIN_DIR": str(machine.folder / "bin")}

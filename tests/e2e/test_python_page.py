@@ -1,11 +1,8 @@
 """The snippets of docs/python.md, one after the other, with a hub that is a folder."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,16 +15,16 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "python.md"
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
-def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     if pretrained_folder("smollm2-135m") is None:
         pytest.skip("the embedded backbone is not prepared here (`prefixtune prepare`)")
     hub = tmp_path / "hub"
 
-    def create_repo(self: Any, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+    def create_repo(self, repo_id, *, private, exist_ok):
         assert private
         (hub / repo_id).mkdir(parents=True)
 
-    def create_commit(self: Any, repo_id: str, operations: Any, **_: Any) -> Any:
+    def create_commit(self, repo_id, operations, **_):
         for operation in operations:
             with operation.as_file() as file:
                 (hub / repo_id / operation.path_in_repo).write_bytes(file.read())
@@ -39,7 +36,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr("prefixtune.prefix.hub.download", lambda repo_id, **_: hub / repo_id / "prefix.safetensors")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names = {}
     blocks = re.findall(r"(?<!not run -->\n)^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert len(blocks) == 8
     shorter = {"rows, max_steps=20": "rows, max_steps=2, batch_size=2", "max_steps=20": "max_steps=2"}

@@ -1,11 +1,8 @@
 """What the README and the guides show is run, or at least understood by the program."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,11 +24,11 @@ RUN = [page for page in PAGES if page.stem in ("README", "training", "labels", "
 """What their Python needs is there: other pages name files of the reader's own."""
 
 
-def blocks(page: Path, language: str) -> list[str]:
+def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def commands(page: Path) -> list[list[str]]:
+def commands(page):
     """The words after `prefixtune` of every command that a page shows, also within a pipe."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     found = []
@@ -49,7 +46,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_shown_parses(page: Path) -> None:
+def test_every_command_shown_parses(page):
     shown = commands(page)
     assert shown or page.stem not in ("README", "training", "evaluation")
     for words in shown:
@@ -64,13 +61,7 @@ def test_every_command_shown_parses(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_the_python_blocks_run(
-    page: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    default_backbone: Any,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_python_blocks_run(page, tmp_path, monkeypatch, default_backbone, capsys):
     monkeypatch.chdir(tmp_path)
     generate = pt.generate
     monkeypatch.setattr(pt, "load_backbone", lambda *_, **__: default_backbone)
@@ -85,7 +76,7 @@ def test_the_python_blocks_run(
     assert capsys.readouterr().out.strip()
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere():
     for page in [*PAGES, *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             found = link.startswith("https://") or (page.parent / link).exists() or Path(link).name in MADE
@@ -93,7 +84,7 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "choosing.md"], ids=lambda page: page.stem)
-def test_the_figures_shown_are_those_of_the_results_that_are_linked(page: Path) -> None:
+def test_the_figures_shown_are_those_of_the_results_that_are_linked(page):
     results = (ROOT / "research" / "RESULTS.md").read_text(encoding="utf-8")
     headings = re.split(r"^#+ (.*)$", results, flags=re.M)
     sections = {

@@ -1,12 +1,8 @@
 """The report in a real browser."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
-from browser import CHROMIUM, NO_CHROMIUM, Browser
+from browser import CHROMIUM, NO_CHROMIUM
 from command_line import run
 from made_up_runs import evaluation, examples, five_runs, write_lines
 
@@ -14,7 +10,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(tmp_path_factory):
     """A report of everything, written by the command as it is called."""
     folder = tmp_path_factory.mktemp("report")
     one = evaluation(folder / "one", title="a title without any place to break the line at: " + "x" * 120)
@@ -28,7 +24,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_loads_without_complaint_and_from_one_file(browser: Browser, page: Path) -> None:
+def test_loads_without_complaint_and_from_one_file(browser, page):
     browser.open(page)
     assert browser.complaints() == []
     assert browser.requests() == [page.as_uri()]
@@ -36,7 +32,7 @@ def test_loads_without_complaint_and_from_one_file(browser: Browser, page: Path)
     assert browser.value("document.querySelectorAll('svg.chart').length") > 3
 
 
-def test_never_wider_than_the_window(browser: Browser, page: Path) -> None:
+def test_never_wider_than_the_window(browser, page):
     browser.open(page, width=360)
     browser.value("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert browser.value("[document.documentElement.scrollWidth, document.documentElement.clientWidth]") == [360, 360]
@@ -50,7 +46,7 @@ def test_never_wider_than_the_window(browser: Browser, page: Path) -> None:
     assert browser.value(outside) == []
 
 
-def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser: Browser, page: Path) -> None:
+def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser, page):
     browser.open(page)
     browser.press("Tab", 9)
     assert browser.value("document.activeElement.className") == "skip"
@@ -74,7 +70,7 @@ def test_the_keyboard_reaches_the_report_and_sorts_a_table(browser: Browser, pag
     assert sorted(written) == sorted(expected)
 
 
-def test_the_filter_shows_only_what_fits(browser: Browser, page: Path) -> None:
+def test_the_filter_shows_only_what_fits(browser, page):
     browser.open(page)
     box = "[...document.querySelectorAll('.outputs')].at(-1)"
     field = f"{box}.querySelector('input')"
@@ -85,7 +81,7 @@ def test_the_filter_shows_only_what_fits(browser: Browser, page: Path) -> None:
     assert browser.value(f"{box}.querySelector('[role=status]').textContent") == "1 of 60"
 
 
-def test_whole_without_scripts(browser: Browser, page: Path) -> None:
+def test_whole_without_scripts(browser, page):
     browser.open(page, scripts=False)
     assert browser.complaints() == []
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]

@@ -1,13 +1,9 @@
 """A short mixed load on a server with a tiny model; `make stress` does the same for longer."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 from stress.load import put_load
 
 
-def test_a_mixed_load_has_no_fault_and_fair_shares(tmp_path: Path) -> None:
+def test_a_mixed_load_has_no_fault_and_fair_shares(tmp_path):
     tally = put_load(tmp_path, seconds=3, prefixes=20, connections=16)
     assert tally.faults == []
     assert sum(tally.done.values()) > 25

@@ -1,9 +1,5 @@
 """The loss without all logits in memory against that of the logits."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -17,7 +13,7 @@ from prefixtune.data.encoding import TokenizedExample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 128, 300])
 @pytest.mark.parametrize(("vocabulary", "bias"), [(50, False), (50, True), (1200, False)])
-def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, vocabulary: int, bias: bool) -> None:
+def test_losses_are_those_of_the_logits(dtype, rows, vocabulary, bias):
     draw = torch.Generator().manual_seed(rows)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -39,7 +35,7 @@ def test_losses_are_those_of_the_logits(dtype: torch.dtype, rows: int, vocabular
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_not_hidden(broken: float) -> None:
+def test_a_loss_that_is_not_finite_is_not_hidden(broken):
     head = nn.Linear(4, 1100, bias=False).requires_grad_(False)
     hidden = torch.ones(3, 4)
     hidden[1, 2] = broken
@@ -47,16 +43,14 @@ def test_a_loss_that_is_not_finite_is_not_hidden(broken: float) -> None:
     assert losses.isfinite().tolist() == [True, False, True]
 
 
-def test_a_label_that_is_none_is_an_error() -> None:
+def test_a_label_that_is_none_is_an_error():
     head = nn.Linear(4, 1100, bias=False).requires_grad_(False)
     with pytest.raises(RuntimeError, match="out of bounds"):
         head_losses(torch.ones(1, 4).requires_grad_(), head, torch.tensor([1100]))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gemma2", "granite", "bart"])
-def test_a_models_loss_is_that_of_its_logits(
-    name: str, tiny_models: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
-) -> None:
+def test_a_models_loss_is_that_of_its_logits(name, tiny_models, tiny_tokenizer, random_prefix, random_ids):
     changes = {"logits_scaling": 4.0} if name == "granite" else {}
     backbone = Backbone.from_model(tiny_models(name, **changes), tiny_tokenizer, f"tiny-{name}")
     assert (backbone.linear_head is None) == (name in ("gemma2", "granite", "bart"))
@@ -72,13 +66,13 @@ def test_a_models_loss_is_that_of_its_logits(
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_a_head_that_trains_makes_all_logits(tiny_models: Any, tiny_tokenizer: Any) -> None:
+def test_a_head_that_trains_makes_all_logits(tiny_models, tiny_tokenizer):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
     backbone.model.lm_head.weight.requires_grad_()
     assert backbone.linear_head is None
 
 
-def test_the_gradient_of_token_losses_is_computed_once() -> None:
+def test_the_gradient_of_token_losses_is_computed_once():
     logits = torch.randn(3, 5).requires_grad_()
     total = token_losses(logits, torch.tensor([0, 4, 2])).sum()
     total.backward(retain_graph=True)

@@ -1,10 +1,5 @@
 """Attention Matching against brute force: keys, biases and values from the model's own projections, head by head."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +7,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import prefixtune.training.starts.compaction as module
 from prefixtune.attention.record import prefix_from_tokens
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.training.starts.compaction import match
 
@@ -22,16 +16,15 @@ P = 9
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any]) -> Backbone:
-    made: Backbone = tiny_backbone("llama", num_hidden_layers=1, max_position_embeddings=256)
-    return made
+def backbone(tiny_backbone):
+    return tiny_backbone("llama", num_hidden_layers=1, max_position_embeddings=256)
 
 
-def questions(backbone: Backbone) -> list[TokenizedExample]:
+def questions(backbone):
     return [TokenizedExample(tuple(backbone.encode(q)), (tuple(backbone.encode(a)),)) for q, a in ASKED]
 
 
-def projections(backbone: Backbone, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def projections(backbone, ids):
     """Scaled queries, keys and values of the first layer, by head, turned as the model turns them."""
     model, row = backbone.model.model, torch.tensor([ids])
     attention = model.layers[0].self_attn
@@ -45,9 +38,7 @@ def projections(backbone: Backbone, ids: list[int]) -> tuple[np.ndarray, np.ndar
     return query, key, value
 
 
-def readings(
-    backbone: Backbone, ids: list[int], asked: list[TokenizedExample]
-) -> Iterator[tuple[list[int], np.ndarray]]:
+def readings(backbone, ids, asked):
     """What is read behind the text, and what each of its queries weighs."""
     for one in asked:
         weight = np.ones(len(one.prompt) + len(one.targets[0]) - 1)
@@ -57,12 +48,12 @@ def readings(
     yield ids, np.full(len(ids), 0.05 * total / len(ids) if asked else 1.0)
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    shares: np.ndarray = np.exp(scores - scores.max(-1, keepdims=True))
+def softmax(scores):
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)
 
 
-def bounded(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def bounded(left, right):
     """The factors within e^-3 and e^3 of least squares: one after the other, until none changes."""
     factors = np.ones(left.shape[1])
     for _ in range(5000):
@@ -73,9 +64,7 @@ def bounded(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("asks", [True, False])
-def test_keys_biases_and_values_are_those_of_brute_force(
-    asks: bool, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_biases_and_values_are_those_of_brute_force(asks, backbone, monkeypatch):
     # The queries of a model of random weights are not alike.
     monkeypatch.setattr(module, "_SPREAD", torch.inf)
     ids, asked = backbone.encode(TEXT), questions(backbone) if asks else []
@@ -128,7 +117,7 @@ def test_keys_biases_and_values_are_those_of_brute_force(
         assert np.allclose(values[head], text_value + change, atol=2e-3 * np.abs(text_value + change).max())
 
 
-def test_heads_whose_queries_differ_get_no_bias(backbone: Backbone) -> None:
+def test_heads_whose_queries_differ_get_no_bias(backbone):
     ids = backbone.encode(TEXT)
     whole = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids]))
     made, facts = match(backbone, whole, ids, {"decoder": P}, questions(backbone))

@@ -1,10 +1,6 @@
 """Penalties, min_p and biases against transformers' own processors, in one running batch and in `generate`."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +13,6 @@ from transformers.generation.logits_process import (
 )
 
 from engine_runs import EvenNumbers, alone, ids
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
@@ -26,7 +21,7 @@ from prefixtune.engine.sequence import TokenSequence
 from prefixtune.sampling.detokenizer import Detokenizer
 
 NEW = 12
-RULES: list[dict[str, Any]] = [
+RULES = [
     {},
     {"repetition_penalty": 1.7},
     {"presence_penalty": 1.5},
@@ -41,7 +36,7 @@ RULES: list[dict[str, Any]] = [
 
 
 @torch.no_grad()
-def expected_text(backbone: Backbone, request: Request) -> list[int]:
+def expected_text(backbone, request):
     """Greedy, with the whole text computed anew for every token, and transformers' processors."""
     params, new = request.sampling, []
     for _ in range(params.max_new_tokens):
@@ -62,9 +57,7 @@ def expected_text(backbone: Backbone, request: Request) -> list[int]:
     return new
 
 
-def test_rules_in_one_running_batch_are_transformers_and_generates(
-    made: Callable[[str], Backbone], random_ids: Any, random_prefix: Any
-):
+def test_rules_in_one_running_batch_are_transformers_and_generates(made, random_ids, random_prefix):
     backbone = made("llama")
     prefixes = [None, random_prefix(backbone, 6, 2).detach()]
     requests = [
@@ -87,7 +80,7 @@ def test_rules_in_one_running_batch_are_transformers_and_generates(
             assert alone(backbone, request, **rules) == text
 
 
-def test_generate_counts_neither_padding_nor_the_prefix(made: Callable[[str], Backbone], random_prefix: Any):
+def test_generate_counts_neither_padding_nor_the_prefix(made, random_prefix):
     """Texts of different lengths in one batch, beams too: each as by itself."""
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.inference.generate import generate_ids
@@ -106,7 +99,7 @@ def test_generate_counts_neither_padding_nor_the_prefix(made: Callable[[str], Ba
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "min_p"), [(1.0, 1.0, 0.02), (0.6, 0.9, 0.2), (1.7, 0.5, 1.0)])
-def test_what_is_drawn_within_min_p_is_what_transformers_leaves(temperature: float, top_p: float, min_p: float):
+def test_what_is_drawn_within_min_p_is_what_transformers_leaves(temperature, top_p, min_p):
     scores = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 2
     left = TemperatureLogitsWarper(temperature)(None, scores)
     for warper in (TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):

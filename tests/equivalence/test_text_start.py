@@ -1,16 +1,9 @@
 """A start from a text: before training it equals the text in view; compacted, it keeps what attention gave."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from prefixtune.attention.record import prefix_from_tokens
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
@@ -28,22 +21,21 @@ WITHOUT_A_WINDOW = (
 )
 
 
-def start_of(backbone: Backbone, length: int = 0, text: str = TEXT, **options: Any) -> tuple[Prefix, Mapping[str, Any]]:
+def start_of(backbone, length=0, text=TEXT, **options):
     """The prefix of a run from a text before its first step, and what its header says of it."""
     config = TrainConfig(initialization="text", init_text=text, prefix_length=length, **options)
     encoder, start = build_encoder(config, backbone)
     return encoder.bake(), start.description
 
 
-def logits_behind(backbone: Backbone, prefix: Prefix | None, text: str) -> Tensor:
+def logits_behind(backbone, prefix, text):
     """Logits at a text's tokens, in front of which a prefix stands."""
     with torch.no_grad():
-        logits: Tensor = backbone.forward(torch.tensor([backbone.encode(text)]), prefixes=prefix).logits[0]
-    return logits
+        return backbone.forward(torch.tensor([backbone.encode(text)]), prefixes=prefix).logits[0]
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_WINDOW)
-def test_a_whole_text_equals_the_text_in_view(name: str, tiny_backbone: Callable[..., Any], assert_same: Any):
+def test_a_whole_text_equals_the_text_in_view(name, tiny_backbone, assert_same):
     assert ZOO[name].kind == "decoder"
     backbone = tiny_backbone(name)
     prefix, description = start_of(backbone)
@@ -53,19 +45,19 @@ def test_a_whole_text_equals_the_text_in_view(name: str, tiny_backbone: Callable
 
 
 @pytest.mark.parametrize("how", ["cut", "stride", "match"])
-def test_as_many_positions_as_tokens_are_the_text_itself(how: str, tiny_backbone: Callable[..., Any]):
+def test_as_many_positions_as_tokens_are_the_text_itself(how, tiny_backbone):
     backbone = tiny_backbone("llama")
     whole, _ = start_of(backbone)
     assert start_of(backbone, len(backbone.encode(TEXT)), compaction=how)[0].equal(whole)
 
 
-def test_a_cut_text_is_its_beginning(backbone: Any):
+def test_a_cut_text_is_its_beginning(backbone):
     prefix, description = start_of(backbone, 9, compaction="cut")
     assert prefix.equal(start_of(backbone, text=TEXT[:9])[0])
     assert description["compaction"] == "cut"
 
 
-def test_a_stride_keeps_the_distances_to_the_text_behind(tiny_backbone: Callable[..., Any], assert_same: Any):
+def test_a_stride_keeps_the_distances_to_the_text_behind(tiny_backbone, assert_same):
     # With one layer, what is kept of a position does not depend on the others, so hiding those gives the same function.
     backbone = tiny_backbone("llama", num_hidden_layers=1)
     tokens, length = len(backbone.encode(TEXT)), 7
@@ -82,9 +74,9 @@ def test_a_stride_keeps_the_distances_to_the_text_behind(tiny_backbone: Callable
     assert_same(logits_behind(backbone, prefix, BEHIND), hidden.logits[0, tokens:])
 
 
-def attention_outputs(backbone: Backbone, prefix: Prefix) -> Tensor:
+def attention_outputs(backbone, prefix):
     """What the first layer's heads give for the text read again behind a prefix, before they are mixed."""
-    given: list[Tensor] = []
+    given = []
     module = backbone.model.model.layers[0].self_attn.o_proj
     handle = module.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
     with torch.no_grad():
@@ -93,13 +85,13 @@ def attention_outputs(backbone: Backbone, prefix: Prefix) -> Tensor:
     return given[0]
 
 
-def error_of(backbone: Backbone, prefix: Prefix, whole: Prefix) -> float:
+def error_of(backbone, prefix, whole):
     """The squared error of the attention's output on the reference queries."""
     return float((attention_outputs(backbone, prefix) - attention_outputs(backbone, whole)).square().sum())
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3"])
-def test_matched_values_are_those_of_least_squares(name: str, tiny_backbone: Callable[..., Any]):
+def test_matched_values_are_those_of_least_squares(name, tiny_backbone):
     backbone = tiny_backbone(name, num_hidden_layers=1) if name != "smollm3" else tiny_backbone(name)
     whole, _ = start_of(backbone)
     stride, _ = start_of(backbone, 12, compaction="stride")
@@ -117,12 +109,12 @@ def test_matched_values_are_those_of_least_squares(name: str, tiny_backbone: Cal
     assert float(shared.max()) < 1e-4
 
 
-def _turned(backbone: Backbone, whole: Prefix, length: int) -> Tensor:
+def _turned(backbone, whole, length):
     """The first layer's keys of the whole text, moved back so that the text behind starts at P."""
     return backbone.rotation.turn(whole, length - whole.prefix_length).layers["decoder"][0][0]
 
 
-def test_a_longer_match_is_nearer(tiny_backbone: Callable[..., Any]):
+def test_a_longer_match_is_nearer(tiny_backbone):
     backbone = tiny_backbone("llama", num_hidden_layers=1)
     whole, _ = start_of(backbone)
     tokens = whole.prefix_length
@@ -131,7 +123,7 @@ def test_a_longer_match_is_nearer(tiny_backbone: Callable[..., Any]):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
-def test_windows_soft_caps_and_sinks_are_matched_too(name: str, tiny_backbone: Callable[..., Any]):
+def test_windows_soft_caps_and_sinks_are_matched_too(name, tiny_backbone):
     backbone = tiny_backbone(name)
     whole, _ = start_of(backbone)
     errors = {
@@ -148,7 +140,7 @@ def test_windows_soft_caps_and_sinks_are_matched_too(name: str, tiny_backbone: C
     assert errors["match"] < errors["stride"]
 
 
-def test_absolute_positions_stay(tiny_backbone: Callable[..., Any]):
+def test_absolute_positions_stay(tiny_backbone):
     backbone = tiny_backbone("gpt2")
     prefix, description = start_of(backbone, 5, compaction="stride")
     whole, _ = start_of(backbone)
@@ -159,7 +151,7 @@ def test_absolute_positions_stay(tiny_backbone: Callable[..., Any]):
 
 
 @pytest.mark.parametrize("how", ["cut", "stride", "match"])
-def test_encoder_decoders_start_at_all_sites(how: str, encoder_decoder: Any):
+def test_encoder_decoders_start_at_all_sites(how, encoder_decoder):
     prefix, _ = start_of(encoder_decoder, sites="encoder=6,cross=8,decoder=7", compaction=how)
     assert {site: prefix.length(site) for site in prefix.sites} == {"encoder": 6, "cross": 8, "decoder": 7}
     whole, _ = start_of(encoder_decoder)
@@ -168,13 +160,13 @@ def test_encoder_decoders_start_at_all_sites(how: str, encoder_decoder: Any):
 
 
 @pytest.mark.parametrize("how", ["cut", "stride", "match"])
-def test_encoders_start_from_a_text(how: str, encoder: Any):
+def test_encoders_start_from_a_text(how, encoder):
     prefix, description = start_of(encoder, 6, compaction=how)
     assert prefix.length("encoder") == 6
     assert description["compaction"] == how
 
 
-def test_attention_that_cannot_be_observed_is_not_matched(tiny_backbone: Callable[..., Any]):
+def test_attention_that_cannot_be_observed_is_not_matched(tiny_backbone):
     backbone = tiny_backbone("deberta-v2")
     with pytest.raises(ConfigError, match="compaction 'match' needs to observe attention") as error:
         start_of(backbone, 6)

@@ -6,8 +6,6 @@ PREFIXTUNE_FUZZ_SECONDS (600) is the time of all fuzzing, half of it this file's
 time, and printed) makes a run again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gzip
@@ -16,9 +14,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +48,7 @@ MOST = 100_000
 """Inputs of one kind, however much time there is."""
 SLOWEST = 10.0
 """Seconds of processor time that no input of these sizes may take, with types checked at every call."""
-KINDS: list[str] = []
+KINDS = []
 """Tests below, which share the time."""
 
 AT_ONCE = 10
@@ -79,16 +75,16 @@ JSON = st.recursive(
 
 
 @pytest.fixture(autouse=True)
-def shown_seed() -> None:
+def shown_seed():
     print(f"PREFIXTUNE_FUZZ_SEED={SEED}")
 
 
-def fuzzed(**strategies: Any) -> Callable[[Callable[..., Any]], Any]:
+def fuzzed(**strategies):
     """Run a test with made-up inputs, until its share of the time is over."""
 
-    def decorate(test: Callable[..., Any]) -> Any:
-        def whole(tmp_path: Path) -> None:
-            def timed(**inputs: Any) -> None:
+    def decorate(test):
+        def whole(tmp_path):
+            def timed(**inputs):
                 began = time.process_time()
                 test(tmp_path, **inputs)
                 took = time.process_time() - began
@@ -107,7 +103,7 @@ def fuzzed(**strategies: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @st.composite
-def spoiled(draw: st.DrawFn, good: bytes) -> bytes:
+def spoiled(draw, good):
     """A good file with a few edits: bytes flipped, cut, repeated, put in; or something else altogether."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
@@ -133,7 +129,7 @@ def spoiled(draw: st.DrawFn, good: bytes) -> bytes:
 
 
 @st.composite
-def altered(draw: st.DrawFn, good: Any) -> Any:
+def altered(draw, good):
     """A good JSON value with some of its values replaced, removed or joined by others."""
     value = copy.deepcopy(good)
     for _ in range(draw(st.integers(1, 4))):
@@ -155,7 +151,7 @@ def altered(draw: st.DrawFn, good: Any) -> Any:
 
 
 @contextlib.contextmanager
-def refused() -> Iterator[None]:
+def refused():
     """A `PrefixError` is an answer, in one line; any other exception is a fault."""
     message = ""
     try:
@@ -165,7 +161,7 @@ def refused() -> Iterator[None]:
     assert len(message) < 20_000, f"an error of {len(message)} characters"
 
 
-def write(path: Path, data: bytes) -> Path:
+def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
@@ -173,7 +169,7 @@ def write(path: Path, data: bytes) -> Path:
 
 # --- prefixes, weights, states ----------------------------------------------------------------------------------------
 
-HEADER: dict[str, Any] = {
+HEADER = {
     "backbone": {"name": "gpt2", "fingerprint": "a:b", "kind": "decoder"},
     "task": "records",
     "method": "prefix",
@@ -184,7 +180,7 @@ HEADER: dict[str, Any] = {
 }
 
 
-def good_files() -> dict[str, bytes]:
+def good_files():
     """Every file of tensors, as this project writes it."""
     import tempfile
 
@@ -203,7 +199,7 @@ def good_files() -> dict[str, bytes]:
 TENSORS = good_files()
 
 
-def read_tensors_of_any_kind(path: Path) -> None:
+def read_tensors_of_any_kind(path):
     for read in (read_artifact, read_outline, load_prefix, load_state, load_weights):
         with refused():
             read(path)
@@ -212,12 +208,12 @@ def read_tensors_of_any_kind(path: Path) -> None:
 @fuzzed(
     name=st.sampled_from(sorted(TENSORS)), data=st.sampled_from(sorted(TENSORS)).flatmap(lambda n: spoiled(TENSORS[n]))
 )
-def test_files_of_tensors(folder: Path, name: str, data: bytes) -> None:
+def test_files_of_tensors(folder, name, data):
     read_tensors_of_any_kind(write(folder / name, data))
 
 
 @fuzzed(header=altered(HEADER), names=st.lists(st.sampled_from(["decoder", "encoder", "cross", "x"]), max_size=2))
-def test_headers_of_prefixes(folder: Path, header: Any, names: list[str]) -> None:
+def test_headers_of_prefixes(folder, header, names):
     path = folder / "prefix.safetensors"
     tensors = {f"{site}.0.{part}": torch.ones(2, 3, 4) for site in names or ["decoder"] for part in ("key", "value")}
     save_file(tensors, path, {HEADER_KEY: json.dumps(header)})
@@ -236,7 +232,7 @@ def test_headers_of_prefixes(folder: Path, header: Any, names: list[str]) -> Non
 # --- data -------------------------------------------------------------------------------------------------------------
 
 TRIPLES = [["Aromi", "food", "Italian"]]
-EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
+EXAMPLES = {
     "e2e": [
         ("a.csv", b'mr,ref\n"name[Aromi], food[Italian]",Eat.\n'),
         ("a.jsonl", b'{"mr": "name[Aromi]", "references": ["Eat."]}\n'),
@@ -268,7 +264,7 @@ EXAMPLES: dict[str, list[tuple[str, bytes]]] = {
 FILES = [(task, name, data) for task, files in EXAMPLES.items() for name, data in files]
 
 
-def test_every_task_that_reads_files_is_tried(tmp_path: Path) -> None:
+def test_every_task_that_reads_files_is_tried(tmp_path):
     assert set(EXAMPLES) == {name for name, task in TASKS.items() if not task.parts}
     for number, (task, name, data) in enumerate(FILES):
         templates = ("name", "text") if task == "records" else (None, None)
@@ -280,7 +276,7 @@ def test_every_task_that_reads_files_is_tried(tmp_path: Path) -> None:
     chosen=st.sampled_from(FILES).flatmap(lambda file: st.tuples(st.just(file[:2]), spoiled(file[2]))),
     source=st.sampled_from(["name", "{name} is {text}", None]) | st.text(max_size=12),
 )
-def test_data_files(folder: Path, chosen: tuple[tuple[str, str], bytes], source: str | None) -> None:
+def test_data_files(folder, chosen, source):
     (task, name), data = chosen
     path = write(folder / name, data)
     takes = TASKS[task].form is not None
@@ -303,7 +299,7 @@ ROWS = [
 
 
 @fuzzed(rows=st.sampled_from(ROWS).flatmap(lambda row: st.lists(st.just(row) | altered(row), min_size=1, max_size=3)))
-def test_forms(folder: Path, rows: list[Any]) -> None:
+def test_forms(folder, rows):
     with refused():
         path = write(folder / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
         for example in read_task("records", path):
@@ -313,7 +309,7 @@ def test_forms(folder: Path, rows: list[Any]) -> None:
 
 
 @fuzzed(template=st.text(max_size=300) | st.text("{}ab \n", max_size=300), record=st.dictionaries(st.text(), JSON))
-def test_templates(folder: Path, template: str, record: dict[str, Any]) -> None:
+def test_templates(folder, template, record):
     with refused():
         check_template(template)
     with refused():
@@ -350,7 +346,7 @@ prefixes = ["*"]
 
 
 @fuzzed(data=spoiled(TOML))
-def test_configurations(folder: Path, data: bytes) -> None:
+def test_configurations(folder, data):
     path = write(folder / "run.toml", data)
     for read in (TrainConfig.from_file, ServeConfig.from_file):
         with refused():
@@ -358,7 +354,7 @@ def test_configurations(folder: Path, data: bytes) -> None:
 
 
 @fuzzed(values=st.dictionaries(st.sampled_from(sorted({*TrainConfig().to_dict(), "port", "keys"})), JSON, max_size=4))
-def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
+def test_values_of_configurations(folder, values):
     with refused():
         config = TrainConfig(**values)
         path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
@@ -372,7 +368,7 @@ def test_values_of_configurations(folder: Path, values: dict[str, Any]) -> None:
 # --- folders of runs --------------------------------------------------------------------------------------------------
 
 
-def made_folders() -> dict[str, bytes]:
+def made_folders():
     """Every text file of runs and evaluations, by its path."""
     import tempfile
 
@@ -387,7 +383,7 @@ def made_folders() -> dict[str, bytes]:
 FOLDERS = made_folders()
 
 
-def report_on(folder: Path) -> None:
+def report_on(folder):
     with refused():
         document = compose([read_results(folder)], "")
         assert len(to_html(document)) < 20_000_000
@@ -402,7 +398,7 @@ JSONS = {name: json.loads(data) for name, data in FOLDERS.items() if name.endswi
         lambda n: st.tuples(st.just(n), altered(JSONS[n]).map(lambda value: json.dumps(value).encode()))
     )
 )
-def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
+def test_spoiled_folders(folder, chosen):
     name, data = chosen
     top = name.split("/")[0]
     for other, content in FOLDERS.items():
@@ -425,7 +421,7 @@ def test_spoiled_folders(folder: Path, chosen: tuple[str, bytes]) -> None:
 
 
 @fuzzed(data=spoiled(b"Eat at Aromi.\nGo to Bibi.\n"), ending=st.sampled_from([".txt", ".jsonl", ".txt.gz", ""]))
-def test_outputs_to_score(folder: Path, data: bytes, ending: str) -> None:
+def test_outputs_to_score(folder, data, ending):
     write(folder / "refs.jsonl", b'{"name": "a", "text": "Eat at Aromi."}\n{"name": "b", "text": "Go to Bibi."}\n')
     path = write(folder / f"out{ending}", data)
     command = f"evaluate --task records --source name --target text --metrics bleu --data {folder / 'refs.jsonl'}"
@@ -441,7 +437,7 @@ ADAPTER = json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "ba
     data=st.sampled_from(sorted(TENSORS)).flatmap(lambda n: spoiled(TENSORS[n])),
     whole=st.booleans(),
 )
-def test_what_is_converted(folder: Path, config: bytes, data: bytes, whole: bool) -> None:
+def test_what_is_converted(folder, config, data, whole):
     write(folder / "adapter" / "adapter_config.json", config)
     write(folder / "adapter" / "adapter_model.safetensors", data)
     write(folder / "one.safetensors", data)

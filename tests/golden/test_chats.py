@@ -1,18 +1,13 @@
 """Conversations by the chat templates of eight families: token ids, and where the labels are, as they were."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.chat import chat_format
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message
-from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.errors import DataError, RequestError
 from prefixtune.prefix.text_format import TextFormat
 from zoo import make_model
@@ -59,13 +54,13 @@ _ANSWERS = (
 _SYSTEMS = ("Be short.", " Answer in two lines,\nplease. ", "Du bist ein Freund.", "{{ system }}")
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer():
     """Bytes, some merges across the borders that templates write, and the families' special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges: list[tuple[str, str]] = []
+    merges = []
     for merge in _MERGES:
         first, second = merge.split(" ")
         if first in vocabulary and second in vocabulary and first + second not in vocabulary:
@@ -84,14 +79,14 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_backbone() -> Backbone:
+def make_backbone():
     """A tiny model with many positions; only its tokenizer counts."""
     tokenizer = make_tokenizer()
     model = make_model("llama", tokenizer, max_position_embeddings=4096)
     return Backbone.from_model(model, tokenizer, "tiny-llama")
 
 
-def conversations() -> Iterator[Example]:
+def conversations():
     """From one turn to six, with and without a system message, several last answers, and texts of all kinds."""
     for number in range(NUM_CONVERSATIONS):
         num_turns = (1, 2, 3, 1, 6, 2, 4)[number % 7]
@@ -112,19 +107,19 @@ def conversations() -> Iterator[Example]:
         yield Example(messages[-1].content, tuple(targets), messages=tuple(messages))
 
 
-def spelled(ids: Any) -> str:
+def spelled(ids):
     """How many ids, and a hash of them."""
     numbers = json.dumps(list(ids))
     return f"{len(ids)} {hashlib.sha256(numbers.encode()).hexdigest()[:10]}"
 
 
-def described(example: TokenizedExample) -> str:
+def described(example):
     """The ids of a tokenized example, and the turns that are labels."""
     turns = " ".join(f"{first}-{stop}" for first, stop in example.turns)
     return " | ".join([spelled(example.prompt), *map(spelled, example.targets)]) + (f" [{turns}]" if turns else "")
 
 
-def encoded(backbone: Backbone, example: Example, form: TextFormat, **options: Any) -> str:
+def encoded(backbone, example, form, **options):
     """What becomes of one conversation; the class of the error where the template refuses it."""
     try:
         dataset = encode_examples(backbone, [example], form, prefix_length=4, **options)
@@ -134,7 +129,7 @@ def encoded(backbone: Backbone, example: Example, form: TextFormat, **options: A
     return "; ".join([counts, *map(described, dataset.examples)])
 
 
-def of_template(backbone: Backbone, name: str) -> dict[str, Any]:
+def of_template(backbone, name):
     """All of a template: what it writes first in full, then each conversation, in each way."""
     template = (FOLDER / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     form = chat_format(backbone, template)
@@ -143,7 +138,7 @@ def of_template(backbone: Backbone, name: str) -> dict[str, Any]:
     backbone.tokenizer_cache.clear()
     own = chat_format(backbone, "model")
     assert (own.end, own.target) == (form.end, form.target)
-    results: dict[str, Any] = {f"{name} form": [form.end, form.target]}
+    results = {f"{name} form": [form.end, form.target]}
     for number, example in enumerate(conversations()):
         packed = encoded(backbone, example, form)
         assert encoded(backbone, example, own) == packed
@@ -167,7 +162,7 @@ def of_template(backbone: Backbone, name: str) -> dict[str, Any]:
     return results
 
 
-def of_texts(backbone: Backbone) -> dict[str, Any]:
+def of_texts(backbone):
     """Sources and targets without a template, and texts that are learned as they are."""
     pairs = [Example(f"{one.source} {number}", one.targets) for number, one in enumerate(conversations())]
     texts = [Example("", (" ".join(_ANSWERS) * 9,)), Example("", ("short",))]
@@ -184,7 +179,7 @@ def of_texts(backbone: Backbone) -> dict[str, Any]:
     return results
 
 
-def compute() -> dict[str, Any]:
+def compute():
     """All results: texts, each of lengths, hashes of ids, and spans."""
     backbone = make_backbone()
     results = of_texts(backbone)
@@ -193,7 +188,7 @@ def compute() -> dict[str, Any]:
     return results
 
 
-def test_chats() -> None:
+def test_chats():
     stored = json.loads((FOLDER / "chats.json").read_text(encoding="utf-8"))
     computed = compute()
     assert computed.keys() == stored.keys()

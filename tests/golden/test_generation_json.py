@@ -1,10 +1,7 @@
 """The tokens of texts that follow a JSON schema, by the engine and by `generate`: exactly what they were."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,8 +16,8 @@ SCHEMA = (
 )
 
 
-def compute() -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def compute():
+    result = {}
     for name in MODELS:
         backbone = make_backbone(name)
         grammar = compile_json_schema(backbone, SCHEMA)
@@ -37,7 +34,7 @@ def compute() -> dict[str, Any]:
     return result
 
 
-def test_texts_that_follow_a_schema_are_what_they_were() -> None:
+def test_texts_that_follow_a_schema_are_what_they_were():
     pytest.importorskip("llguidance")
     golden = Path(__file__).with_name("generation_json.json")
     check(compute(), json.loads(golden.read_text(encoding="utf-8")))

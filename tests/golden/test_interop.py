@@ -4,14 +4,11 @@ The prefix is made of exact numbers, so files are compared to the byte. Logits k
 differ in the last digit between processors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,12 +27,12 @@ TOLERANCE = 1e-4
 GOLDEN = Path(__file__).with_name("interop.json")
 
 
-def _backbone(name: str) -> Backbone:
+def _backbone(name):
     tokenizer = make_tokenizer()
     return Backbone.from_model(make_model(name, tokenizer), tokenizer, f"tiny-{name}")
 
 
-def _prefix(backbone: Backbone) -> Prefix:
+def _prefix(backbone):
     """Numbers that float16 holds too."""
     layers = []
     for number, shape in enumerate(backbone.geometry["decoder"]):
@@ -46,21 +43,21 @@ def _prefix(backbone: Backbone) -> Prefix:
     return Prefix({"decoder": tuple(layers)})
 
 
-def _digest(data: bytes) -> str:
+def _digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def _numbers(prefix: Prefix) -> str:
+def _numbers(prefix):
     return _digest(b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in prefix.tensors()))
 
 
-def _peft(folder: Path) -> dict[str, Any]:
+def _peft(folder):
     """Both ways, for a prefix and a cartridge; and the logits that PEFT itself computes from our file."""
     import peft
 
     backbone = _backbone("llama")
     prefix = _prefix(backbone)
-    found: dict[str, Any] = {"prefix": _numbers(prefix)}
+    found = {"prefix": _numbers(prefix)}
     for kind, changes in {"PREFIX_TUNING": {}, "CARTRIDGE": {"num_frozen_tokens": 2}}.items():
         written = export_peft(prefix, folder / kind, peft_type=kind, **changes)
         rows = load_file(written / "adapter_model.safetensors")
@@ -82,9 +79,9 @@ def _peft(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _llama_cpp(folder: Path) -> dict[str, Any]:
+def _llama_cpp(folder):
     """States of a model whose keys are interleaved, and of one whose keys are not; in each version of the layout."""
-    found: dict[str, Any] = {}
+    found = {}
     for name in ("llama", "qwen2", "gpt2"):
         backbone = _backbone(name)
         prefix = _prefix(backbone)
@@ -99,7 +96,7 @@ def _llama_cpp(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _onnx(folder: Path) -> dict[str, Any]:
+def _onnx(folder):
     """Logits and greedy tokens of exported graphs, whose first past is the prefix."""
     import numpy as np
     import onnxruntime
@@ -107,7 +104,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
     from prefixtune.interop.onnx.export import export_onnx
     from prefixtune.interop.onnx.run import generate
 
-    found: dict[str, Any] = {}
+    found = {}
     for name, layers in {"llama": "num_hidden_layers", "gpt2": "n_layer"}.items():
         tokenizer = make_tokenizer()
         backbone = Backbone.from_model(make_model(name, tokenizer, **{layers: 2}), tokenizer, f"tiny-{name}")
@@ -122,7 +119,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
         }
         logits = session.run(["logits"], {**feed, **past})[0][0]
 
-        def run(feed: dict[str, Any], session: Any = session) -> Any:
+        def run(feed, session=session):
             return session.run(None, feed)
 
         found[name] = {
@@ -135,29 +132,29 @@ def _onnx(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compute() -> dict[str, Any]:
+def compute():
     """Today's results; those of ONNX need the packages of `make test-integrations`."""
     with tempfile.TemporaryDirectory() as folder:
         return {part.__name__[1:]: part(Path(folder, part.__name__)) for part in (_peft, _llama_cpp, _onnx)}
 
 
-def _compare(found: dict[str, Any], stored: dict[str, Any]) -> None:
+def _compare(found, stored):
     """Equal, and logits within the tolerance."""
     ours, theirs = torch.tensor(found.pop("logits")), torch.tensor(stored.pop("logits"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
     assert found == stored
 
 
-def test_peft(tmp_path: Path) -> None:
+def test_peft(tmp_path):
     pytest.importorskip("peft")
     _compare(_peft(tmp_path), json.loads(GOLDEN.read_text())["peft"])
 
 
-def test_llama_cpp(tmp_path: Path) -> None:
+def test_llama_cpp(tmp_path):
     assert _llama_cpp(tmp_path) == json.loads(GOLDEN.read_text())["llama_cpp"]
 
 
-def test_onnx(tmp_path: Path) -> None:
+def test_onnx(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     stored = json.loads(GOLDEN.read_text())["onnx"]

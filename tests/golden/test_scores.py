@@ -4,13 +4,10 @@ Figures are rounded to the digits that docs/metrics.md promises (TER: three), an
 that need it are left out of the comparison. The bounds of the interval are compared to six digits.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,19 +21,12 @@ DIGITS = {"bleu": 2, "bleu_sound": 2, "chrf": 2, "exact_match": 2, "ter": 3}
 pytestmark = pytest.mark.skipif(not (DATA / "fixtures").is_dir(), reason="shared/data/fixtures is not here")
 
 
-def rows(name: str) -> list[dict[str, Any]]:
+def rows(name):
     with gzip.open(DATA / name, "rt", encoding="utf-8") as handle:
         return [json.loads(line) for line in handle]
 
 
-def scores(
-    name: str,
-    outputs: list[str],
-    references: list[list[str]],
-    protocol: str,
-    metrics: str,
-    parts: dict[str, list[int]] | None = None,
-) -> dict[str, float]:
+def scores(name, outputs, references, protocol, metrics, parts=None):
     """Rounded scores by name, of all items and of parts; without those that need Java where there is none."""
     named = {f"{name} {metric}": metric for metric in metrics.split()}
     if shutil.which("java") is None:
@@ -51,11 +41,11 @@ def scores(
     return found
 
 
-def texts(written: list[dict[str, Any]], items: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def texts(written, items):
     return [row["output"] for row in written], [item["references"] for item in items]
 
 
-def compute() -> dict[str, Any]:
+def compute():
     e2e, e2e_items = rows("fixtures/e2e_test_tgen.jsonl.gz"), rows("e2e/test.jsonl.gz")
     outputs, references = texts(e2e, e2e_items)
     webnlg, webnlg_items = rows("fixtures/webnlg2017_test_bart_large.jsonl.gz"), rows("webnlg2017/test.jsonl.gz")
@@ -89,7 +79,7 @@ def compute() -> dict[str, Any]:
     }
 
 
-def test_scores() -> None:
+def test_scores():
     golden, found = json.loads(GOLDEN.read_text(encoding="utf-8")), compute()
     assert found.pop("scores").items() <= golden.pop("scores").items()
     assert found == {name: pytest.approx(values, rel=1e-6) for name, values in golden.items()}

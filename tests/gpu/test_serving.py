@@ -1,15 +1,9 @@
 """The engine on a device: mixed prefixes are each text alone, and a prompt without room for it harms nobody."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from bench.models import save_model
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
@@ -20,7 +14,7 @@ NEW = 8
 SAMPLING = SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
 
 
-def recomputed(backbone: Backbone, request: Request) -> list[int]:
+def recomputed(backbone, request):
     """The likeliest tokens, each from a pass over the whole text."""
     ids = list(request.prompt)
     for _ in range(NEW):
@@ -32,14 +26,12 @@ def recomputed(backbone: Backbone, request: Request) -> list[int]:
     return ids[len(request.prompt) :]
 
 
-def tokens(engine: Engine, requests: list[Request]) -> list[list[int]]:
+def tokens(engine, requests):
     return [[token.id for token in texts[0].tokens] for texts in engine.run(requests)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_batch_of_mixed_prefixes_is_each_text_alone(
-    family: str, device: str, placed: Any, random_prefix: Any, random_ids: Any
-) -> None:
+def test_a_batch_of_mixed_prefixes_is_each_text_alone(family, device, placed, random_prefix, random_ids):
     backbone = placed(family, device)
     requests = [
         Request(
@@ -53,7 +45,7 @@ def test_a_batch_of_mixed_prefixes_is_each_text_alone(
     assert tokens(engine, requests) == [recomputed(backbone, request) for request in requests]
 
 
-def test_quantized_weights_are_near_the_full_ones(device: str, tmp_path: Path, random_prefix: Any) -> None:
+def test_quantized_weights_are_near_the_full_ones(device, tmp_path, random_prefix):
     pytest.importorskip("torchao", reason="torchao is not installed")
     folder = save_model("tiny", tmp_path / "model")
     plain, rounded = (load_backbone(folder, device=device, quantize=kind) for kind in ("", "int8"))
@@ -62,7 +54,7 @@ def test_quantized_weights_are_near_the_full_ones(device: str, tmp_path: Path, r
     assert 0 < float((one - other).norm() / one.norm()) < 0.1
 
 
-def test_a_prompt_without_room_is_refused_and_the_engine_goes_on(device: str, placed: Any, random_prefix: Any) -> None:
+def test_a_prompt_without_room_is_refused_and_the_engine_goes_on(device, placed, random_prefix):
     backbone = placed("llama", device, max_position_embeddings=100_000)
     prefix = random_prefix(backbone, 4).detach().to(device=device)
     engine = Engine(backbone, EngineConfig(num_slots=2, kv_cache_mib=1))

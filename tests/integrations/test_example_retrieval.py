@@ -1,7 +1,5 @@
 """examples/retrieval runs from an empty folder: three of four memories are found, joined, and answered over."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -17,7 +15,7 @@ QUESTION = "At what time must I be on the Blue Curlew?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Where the example has made four memories with a tiny model."""
     folder = tmp_path_factory.mktemp("retrieval")
     make_model(folder / MODEL)
@@ -26,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, script: str, *arguments: str) -> str:
+def run(folder, script, *arguments):
     path = ROOT / "examples" / "retrieval" / f"{script}.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(path), "--backbone", MODEL, *arguments]
@@ -35,13 +33,13 @@ def run(folder: Path, script: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_memories_are_made_once(folder: Path) -> None:
+def test_memories_are_made_once(folder):
     assert sorted(path.stem for path in (folder / "memories").glob("*.safetensors")) == NAMES
     assert (folder / "memories" / "blue-curlew.txt").read_text().startswith("The Blue Curlew goes to ")
     assert run(folder, "make", "--count", "4") == ""
 
 
-def test_answers_in_process_and_over_http_are_the_same(folder: Path) -> None:
+def test_answers_in_process_and_over_http_are_the_same(folder):
     names, _, answer = run(folder, "ask", QUESTION).partition("\n")
     assert names.startswith("blue-curlew + ")
     assert len(set(names.split(" + ")) & set(NAMES)) == 3

@@ -1,10 +1,7 @@
 """`prefixtune lm-eval` on tasks made here: tables, JSON, lm-eval's files, and mistakes named before a model loads."""
 
-from __future__ import annotations
-
 import json
 import os
-from pathlib import Path
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -21,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     make_tasks(folder / "tasks", count=5)
     backbone = load_backbone(make_model(folder / "model"), dtype="float32", device="cpu")
@@ -32,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def arguments(folder: Path) -> list[str]:
+def arguments(folder):
     return ["lm-eval", "--backbone", f"{folder / 'model'}", "--dtype", "float32", "--include-path", f"{folder}/tasks"]
 
 
-def test_a_table_for_people_and_json_for_programs(folder: Path, arguments: list[str]) -> None:
+def test_a_table_for_people_and_json_for_programs(folder, arguments):
     prefix, tasks = str(folder / "two"), "made_choices,made_rolling"
     out, _ = run(*arguments, "--prefix", prefix, "--tasks", tasks)
     assert "made_choices" in out
@@ -48,8 +45,8 @@ def test_a_table_for_people_and_json_for_programs(folder: Path, arguments: list[
     assert json.loads(bare.splitlines()[-1])["results"] != results["results"]
 
 
-def test_groups_patterns_formats_and_files_of_tasks(folder: Path, arguments: list[str]) -> None:
-    def tasks_of(*options: str) -> set[str]:
+def test_groups_patterns_formats_and_files_of_tasks(folder, arguments):
+    def tasks_of(*options):
         out, _ = run(*arguments, *options, "--limit", "2", "--json")
         return set(json.loads(out.splitlines()[-1])["results"])
 
@@ -59,7 +56,7 @@ def test_groups_patterns_formats_and_files_of_tasks(folder: Path, arguments: lis
     assert tasks_of("--tasks", str(folder / "tasks" / "made_rolling.yaml")) == {"made_rolling"}
 
 
-def test_mistakes(folder: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_mistakes(folder, arguments, tmp_path):
     for options in (
         ["--tasks", "made_choises"],
         ["--tasks", "made_texts", "--prefix", f"{tmp_path / 'none.safetensors'}"],

@@ -1,28 +1,25 @@
 """Parquet files, written by pyarrow."""
 
-from __future__ import annotations
-
 import datetime
 import decimal
 import io
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from prefixtune.data import read_task
-from prefixtune.data.files import Record, iter_file
+from prefixtune.data.files import iter_file
 from prefixtune.errors import DataError
-from prefixtune.jobs.files import FileStore, StoredFile
+from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder
 
 
-def read_file(path: Path) -> list[Record]:
+def read_file(path):
     return list(iter_file(path))
 
 
-def write_parquet(path: Path) -> None:
+def write_parquet(path):
     table = pyarrow.table(
         {
             "name": ["Aromi", None],
@@ -35,7 +32,7 @@ def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(table, path)
 
 
-def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
+def test_parquet_gives_what_json_lines_would(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path)
     first, second = (row.values for row in read_file(path))
@@ -46,7 +43,7 @@ def test_parquet_gives_what_json_lines_would(tmp_path: Path) -> None:
         read_task("records", path, source="name")
 
 
-def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
+def test_bytes_are_texts_where_they_can_be(tmp_path):
     path = tmp_path / "a.parquet"
     texts, images = pyarrow.array(["café".encode(), b"\xff\xd8"], pyarrow.binary()), [b"\x89PNG", b"\xff\xd8"]
     pyarrow.parquet.write_table(
@@ -60,17 +57,17 @@ def test_bytes_are_texts_where_they_can_be(tmp_path: Path) -> None:
         read_task("records", path, source="name")
 
 
-def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_whole_file_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(DataError, match=r"a\.parquet"):
         read_file(tmp_path / "a.parquet")
 
 
-def test_an_uploaded_file_to_train_on(tmp_path: Path) -> None:
+def test_an_uploaded_file_to_train_on(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a b", "c d"]}), tmp_path / "a.parquet")
     store = FileStore(DataFolder(tmp_path / "data"))
 
-    def put(data: bytes) -> StoredFile:
+    def put(data):
         return store.put("ann", io.BytesIO(data), "a.parquet", "fine-tune")
 
     facts = put((tmp_path / "a.parquet").read_bytes()).facts

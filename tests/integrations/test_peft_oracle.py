@@ -1,9 +1,5 @@
 """PEFT's training forward as an oracle: the same tensors give the same loss and the same gradients."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import peft
 import pytest
 import torch
@@ -17,9 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 P = 6
 
 
-def test_the_same_tensors_train_the_same(
-    tiny_models: Any, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
-):
+def test_the_same_tensors_train_the_same(tiny_models, tiny_backbone, random_prefix, random_ids, assert_same):
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=False)
     theirs = peft.get_peft_model(tiny_models("llama"), config).eval()
     backbone = tiny_backbone("llama")

@@ -3,11 +3,7 @@
 The hub itself is never asked: `load_dataset` is replaced.
 """
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -19,13 +15,13 @@ MR = "name[Aromi], eatType[pub]"
 TRIPLE = "Aarhus | leaderName | Jacob_Bundsgaard"
 
 
-def save(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
+def save(folder, rows, **more):
     """One split, as `save_to_disk` writes it."""
     datasets.Dataset.from_list(rows, **more).save_to_disk(str(folder))
     return folder
 
 
-def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
+def save_splits(folder, **splits):
     parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
     datasets.DatasetDict(parts).save_to_disk(str(folder))
     return folder
@@ -77,7 +73,7 @@ def save_splits(folder: Path, **splits: list[dict[str, Any]]) -> Path:
         ("scitldr", [{"source": ["We", "learn."], "target": ["A.", "B."], "paper_id": "1"}], "We learn.", ("A.", "B.")),
     ],
 )
-def test_the_hubs_columns(tmp_path: Path, task: str, rows: list[dict[str, Any]], source: str, targets: tuple[str, ...]):
+def test_the_hubs_columns(tmp_path, task, rows, source, targets):
     (example,) = read_task(task, save(tmp_path / "set", rows))
     assert (example.source, example.targets) == (source, targets)
     if task == "webnlg":
@@ -86,7 +82,7 @@ def test_the_hubs_columns(tmp_path: Path, task: str, rows: list[dict[str, Any]],
         assert example.groups["source"] == "e2e"
 
 
-def test_ones_own_columns_and_class_names(tmp_path: Path):
+def test_ones_own_columns_and_class_names(tmp_path):
     rows = save(tmp_path / "rows", [{"q": "x", "a": ["y", "z"]}])
     assert read_task("records", rows, source="{q}!", target="a")[0].targets == ("y", "z")
 
@@ -101,7 +97,7 @@ def test_ones_own_columns_and_class_names(tmp_path: Path):
     assert read_task("tagging", tagged, target="ner_tags")[0].targets == ("B-TRAIN I-TRAIN",)
 
 
-def test_a_set_whose_form_is_recognized(tmp_path: Path):
+def test_a_set_whose_form_is_recognized(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     folder = save_splits(tmp_path / "set", train=[{"messages": turns}], validation=[{"messages": turns * 2}])
     (example,) = read_task("records", folder, split="dev", needs_targets=True)
@@ -111,7 +107,7 @@ def test_a_set_whose_form_is_recognized(tmp_path: Path):
         read_task("records", wrong, needs_targets=True)
 
 
-def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path: Path):
+def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path):
     # Decoding would fail: there is no such image, and no program for sounds here.
     damaged = {"bytes": b"\xffno image", "path": "a.png"}
     row = {"prompt": "Hi", "completion": "Hello.", "photo": damaged, "sound": damaged, "photos": [damaged] * 2}
@@ -130,7 +126,7 @@ def test_images_and_sounds_of_unused_columns_are_not_decoded(tmp_path: Path):
     assert example.fields["scan"]["size"] == [1]
 
 
-def test_splits(tmp_path: Path):
+def test_splits(tmp_path):
     rows = {
         name: [{"document": f"{name}.", "summary": f"{name}!"}] for name in ("train", "validation", "test_seen", "test")
     }
@@ -147,7 +143,7 @@ def test_splits(tmp_path: Path):
         read_task("summarization", only, split="dev")
 
 
-def test_a_wrong_row_or_set_is_named(tmp_path: Path):
+def test_a_wrong_row_or_set_is_named(tmp_path):
     folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}, {"document": None, "summary": "y"}])
     with pytest.raises(DataError, match="row 2"):
         read_task("summarization", folder)
@@ -161,11 +157,11 @@ def test_a_wrong_row_or_set_is_named(tmp_path: Path):
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+def asked(monkeypatch):
     """What the hub was asked for; it has a set of two splits."""
-    calls: list[tuple[str, str | None]] = []
+    calls = []
 
-    def load(name: str, configuration: str | None, revision: str | None = None) -> Any:
+    def load(name, configuration, revision=None):
         calls.append((name, f"{configuration}#{revision}" if revision else configuration))
         if name == "GEM/e2e_nlg" and revision != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported, but found e2e_nlg.py")
@@ -180,7 +176,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     return calls
 
 
-def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tuple[str, str | None]]):
+def test_the_hub_is_asked_only_where_it_is_named(tmp_path, asked):
     assert read_task("summarization", "hub:GEM/xsum", split="dev")[0].source == "validation."
     assert read_task("summarization", "hub:GEM/xsum:small@train")[0].source == "train."
     assert asked[0] == ("GEM/xsum", None)
@@ -195,7 +191,7 @@ def test_the_hub_is_asked_only_where_it_is_named(tmp_path: Path, asked: list[tup
     assert len(asked) == count
 
 
-def test_a_set_that_is_a_script_has_a_way_out(asked: list[tuple[str, str | None]]):
+def test_a_set_that_is_a_script_has_a_way_out(asked):
     with pytest.raises(DataError, match="hub:GEM/e2e_nlg"):
         read_task("e2e", "hub:GEM/e2e_nlg@train")
     for path in ("hub:GEM/e2e_nlg#refs/convert/parquet", "hub:GEM/e2e_nlg@train#refs/convert/parquet"):
@@ -207,12 +203,12 @@ def test_a_set_that_is_a_script_has_a_way_out(asked: list[tuple[str, str | None]
     ("path", "split"),
     [("hub:GEM/xsum", "test"), ("hub:GEM/xsum@tset", None), ("hub:GEM/xsumm", "test")],
 )
-def test_what_the_hub_has_not(asked: list[tuple[str, str | None]], path: str, split: str | None):
+def test_what_the_hub_has_not(asked, path, split):
     with pytest.raises(DataError):
         read_task("summarization", path, split=split)
 
 
-def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_the_library(tmp_path, monkeypatch):
     folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
     monkeypatch.setitem(sys.modules, "datasets", None)
     for path in (folder, "hub:GEM/xsum"):

@@ -1,7 +1,5 @@
 """The four trackers themselves, offline: what they have stored of a run that was killed and resumed, read back."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,9 +7,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,7 +53,7 @@ print("THREADS", left)
 """
 
 
-def run(folder: Path, *, kill_at: int, resume: bool) -> subprocess.CompletedProcess[str]:
+def run(folder, *, kill_at, resume):
     """Train in a program of its own, as a user without any of the trackers' variables; a token of the hub is there."""
     root = Path(__file__).parents[2]
     own = ("TRACKIO_", "WANDB_", "MLFLOW_", "HF_HUB_OFFLINE", "PYTEST_")
@@ -73,7 +69,7 @@ def run(folder: Path, *, kill_at: int, resume: bool) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """The folder of a run that was killed after step 7, with its state of step 4, and resumed."""
     folder = tmp_path_factory.mktemp("trackers") / "run"
     killed = run(folder, kill_at=KILLED, resume=False)
@@ -87,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def losses(folder: Path) -> dict[int, float]:
+def losses(folder):
     """Of each step, by the run's own log."""
     lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
@@ -99,13 +95,13 @@ def losses(folder: Path) -> dict[int, float]:
 EVALUATIONS = [3, 6, 9, 10]
 
 
-def assert_losses(stored: dict[int, float], losses: dict[int, float]) -> None:
+def assert_losses(stored, losses):
     """A kill may lose some steps before it, and no step behind the state."""
     assert set(range(SAVED + 1, STEPS + 1)) <= stored.keys()
     assert stored == pytest.approx({step: losses[step] for step in stored})
 
 
-def test_tensorboard(folder: Path, losses: dict[int, float]) -> None:
+def test_tensorboard(folder, losses):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(folder / "tensorboard"))
@@ -117,7 +113,7 @@ def test_tensorboard(folder: Path, losses: dict[int, float]) -> None:
     assert not [path for path in (folder / "tensorboard").iterdir() if path.is_dir()]
 
 
-def test_trackio(folder: Path, losses: dict[int, float]) -> None:
+def test_trackio(folder, losses):
     with sqlite3.connect(folder / "trackio" / "meals.db") as database:
         rows = database.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
         ((config,),) = database.execute("SELECT config FROM configs").fetchall()
@@ -131,11 +127,11 @@ def test_trackio(folder: Path, losses: dict[int, float]) -> None:
     assert json.loads(config)["prefix_length"] == 2
 
 
-def test_mlflow(folder: Path, losses: dict[int, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow(folder, losses, monkeypatch):
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    client: Any = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
+    client = MlflowClient(tracking_uri=(folder / "mlflow").as_uri())
     (experiment,) = client.search_experiments(filter_string="name = 'meals'")
     resumed, killed = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
     assert (resumed.info.run_name, resumed.info.status, killed.info.run_name) == ("lunch", "FINISHED", "lunch")
@@ -146,12 +142,12 @@ def test_mlflow(folder: Path, losses: dict[int, float], monkeypatch: pytest.Monk
     assert resumed.data.params["prefix_length"] == "2"
 
 
-def test_wandb(folder: Path, losses: dict[int, float]) -> None:
+def test_wandb(folder, losses):
     from wandb.proto import wandb_internal_pb2
 
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2, "one of the run that was killed, one of the resumed one"
-    history: list[tuple[int, dict[str, Any]]] = []
+    history = []
     names = set()
     for file in files:
         for content in read_records(file):
@@ -167,7 +163,7 @@ def test_wandb(folder: Path, losses: dict[int, float]) -> None:
     assert {9, 10} <= {step for step, row in history if "eval/loss" in row} <= set(EVALUATIONS)
 
 
-def read_records(path: Path) -> Iterator[bytes]:
+def read_records(path):
     """The records of a file of wandb: a log of LevelDB after 7 bytes; a torn end is left out."""
     content, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(content):

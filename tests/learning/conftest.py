@@ -1,27 +1,21 @@
 """Small training runs for all tests of learning."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.training.config import TrainConfig
 
 
 @pytest.fixture
-def run_defaults() -> dict[str, Any]:
+def run_defaults():
     """Settings that a module's runs share; a module may replace this fixture by its own."""
     return {"init_text": "Say it"}
 
 
 @pytest.fixture
-def config_for(tmp_path: Path, run_defaults: dict[str, Any]) -> Callable[..., TrainConfig]:
+def config_for(tmp_path, run_defaults):
     """`config_for(folder, **changes)`: a small run with an output folder of its own."""
 
-    def make(folder: str = "run", **changes: Any) -> TrainConfig:
+    def make(folder="run", **changes):
         values = {
             "prefix_length": 4,
             "reparameterization": "none",

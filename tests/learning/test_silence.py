@@ -1,16 +1,9 @@
 """What a prefix does to requests about other things: measured as greedy texts show it, and learned away."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 import prefixtune.training.silence as module
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.errors import ConfigError
@@ -28,20 +21,19 @@ EXAMPLES = [Example(f"{name} eats", (f"what {name} likes",)) for name in ("Kim",
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Backbone:
+def backbone(tiny_backbone, monkeypatch):
     monkeypatch.setattr(module, "_requests", lambda: REQUESTS)
-    made: Backbone = tiny_backbone("llama")
-    return made
+    return tiny_backbone("llama")
 
 
-def run(backbone: Backbone, output: Path, **options: Any) -> Prefix:
+def run(backbone, output, **options):
     common = {"prefix_length": 4, "max_steps": 40, "warmup_steps": 2, "batch_size": 4, "learning_rate": 0.1}
     result = train(backbone=backbone, examples=EXAMPLES, output=str(output), progress=False, **common, **options)
     assert result.prefix is not None
     return result.prefix
 
 
-def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone: Backbone, tmp_path: Path) -> None:
+def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone, tmp_path):
     prefix = run(backbone, tmp_path / "run")
     weak = Prefix({"decoder": tuple((key - 20, value * 0) for key, value in prefix.layers["decoder"])}, prefix.header)
     form = format_of(backbone, prefix)
@@ -56,13 +48,13 @@ def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone: Backbon
     assert found["prefix"]["kl"] > 0.01
 
 
-def test_general_requests_keep_a_prefix_silent(backbone: Backbone, tmp_path: Path) -> None:
+def test_general_requests_keep_a_prefix_silent(backbone, tmp_path):
     kept, loud = (run(backbone, tmp_path / str(share), keep_general=share) for share in (0.5, 0.0))
     found = measure_silence(backbone, {"kept": kept, "loud": loud}, format_of(backbone, loud))
     assert found["kept"]["kl"] < 0.95 * found["loud"]["kl"]
 
 
-def test_the_bare_model_teaches(backbone: Backbone) -> None:
+def test_the_bare_model_teaches(backbone):
     form = format_of(backbone, None)
     rows = general_examples(backbone, form, 4)
     assert len(rows) == 4
@@ -75,7 +67,7 @@ def test_the_bare_model_teaches(backbone: Backbone) -> None:
         assert torch.allclose(labels.log_probs[:, :-1], expected, atol=1e-5)
 
 
-def test_a_share_of_the_targets_is_drawn_by_seed_and_step(backbone: Backbone) -> None:
+def test_a_share_of_the_targets_is_drawn_by_seed_and_step(backbone):
     rows = general_examples(backbone, format_of(backbone, None), 4)
     drawn = [general_of_step(rows, 0.05, 16, 0, step) for step in range(500)]
     assert sum(map(len, drawn)) == pytest.approx(0.05 * 16 * 500, rel=0.1)
@@ -83,7 +75,7 @@ def test_a_share_of_the_targets_is_drawn_by_seed_and_step(backbone: Backbone) ->
     assert general_of_step(rows, 0.0, 16, 0, 1) == []
 
 
-def test_labels_have_no_general_requests(backbone: Backbone, tmp_path: Path) -> None:
+def test_labels_have_no_general_requests(backbone, tmp_path):
     with pytest.raises(ConfigError, match="keep_general"):
         train(
             backbone=backbone,

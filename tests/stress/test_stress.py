@@ -3,10 +3,7 @@
 STRESS_KILLS, STRESS_JOBS and STRESS_SECONDS (of the load, and of the database's absence) set how much.
 """
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +17,7 @@ SECONDS = float(os.environ.get("STRESS_SECONDS", "30"))
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_jobs_survive_kills(database: str, tmp_path: Path) -> None:
+def test_jobs_survive_kills(database, tmp_path):
     if database == "postgres" and not has_postgres():
         pytest.skip("there is no Postgres; on Debian: apt install postgresql")
     model = make_model(tmp_path / "tiny-chat")
@@ -39,7 +36,7 @@ def test_jobs_survive_kills(database: str, tmp_path: Path) -> None:
     assert differences(outcome, plan, tmp_path / "killed" / "prefixes", tmp_path / "quiet" / "prefixes") == []
 
 
-def test_a_mixed_load(tmp_path: Path) -> None:
+def test_a_mixed_load(tmp_path):
     tally = put_load(tmp_path, seconds=SECONDS, prefixes=40, connections=16)
     assert tally.faults == []
     assert tally.left > 0
