@@ -1,9 +1,5 @@
 """What goes to a GPU in one transfer, and losses in chunks of bytes."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -12,7 +8,7 @@ from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import head_losses, soft_losses, token_losses
 
 
-def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
+def test_tensors_of_several_dtypes_are_one_and_come_apart_again():
     tensors = {
         "mask": torch.tensor([[True, False, True]]),
         "ids": torch.arange(6).reshape(2, 3),
@@ -20,9 +16,9 @@ def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
         "none": torch.empty(0, 4, dtype=torch.int64),
         "soft_ids": torch.arange(5, dtype=torch.int32)[:, None].expand(-1, 2),
     }
-    moved: list[torch.Tensor] = []
+    moved = []
 
-    def move(joined: torch.Tensor) -> torch.Tensor:
+    def move(joined):
         moved.append(joined.clone())
         return moved[-1]
 
@@ -36,12 +32,12 @@ def test_tensors_of_several_dtypes_are_one_and_come_apart_again() -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 4 * 11 * 3], ids=["one row", "some rows"])
-def test_the_chunks_change_nothing(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunks_change_nothing(budget, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 4, generator=generator), torch.nn.Linear(4, 11).requires_grad_(False)
     labels, teacher = torch.arange(7), SoftLabels.from_logits(torch.randn(7, 11, generator=generator), 3)
 
-    def computed() -> list[Any]:
+    def computed():
         found = []
         for function in (
             lambda given: token_losses(head(given), labels),

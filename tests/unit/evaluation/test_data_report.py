@@ -1,11 +1,6 @@
 """What a run would read of a file, against what training makes of it."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +9,7 @@ from prefixtune.backbone.load import load_tokenizer, without_limits
 from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.registry import read_task
 from prefixtune.errors import BackboneError, DataError
-from prefixtune.evaluation.data_report import DataReport, report_data
+from prefixtune.evaluation.data_report import report_data
 
 ROWS = [("a", "x"), ("bb", "yyyy"), ("cccc" * 9, "z"), ("bb", "other"), ("a", "x"), ("d", "w" * 60)]
 TEMPLATE = (
@@ -24,10 +19,10 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) -> Callable[[str], str]:
+def model(tmp_path, tiny_models, tiny_tokenizer):
     """A folder with a configuration and a tokenizer, and no weights at all."""
 
-    def write(family: str) -> str:
+    def write(family):
         folder = tmp_path / family
         tiny_models(family).config.save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
@@ -37,10 +32,10 @@ def model(tmp_path: Path, tiny_models: Callable[..., Any], tiny_tokenizer: Any) 
 
 
 @pytest.fixture
-def look(tmp_path: Path, model: Callable[[str], str]) -> Callable[..., DataReport]:
+def look(tmp_path, model):
     """`look(rows, family="llama", **options)`: the report on these rows."""
 
-    def run(rows: list[dict[str, Any]], family: str = "llama", test: str = "", **options: Any) -> DataReport:
+    def run(rows, family="llama", test="", **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = pt.TrainConfig(train=str(path), backbone=model(family), **{"prefix_length": 3, **options})
@@ -49,14 +44,12 @@ def look(tmp_path: Path, model: Callable[[str], str]) -> Callable[..., DataRepor
     return run
 
 
-def rows_of(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def rows_of(pairs):
     return [{"source": source, "target": target} for source, target in pairs]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
-def test_limits_are_those_of_training(
-    look: Callable[..., DataReport], tiny_backbone: Callable[..., Any], family: str
-) -> None:
+def test_limits_are_those_of_training(look, tiny_backbone, family):
     backbone = tiny_backbone(family)
     examples = [pt.Example("a", ("x",)), pt.Example("bb", ("yyyy", "other")), pt.Example("cccc" * 9, ("z",))]
     pairs = [(example.source, target) for example in examples for target in example.targets]
@@ -75,7 +68,7 @@ def test_limits_are_those_of_training(
         assert (report.cut, report.refused) == (cut, refused), length
 
 
-def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: Callable[..., Any]) -> None:
+def test_lengths_and_positions(look, tiny_backbone):
     report = look(rows_of(ROWS), batch_size=100)
     backbone = tiny_backbone("llama")
     merged = [pt.Example("a", ("x", "x")), pt.Example("bb", ("yyyy", "other"))]
@@ -91,7 +84,7 @@ def test_lengths_and_positions(look: Callable[..., DataReport], tiny_backbone: C
     assert report.example[1][0] == " x </s>"
 
 
-def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataReport], tmp_path: Path) -> None:
+def test_the_loss_of_a_conversation_is_on_its_answers(look, tmp_path):
     (tmp_path / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
     turns = [("user", "Hi"), ("assistant", "Yes?"), ("user", "Go"), ("assistant", "Gone.")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 2
@@ -112,16 +105,14 @@ def test_the_loss_of_a_conversation_is_on_its_answers(look: Callable[..., DataRe
         ("e2e", {"mr": "name[A]", "references": ["Rain."]}, 1),
     ],
 )
-def test_equal_sources_are_merged_where_training_merges_them(
-    look: Callable[..., DataReport], tmp_path: Path, task: str, row: dict[str, Any], count: int
-) -> None:
+def test_equal_sources_are_merged_where_training_merges_them(look, tmp_path, task, row, count):
     report = look([row] * 3, task=task)
     trained = read_task(task, tmp_path / "rows.jsonl")
     assert report.examples == len(trained) == count
     assert report.steps == 1
 
 
-def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_examples_some_are_tokenized(look, monkeypatch):
     monkeypatch.setattr("prefixtune.evaluation.data_report.MAX_TOKENIZED", 7)
     rows = rows_of([(f"s{n}", "t") for n in range(50)])
     report = look(rows)
@@ -130,15 +121,14 @@ def test_of_many_examples_some_are_tokenized(look: Callable[..., DataReport], mo
         look([*rows, {"bad": 1}])
 
 
-def test_overlap_with_a_test_file(look: Callable[..., DataReport], tmp_path: Path) -> None:
+def test_overlap_with_a_test_file(look, tmp_path):
     test = tmp_path / "test.jsonl"
     test.write_text('{"source": " a ", "target": "q"}\n{"source": "new", "target": "q"}\n', encoding="utf-8")
     report = look(rows_of(ROWS), test=str(test))
-    assert report.overlap is not None
     assert (report.overlap.count, report.overlap.num_examples) == (1, 2)
 
 
-def test_without_weights(model: Callable[[str], str], tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_without_weights(model, tiny_backbone, tmp_path):
     for family, kind in (("llama", "decoder"), ("t5", "encoder-decoder"), ("bert", "encoder")):
         backbone, loaded = load_tokenizer(model(family)), tiny_backbone(family)
         assert (backbone.kind, backbone.max_positions) == (kind, loaded.max_positions)

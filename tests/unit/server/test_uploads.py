@@ -1,30 +1,25 @@
 """Prefixes that admins upload: hostile files and names change nothing."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import struct
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from asgi_client import Response, bearer, send
+from asgi_client import bearer, send
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.prefix.file import HEADER_KEY, save_verified
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
 
 
-def hostile(file: Path, made: Path) -> dict[str, bytes]:
+def hostile(file, made):
     """Files that must not be taken in, by what is wrong with them; readers' own tests have more."""
     good, prefix = file.read_bytes(), load_prefix(file)
     layers = enumerate(prefix.layers["decoder"])
     tensors = {f"decoder.{n}.{part}": t for n, pair in layers for part, t in zip(("key", "value"), pair, strict=True)}
 
-    def changed(more: dict[str, torch.Tensor], **fields: Any) -> bytes:
+    def changed(more, **fields):
         save_verified(made, {**tensors, **more}, HEADER_KEY, {**prefix.header, **fields})
         return made.read_bytes()
 
@@ -46,11 +41,11 @@ def hostile(file: Path, made: Path) -> dict[str, bytes]:
     }
 
 
-def test_hostile_files_and_names_leave_nothing(make_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_hostile_files_and_names_leave_nothing(make_server, tmp_path):
     app, state = make_server(keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)})
     folder = state.store.folder
 
-    def put(name: str, body: bytes) -> Response:
+    def put(name, body):
         return asyncio.run(send(app, "PUT", f"/v1/models/{name}", body, headers=bearer("boss")))
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
