@@ -29,7 +29,7 @@ from torch import Tensor
 import prefixtune.backbone.devices
 import prefixtune.training.config
 import prefixtune.utils.console
-from zoo import MAX_POSITIONS, NUM_BYTES, make_model, make_tokenizer
+from zoo import NUM_BYTES, make_model, make_tokenizer
 
 # `auto` is float32 in tests, whatever this processor multiplies fast: they compare numbers.
 prefixtune.backbone.devices.BFLOAT16_FEATURES = ()
@@ -106,56 +106,12 @@ def enclosing_tokenizer() -> Any:
 def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
     """A factory: `tiny_models(family, seed=0, **changes)` makes a random model with every dropout rate above zero.
 
-    Besides the six families, these are the encoder-decoders and encoders of the zoo, among them models whose encoder
-    and decoder differ in depth and head count, and T5s whose heads do not multiply to the width.
+    Its encoder and decoder differ in depth and head count, and a T5's heads do not multiply to the width.
     """
-    import transformers as hf
-
-    vocabulary = len(tiny_tokenizer)
 
     def make(name: str, *, seed: int = 0, **changes: Any) -> Any:
-        if name not in FAMILIES:
-            settings = {**_DEEPER_DECODERS.get(name, {}), **changes}
-            return make_model(name.replace("t5_gated", "t5-gated"), tiny_tokenizer, seed, **settings)
-        tokens = {
-            "vocab_size": vocabulary,
-            "bos_token_id": tiny_tokenizer.bos_token_id,
-            "eos_token_id": tiny_tokenizer.eos_token_id,
-            "pad_token_id": tiny_tokenizer.pad_token_id,
-            "tie_word_embeddings": False,
-        }
-        common = {
-            **tokens,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": MAX_POSITIONS,
-        }
-        grouped = {**common, "num_key_value_heads": 2, "attention_dropout": 0.2}
-        gpt2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": MAX_POSITIONS}
-        gpt2_drop = {"attn_pdrop": 0.1, "resid_pdrop": 0.2, "embd_pdrop": 0.3}
-        opt = {**common, "ffn_dim": 48, "word_embed_proj_dim": 32}
-        opt.pop("intermediate_size")
-        opt_drop = {"dropout": 0.2, "attention_dropout": 0.1, "layerdrop": 0.1}
-        configs: dict[str, Callable[..., Any]] = {
-            "gpt2": lambda: hf.GPT2Config(**{**tokens, **gpt2, **gpt2_drop, **changes}),
-            "llama": lambda: hf.LlamaConfig(**{**grouped, **changes}),
-            "opt": lambda: hf.OPTConfig(**{**opt, **opt_drop, **changes}),
-            "gpt_neox": lambda: hf.GPTNeoXConfig(
-                **{**common, "attention_dropout": 0.1, "hidden_dropout": 0.2, **changes}
-            ),
-            "qwen3": lambda: hf.Qwen3Config(**{**grouped, "head_dim": 16, **changes}),
-            "mistral": lambda: hf.MistralConfig(**{**grouped, "sliding_window": 4, **changes}),
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = hf.AutoModelForCausalLM.from_config(configs[name]())
-            # Weights large enough that attention is far from uniform, and no bias or norm at its neutral start.
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
-        return model.eval()
+        settings = {**_DEEPER_DECODERS.get(name, {}), **changes}
+        return make_model(name.replace("t5_gated", "t5-gated"), tiny_tokenizer, seed, **settings)
 
     return make
 
@@ -209,30 +165,10 @@ def encoder(request: pytest.FixtureRequest, tiny_backbone: Callable[..., Any]) -
 
 @pytest.fixture(scope="session")
 def random_prefix() -> Callable[..., Any]:
-    """A factory: `random_prefix(backbone, P, seed)` makes a prefix whose tensors are leaves that take gradients.
+    """A factory: `random_prefix(backbone, P, seed)` makes a prefix (`random_prefixes.random_prefix`)."""
+    from random_prefixes import random_prefix
 
-    P may also be given by site, as in `{"encoder": 3, "cross": 5}`: then it stands at these sites only.
-    """
-    from prefixtune.prefix.prefix import Prefix
-
-    def make(backbone: Any, length: int | dict[str, int], seed: int = 0, scale: float = 1.0) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        lengths = dict.fromkeys(backbone.geometry, length) if isinstance(length, int) else length
-
-        def one(heads: int, positions: int, size: int) -> Tensor:
-            return (torch.randn(heads, positions, size, generator=generator) * scale).requires_grad_()
-
-        return Prefix(
-            {
-                site: tuple(
-                    (one(s.num_kv_heads, positions, s.key_dim), one(s.num_kv_heads, positions, s.value_dim))
-                    for s in backbone.geometry[site]
-                )
-                for site, positions in lengths.items()
-            }
-        )
-
-    return make
+    return random_prefix
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "make_model",
     "make_tokenizer",
     "random_model",
+    "store_model",
 ]
 
 Kind = Literal["decoder", "hybrid", "encoder-decoder", "encoder"]
@@ -635,6 +637,22 @@ def make_model(model_type: str, tokenizer: Any, seed: int = 0, **changes: Any) -
     if entry.model_type == "whisper":
         auto = transformers.AutoModelForSpeechSeq2Seq
     return random_model(auto, entry.config(tokenizer, **changes), seed)
+
+
+def store_model(folder: Path, name: str, *, enclosing: bool = False, seed: int = 0, **changes: Any) -> str:
+    """Store a random model with its tokenizer, as users have one; its folder.
+
+    Args:
+        folder: Where to.
+        name: An entry's name.
+        enclosing: Whether the tokenizer puts <s> and </s> around every text.
+        seed: Of the weights.
+        **changes: Settings of its configuration, in place of the entry's.
+    """
+    tokenizer = make_tokenizer(enclosing=enclosing)
+    make_model(name, tokenizer, seed, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def random_model(auto: Any, config: Any, seed: int = 0) -> Any:

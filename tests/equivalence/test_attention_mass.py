@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from oracles import behind_cache, cache_of
 from prefixtune.attention import record
 from prefixtune.attention.injection import observe_attention
-from prefixtune.attention.layout import cache_argument
 from prefixtune.attention.record import PrefixMass
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
@@ -31,18 +31,9 @@ def examples_of(random_ids: Make) -> list[TokenizedExample]:
 
 def weights_of(model: Any, ids: list[int], prefix: Prefix) -> list[Tensor]:
     """transformers' attention at the prefix by layer, (Hq, T, P)."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for number, (key, value) in enumerate(prefix.layers["decoder"]):
-        cache.update(key[None], value[None], number)
-    out = model(
-        input_ids=torch.tensor([ids]),
-        attention_mask=torch.ones(1, P + len(ids), dtype=torch.long),
-        position_ids=torch.arange(len(ids))[None] + P,
-        output_attentions=True,
-        **{cache_argument(model): cache},
-    )
+    mask = torch.ones(1, P + len(ids), dtype=torch.long)
+    options = {"attention_mask": mask, "output_attentions": True}
+    out = behind_cache(model, cache_of(prefix), torch.tensor([ids]), P, **options)
     return [weights[0, :, :, :P] for weights in out.attentions]
 
 

@@ -12,21 +12,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import prefixtune as pt
+from oracles import behind_cache, cache_of
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training import beside as beside_module
 from prefixtune.training.beside import Beside
 from prefixtune.training.data import tokenize
 from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
 from prefixtune.training.prepare import prepare
 from prefixtune.training.schedule import optimizer_steps, vary
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.together import RunGroup, begin_together, train_together
+from prefixtune.training.together import RunGroup, begin_together
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
@@ -175,31 +174,6 @@ def test_the_joined_gradient_is_the_sum_of_one_sided_ones(
     assert len(checked) == 3
 
 
-def test_samples_alone_are_those_of_a_run_alone_to_the_bit(
-    tiny_backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backbone = tiny_backbone("llama")
-    monkeypatch.setattr(beside_module, "ALONE_RATE", 1.0)
-
-    def trained(beside: str) -> list[Prefix]:
-        configs = [
-            pt.TrainConfig(
-                prefix_length=length,
-                init_text="abcd",
-                learning_rate=0.01,
-                max_steps=5,
-                batch_size=8,
-                beside=beside,
-                output=str(tmp_path / f"{beside}{length}"),
-            )
-            for length in (2, 3)
-        ]
-        return [result.prefix for result in train_together(configs, backbone=backbone, examples=[EXAMPLES] * 2)]
-
-    for one, other in zip(trained("self"), trained(""), strict=True):
-        assert one.equal(other)
-
-
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_hidden_positions_and_lengths_are_those_of_the_own_part(
     name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
@@ -244,12 +218,8 @@ def visible_losses(backbone: Any, whole: Prefix, kept: list[int], group: Tokeniz
         return batch_loss(backbone, Prefix(shorter), batch)
     losses = []
     for target in group.targets:
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(whole.layers["decoder"]):
-            cache.update(key[None, :, kept], value[None, :, kept], layer)
         ids = torch.tensor([[*group.prompt, *target]])
-        positions = whole.prefix_length + torch.arange(ids.shape[1])[None]
-        logits = backbone.model(input_ids=ids, past_key_values=cache, position_ids=positions).logits[0]
+        logits = behind_cache(backbone.model, cache_of(whole, kept), ids, whole.prefix_length).logits[0]
         first = len(group.prompt) - 1
         losses.append(torch.nn.functional.cross_entropy(logits[first:-1], torch.tensor(target), reduction="none"))
     return torch.cat(losses)

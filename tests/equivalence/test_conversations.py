@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,20 +17,8 @@ from prefixtune.data.encoding import encode_examples
 from prefixtune.data.examples import Example, Message, chat_example
 from prefixtune.data.tokenized import TokenizedExample, epoch_batches
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
-    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-LLAMA_2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = "
-    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}"
-    "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{% if loop.index0 == 0 and system != false %}"
-    "{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}"
-    "{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ bos_token ~ '[INST] ' ~ content.strip() ~ ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ' ~ content | trim ~ ' ' ~ eos_token }}{% endif %}{% endfor %}"
-)
+_TEMPLATES = Path(__file__).parents[1] / "golden" / "templates"
+CHATML, LLAMA_3 = ((_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8") for name in ("chatml", "llama3"))
 # As Qwen3 and DeepSeek-R1 do: only the last answer keeps its thinking.
 THINKING = (
     "{% for message in messages %}{% set content = message.content %}"
@@ -146,7 +135,7 @@ def by_transformers(tokenizer: Any, messages: list[Message], template: str | Non
     return ids
 
 
-@pytest.mark.parametrize("template", ["model", CHATML, LLAMA_2, THINKING, NO_END], ids=lambda text: text[:20])
+@pytest.mark.parametrize("template", ["model", CHATML, LLAMA_3, THINKING, NO_END], ids=lambda text: text[:20])
 def test_ids_are_those_of_transformers(template: str, default_backbone: Any) -> None:
     form = chat_format(default_backbone, template)
     own = None if template == "model" else template
@@ -185,7 +174,7 @@ def long_conversation(num_answers: int) -> list[Message]:
     return [message for pair in pairs for message in pair] + [Message("user", "And now?")]
 
 
-@pytest.mark.parametrize("template", ["model", CHATML, LLAMA_2, THINKING], ids=lambda text: text[:20])
+@pytest.mark.parametrize("template", ["model", CHATML, LLAMA_3, THINKING], ids=lambda text: text[:20])
 def test_the_work_for_a_conversation_grows_with_its_length(
     template: str, default_backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,22 +203,6 @@ def test_what_follows_a_turn_that_is_too_long_is_dropped(default_backbone: Any) 
     example = chat_example([*messages, Message("assistant", ANSWER)])
     dataset = encode_examples(default_backbone, [example], form, prefix_length=0, max_length=limit)
     assert (dataset.num_dropped_turns, len(dataset.examples[0].turns)) == (13 - 5, 5)
-
-
-def test_a_packed_conversation_is_the_whole_text(default_backbone: Any) -> None:
-    form = chat_format(default_backbone, "model")
-    example = chat_example([*CHAT, Message("assistant", ANSWER)])
-    dataset = encode_examples(default_backbone, [example], form, prefix_length=10)
-    (packed,) = dataset.examples
-    assert (dataset.num_targets, dataset.num_unpacked, dataset.origins) == (3, 0, ())
-    whole = by_transformers(default_backbone.tokenizer, [*CHAT, Message("assistant", ANSWER)], None, opens=False)
-    ids = [*packed.prompt, *packed.targets[0]]
-    # The template's line break after the last end of turn is no label, and nothing follows it.
-    assert ids == whole[: len(ids)]
-    assert default_backbone.tokenizer.decode(whole[len(ids) :]) == "\n"
-    texts = [default_backbone.tokenizer.decode(packed.targets[0][first:stop]) for first, stop in packed.turns]
-    answers = [message.content for message in CHAT if message.role == "assistant"]
-    assert texts == [f"{answer}<|im_end|>" for answer in (*answers, ANSWER)]
 
 
 def test_turns_that_are_rewritten_are_examples_of_their_own(default_backbone: Any) -> None:

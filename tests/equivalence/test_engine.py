@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,49 +11,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_runs import DECODERS_OF_THE_ZOO, alone, ids
+from engine_runs import DECODERS_OF_THE_ZOO, ENCODER_DECODERS_OF_THE_ZOO, alone, ids
 from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.data.encoding import encode_prompts
 from prefixtune.engine.attention import StepAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.inference.generate import generate
 from prefixtune.inference.prompts import newline_tokens
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.detokenizer import Detokenizer
 from tools.models_sweep import make_tiny
 
 NEW = 10
-PLAIN = TextFormat()
 
 
 @pytest.fixture
 def llama(made: Callable[[str], Backbone]) -> Backbone:
     return made("llama")
-
-
-@pytest.fixture
-def requests(random_ids: Any, random_prefix: Any) -> Callable[..., list[Request]]:
-    """Seven requests: prompts of 1 to 30 tokens, prefixes of three lengths and none."""
-
-    def make(backbone: Backbone, **rules: Any) -> list[Request]:
-        lengths = {6: (7, 30), 3: (2,), 0: (9, 1), 1: (5, 14)}
-        prefixes = {P: random_prefix(backbone, P, P).detach() if P else None for P in lengths}
-        sampling = SamplingParams(**{"max_new_tokens": NEW, **rules})
-        return [
-            Request(tuple(random_ids(count, count)), prefixes[P], sampling)
-            for P, counts in lengths.items()
-            for count in counts
-        ]
-
-    return make
 
 
 def finish(engine: Engine) -> list[SequenceOutput]:
@@ -74,11 +51,18 @@ def by_text(outputs: list[SequenceOutput]) -> dict[tuple[str, int], list[int]]:
 # --- the same tokens as alone ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", *DECODERS_OF_THE_ZOO])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "gpt2", "mistral", *DECODERS_OF_THE_ZOO),
+        *("bart", "pegasus", "t5", "t5_gated", *ENCODER_DECODERS_OF_THE_ZOO),
+    ],
+)
 def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests: Any):
     backbone = made(name)
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
+    assert len({tuple(row) for row in expected}) > len(expected) / 2, "the requests must differ"
     # Fewer slots than texts, and prompts in pieces: texts join while others are being written.
     engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
     found = engine.run(asked)
@@ -176,30 +160,14 @@ def test_texts_side_by_side_are_attended_to_together_or_alone(
     assert (together > 0) == (overhead > 0)
 
 
-def test_slots_that_ended_leave_holes_which_change_nothing(llama: Backbone, requests: Any):
-    asked = requests(llama)
-    # Every other text is short, so that slots between those in use are empty.
-    asked = [
-        Request(r.prompt, r.prefix, SamplingParams(max_new_tokens=2 if n % 2 else 20), id=f"hole-{n}")
-        for n, r in enumerate(asked)
-    ]
-    engine = Engine(llama, EngineConfig(num_slots=len(asked)))
-    for request in asked:
-        engine.add(request)
-    outputs, holes = [], False
-    while engine.busy:
-        outputs += engine.step()
-        used = [text.slot for text in engine.running_sequences()]
-        holes |= bool(used) and used != list(range(len(used)))
-    assert holes
-    assert by_text(outputs) == {(request.id, 0): alone(llama, request) for request in asked}
-
-
-POOL_PROMPTS, POOL_PREFIXES = (1, 2, 5, 11, 19, 34), (0, 1, 4, 9)
+PREFIXES: dict[str, tuple[dict[str, int], ...]] = {
+    "decoder": ({}, {"decoder": 1}, {"decoder": 4}, {"decoder": 9}),
+    "encoder-decoder": ({}, {"encoder": 4, "decoder": 3, "cross": 5}, {"decoder": 6}, {"encoder": 2, "cross": 7}),
+}
 one_request = st.fixed_dictionaries(
     {
-        "prompt": st.sampled_from(POOL_PROMPTS),
-        "prefix": st.sampled_from(POOL_PREFIXES),
+        "prompt": st.sampled_from((1, 2, 5, 11, 19, 34)),
+        "prefix": st.integers(0, 3),
         "new": st.integers(1, NEW),
         "n": st.sampled_from([1, 1, 1, 2]),
         "tenant": st.sampled_from(["a", "b", "c"]),
@@ -209,24 +177,7 @@ one_request = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module")
-def pool(made: Any, random_ids: Any, random_prefix: Any) -> Callable[..., Any]:
-    """Prompts, prefixes and what becomes of them alone, each worked out once."""
-
-    @functools.cache
-    def prefix(name: str, length: int) -> Prefix | None:
-        return random_prefix(made(name), length, length).detach() if length else None
-
-    @functools.cache
-    def look_up(name: str, prompt: int, length: int) -> tuple[tuple[int, ...], Prefix | None, list[int]]:
-        text = tuple(random_ids(prompt, prompt))
-        request = Request(text, prefix(name, length), SamplingParams(max_new_tokens=NEW))
-        return text, request.prefix, alone(made(name), request)
-
-    return look_up
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "bart", "t5"])
 @settings(
     max_examples=12,
     deadline=None,
@@ -249,46 +200,47 @@ def test_any_schedule_gives_what_each_text_gives_alone(
     positions: int,
     page: int,
     made: Any,
-    pool: Any,
+    random_ids: Any,
+    random_prefix: Any,
 ):
     backbone = made(name)
     each = sum(shape.size for shape in backbone.geometry["decoder"]) * backbone.dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prefixtune.engine.model_runner.PAGE", page)
-        # In little memory, texts wait for one another.
-        patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
+        if backbone.kind == "decoder":
+            # In little memory, texts wait for one another.
+            patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
         engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
     outputs, cancelled, expected = [], {}, {}
     for number, one in enumerate(asked):
         for _ in range(one["wait"]):
             outputs += engine.step()
-        text, prefix, written = pool(name, one["prompt"], one["prefix"])
-        sampling = SamplingParams(max_new_tokens=one["new"])
-        engine.add(Request(text, prefix, sampling, n=one["n"], tenant=one["tenant"], id=f"r{number}"))
-        for index in range(one["n"]):
-            expected[f"r{number}", index] = written[: one["new"]]
+        lengths = PREFIXES[backbone.kind][one["prefix"]]
+        prefix = random_prefix(backbone, lengths, one["prefix"]).detach() if lengths else None
+        prompt, most = tuple(random_ids(one["prompt"], one["prompt"])), SamplingParams(max_new_tokens=one["new"])
+        request = Request(prompt, prefix, most, n=one["n"], tenant=one["tenant"], id=f"r{number}")
+        engine.add(request)
+        expected |= {(request.id, index): alone(backbone, request) for index in range(one["n"])}
         if one["cancelled_after"] is not None:
-            cancelled[f"r{number}"] = one["cancelled_after"]
+            cancelled[request.id] = one["cancelled_after"]
     steps = 0
     while engine.busy:
-        for request, after in cancelled.items():
+        for request_id, after in cancelled.items():
             if after == steps:
-                engine.cancel(request)
+                engine.cancel(request_id)
         outputs += engine.step()
         steps += 1
         assert steps < 1000
-    ended = [(output.request_id, output.index, output.finish_reason) for output in outputs if output.finish_reason]
-    assert sorted(ended[n][:2] for n in range(len(ended))) == sorted(expected), "every text ends once"
+    ended = {(output.request_id, output.index): output.finish_reason for output in outputs if output.finish_reason}
+    assert len(ended) == sum(output.finish_reason is not None for output in outputs), "every text ends once"
     found = by_text(outputs)
-    for request, index, reason in ended:
-        whole = expected[request, index]
-        if reason == "cancelled":
-            assert found[request, index] == whole[: len(found[request, index])]
-        else:
-            assert found[request, index] == whole
-    assert len(engine.running_sequences()) == engine.num_waiting == engine.runner.caches[0].used_bytes == 0
-    (cache,) = engine.runner.caches
-    assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
+    assert ended.keys() == found.keys() == expected.keys()
+    for key, reason in ended.items():
+        assert found[key] == (expected[key][: len(found[key])] if reason == "cancelled" else expected[key])
+    assert len(engine.running_sequences()) == engine.num_waiting == 0
+    for cache in engine.runner.caches:
+        assert not cache.used_bytes
+        assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
 
 
 def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
@@ -330,17 +282,14 @@ def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, reques
             assert token.id == token.top_logprobs[0][0]
 
 
-@pytest.mark.parametrize("max_prompt_logits", [3])
-def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(
-    llama: Backbone, requests: Any, random_ids: Any, max_prompt_logits: int
-):
+def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, requests: Any, random_ids: Any):
     asked = requests(llama, prompt_logprobs=3) + requests(llama, prompt_logprobs=0, max_new_tokens=0)
     asked += [
         *requests(llama),
         Request(tuple(random_ids(40, 1)), None, SamplingParams(prompt_logprobs=2, max_new_tokens=4), n=3),
     ]
     engine = Engine(llama, EngineConfig(num_slots=3, prefill_tokens=6))
-    engine.scheduler.max_prompt_logits = max_prompt_logits
+    engine.scheduler.max_prompt_logits = 3
     for request, outputs in zip(asked, engine.run(asked), strict=True):
         params = request.sampling
         for output in outputs:
@@ -378,18 +327,13 @@ def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama: Bac
     assert sum(rows) >= 3 * 99
 
 
-def test_a_prompt_with_nan_fails_alone(llama: Backbone, requests: Any, random_prefix: Any):
-    nan = float("nan")
-    broken = Prefix(
-        {"decoder": tuple((key * nan, value) for key, value in random_prefix(llama, 2, 5).layers["decoder"])}
-    )
-    sampling = SamplingParams(prompt_logprobs=0, max_new_tokens=0)
-    asked = [Request((1, 2, 3), prefix, sampling) for prefix in (broken, None)]
-    (bad,), (good,) = Engine(llama).run(asked)
-    assert bad.finish_reason == "error"
-    assert "not finite" in bad.error
-    assert good.finish_reason == "length"
-    assert len(good.prompt_tokens) == 3
+def test_texts_of_a_prompt_with_nan_fail_and_no_others(llama: Backbone, random_ids: Any, random_prefix: Any):
+    bad = broken(random_prefix(llama, 2, 5).detach(), float("nan"))
+    sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
+    asked = [Request(tuple(random_ids(6)), prefix, sampling, n=2) for prefix in (bad, None)]
+    failed, good = Engine(llama).run(asked)
+    assert [output.finish_reason for output in failed] == ["error", "error"]
+    assert [(output.finish_reason, len(output.prompt_tokens)) for output in good] == [("length", 6)] * 2
 
 
 def test_the_longest_prompt_without_new_tokens(llama: Backbone):
@@ -412,29 +356,27 @@ def ending(made: Any, random_ids: Any) -> Request:
     raise AssertionError("no text of the tiny model ends")
 
 
-def test_the_end_token_ends_a_text_and_is_left_out(llama: Backbone, ending: Request):
-    (output,) = Engine(llama).run([ending])[0]
-    assert output.finish_reason == "stop"
-    assert ids(output) == alone(llama, ending)
-    assert llama.eos_id not in ids(output)
-
-
-def test_rules_give_what_generate_gives_with_them(llama: Backbone, ending: Request, requests: Any):
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_rules_give_what_generate_gives_with_them(name: str, made: Any, ending: Request, requests: Any):
+    backbone = made(name)
     rules: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
         ({"min_new_tokens": NEW}, {"min_new_tokens": NEW}),
         ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
-        ({"banned": tuple(newline_tokens(llama))}, {"ban_newlines": True}),
+        ({"banned": tuple(newline_tokens(backbone))}, {"ban_newlines": True}),
     ]
     # All in one batch, beside texts without rules.
     asked, expected = [], []
-    for ours, theirs in [({}, {}), *rules]:
-        for request in (*requests(llama)[:4], ending):
+    for ours, theirs in rules:
+        for request in (ending, *requests(backbone)[:4]):
             asked.append(Request(request.prompt, request.prefix, SamplingParams(max_new_tokens=NEW, **ours)))
-            expected.append(alone(llama, request, **theirs))
-    assert len({tuple(row) for row in expected}) > len(expected) / 2, "the rules must change something"
-    assert [ids(output) for (output,) in Engine(llama).run(asked)] == expected
-    (exactly,) = Engine(llama).run([Request(ending.prompt, None, SamplingParams(max_new_tokens=25, min_new_tokens=25))])
-    assert len(exactly[0].tokens) == 25
+            expected.append(alone(backbone, request, **theirs))
+    assert all(expected[:5] != expected[5 * number : 5 * number + 5] for number in (1, 2, 3)), "each rule must matter"
+    outputs = [output for (output,) in Engine(backbone).run(asked)]
+    assert [ids(output) for output in outputs] == expected
+    if name == "llama":
+        # The end token ends a text and is left out.
+        assert (outputs[0].finish_reason, len(outputs[5].tokens)) == ("stop", NEW)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}])
@@ -486,89 +428,7 @@ def test_texts_of_one_request_compute_its_prompt_once(
     assert together - once == 3 * max(1, new)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def streamed(backbone: Backbone, asked: list[Request], **config: Any) -> dict[str, list[SequenceOutput]]:
-    engine = Engine(backbone, EngineConfig(**config))
-    for request in asked:
-        engine.add(request)
-    news: dict[str, list[SequenceOutput]] = {request.id: [] for request in asked}
-    for output in finish(engine):
-        news[output.request_id].append(output)
-    return news
-
-
-def texts_of(backbone: Backbone, random_prefix: Any) -> list[tuple[str, Prefix | None, int]]:
-    """Texts, prefixes and seeds whose continuations hold broken characters and white space of all kinds."""
-    return [
-        (f"text {number} é", random_prefix(backbone, 3, number).detach() if number % 2 else None, number)
-        for number in range(4)
-    ]
-
-
-def test_pieces_joined_are_what_generate_returns(llama: Backbone, random_prefix: Any):
-    wanted = texts_of(llama, random_prefix)
-    expected = [generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=40)[0] for text, prefix, _ in wanted]
-    asked = [
-        Request(tuple(encode_prompts(llama, PLAIN, [text])[0]), prefix, SamplingParams(max_new_tokens=40))
-        for text, prefix, _ in wanted
-    ]
-    news = streamed(llama, asked, num_slots=5)
-    for request, whole in zip(asked, expected, strict=True):
-        pieces = [output.text for output in news[request.id]]
-        assert "".join(pieces) == whole
-        assert len(pieces) == len(alone(llama, request)) or news[request.id][-1].finish_reason == "stop"
-    assert any("\ufffd" in whole for whole in expected), "there must be bytes that are no characters"
-
-
-def test_stop_strings_stop_where_generate_stops(llama: Backbone, random_prefix: Any):
-    found = 0
-    for text, prefix, _ in texts_of(llama, random_prefix):
-        prompt = tuple(encode_prompts(llama, PLAIN, [text])[0])
-        whole = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30)[0]
-        # One token is one byte, so that every stop string of several letters spans tokens.
-        for stop in (whole[4:7], whole[-1:]):
-            if not stop or "\ufffd" in stop:
-                continue
-            expected = generate(llama, [text], prefix, text_format=PLAIN, max_new_tokens=30, stop=stop)[0]
-            request = Request(prompt, prefix, SamplingParams(max_new_tokens=30, stop=(stop, "never there")))
-            news = streamed(llama, [request])[request.id]
-            assert "".join(output.text for output in news) == expected
-            assert all(stop not in "".join(o.text for o in news[:n]) for n in range(len(news) + 1))
-            assert [ids(o)[0] for o in news if o.tokens] == alone(llama, request, stop=stop)
-            assert news[-1].finish_reason == "stop"
-            found += 1
-    assert found > 3
-
-
 # --- several texts, leaving, failing ---------------------------------------------------------------------------------
-
-
-def test_several_texts_of_one_request(llama: Backbone, requests: Any):
-    one = requests(llama)[0]
-    asked = Request(one.prompt, one.prefix, SamplingParams(max_new_tokens=NEW, temperature=1.5), n=4)
-    outputs = Engine(llama, EngineConfig(num_slots=3)).run([asked])[0]
-    assert [output.index for output in outputs] == [0, 1, 2, 3]
-    assert len({tuple(ids(output)) for output in outputs}) == 4
-
-
-def test_a_request_given_up_frees_its_slot_before_the_next_step(llama: Backbone, requests: Any):
-    first, second, third = requests(llama)[:3]
-    engine = Engine(llama, EngineConfig(num_slots=1))
-    for request in (first, second, third):
-        engine.add(request)
-    engine.step()
-    engine.cancel(first.id)
-    engine.cancel(third.id)
-    engine.cancel("unknown")
-    outputs = engine.step()
-    reported = {output.request_id: output.finish_reason for output in outputs}
-    assert reported == {first.id: "cancelled", third.id: "cancelled", second.id: None}
-    assert [text.request.id for text in engine.running_sequences()] == [second.id]
-    assert [token for output in (*outputs, *finish(engine)) for token in ids(output)] == alone(llama, second)
-    engine.cancel(first.id)
-    assert not engine.busy
 
 
 def test_a_text_whose_token_cannot_be_decoded_fails_alone(
@@ -672,29 +532,15 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         EngineConfig(num_slots=0, prefill_tokens=-1)
 
 
-def test_a_decoder_only_models_requests_are_not_tokenized(
-    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
-    good = requests(llama)[0]
-    expected = alone(llama, good)
-    monkeypatch.setattr(type(llama.tokenizer), "__call__", None)
-    assert ids(Engine(llama).run([good])[0][0]) == expected
-
-
-def test_a_run_that_is_refused_leaves_nothing_behind(llama: Backbone, requests: Any):
-    good = requests(llama)[0]
-    engine = Engine(llama)
-    with pytest.raises(PrefixError):
-        engine.run([good, Request((10_000,))])
-    assert not engine.busy
-    assert ids(engine.run([good])[0][0]) == alone(llama, good)
-
-
-def test_a_run_is_refused_while_the_engine_has_other_requests(llama: Backbone, requests: Any):
+def test_a_run_is_all_or_nothing(llama: Backbone, requests: Any):
     first, second = requests(llama)[:2]
     engine = Engine(llama)
+    with pytest.raises(PrefixError):
+        engine.run([first, Request((10_000,))])
+    assert not engine.busy
     engine.add(first)
-    with pytest.raises(RequestError, match="outputs would be lost"):
+    # The outputs of what runs already would be lost.
+    with pytest.raises(RequestError):
         engine.run([second])
     assert finish(engine)[-1].request_id == first.id
     assert ids(engine.run([second])[0][0]) == alone(llama, second)
@@ -728,26 +574,3 @@ def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer: Any)
     assert backbone.layout.repeats
     with pytest.raises(BackboneError, match="runs a layer several times in one pass"):
         Engine(backbone)
-
-
-def test_several_texts_of_a_prompt_with_nan_all_fail(llama: Backbone, random_ids: Any, random_prefix: Any):
-    nan = float("nan")
-    bad = Prefix({"decoder": tuple((key * nan, value) for key, value in random_prefix(llama, 2, 5).layers["decoder"])})
-    sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
-    (outputs,) = Engine(llama).run([Request(tuple(random_ids(6)), bad, sampling, n=2)])
-    assert [output.finish_reason for output in outputs] == ["error", "error"]
-
-
-def test_a_step_that_fails_ends_its_texts_and_no_later_ones(
-    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
-    asked = requests(llama)
-    engine = Engine(llama, EngineConfig(num_slots=3))
-    with monkeypatch.context() as patch:
-        patch.setattr(ModelRunner, "forward", lambda *_: 1 / 0)
-        for request in asked:
-            engine.add(request)
-        failed = engine.step()
-    assert [(output.finish_reason, "ZeroDivisionError" in output.error) for output in failed] == [("error", True)] * 3
-    found = by_text(finish(engine))
-    assert found == {(request.id, 0): alone(llama, request) for request in asked[3:]}

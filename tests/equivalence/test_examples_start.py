@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from torch.nn import functional as F
 
 import prefixtune as pt
-from prefixtune.attention.layout import cache_argument
+from oracles import behind_cache, cache_of
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
@@ -19,7 +19,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.data import tokenize
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.starts.examples import from_examples
-from zoo import make_model
 
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.", f"so {word}.")) for word in ("ab", "cde", "fg", "hijk")]
 NO_WINDOW = ("gpt2", "llama", "opt", "gpt_neox", "qwen3")
@@ -38,17 +37,6 @@ def without(prefix: Prefix, first: int, stop: int, sites: tuple[str, ...]) -> Pr
         for site, pairs in prefix.layers.items()
     }
     return Prefix(layers)
-
-
-def logits_behind(backbone: Backbone, prefix: Prefix, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits of a text at given positions, with the prefix in transformers' own cache, as if it had been read."""
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(prefix.layers["decoder"]):
-        cache.update(key[None], value[None], layer)
-    mask = torch.ones(1, prefix.length() + ids.shape[1], dtype=torch.long)
-    with torch.no_grad():
-        call = {"attention_mask": mask, "position_ids": positions, cache_argument(backbone.model): cache}
-        return backbone.model(ids, **call).logits.float()
 
 
 def start_of(backbone: Backbone, **options: Any) -> tuple[Any, Prefix]:
@@ -103,19 +91,12 @@ def test_leave_one_out_is_a_prefix_without_the_block(family: str, made: Any, ass
     expected = []
     for target in example.targets:
         ids = torch.tensor([[*example.prompt, *target]])
-        positions = torch.arange(ids.shape[1])[None] + prefix.length()
-        scores = torch.log_softmax(logits_behind(backbone, cut, ids, positions), -1)[0]
-        start = len(example.prompt)
-        expected += [-scores[start + at - 1, token] for at, token in enumerate(target)]
-    assert_same(own, torch.stack(expected))
-
-
-def test_leave_one_out_in_padded_rows_is_that_in_a_packed_row(family: str, made: Any, assert_same: Any):
-    backbone = made(family)
-    data, prefix = start_of(backbone)
-    examples = data.train.examples
-    padded = batch_loss(backbone, prefix, pad(examples, pad_id=backbone.pad_id))
-    assert_same(padded, batch_loss(backbone, prefix, collate(backbone, examples)))
+        with torch.no_grad():
+            logits = behind_cache(backbone.model, cache_of(cut), ids, prefix.length()).logits[0]
+        expected.append(F.cross_entropy(logits[len(example.prompt) - 1 : -1], torch.tensor(target), reduction="none"))
+    assert_same(own, torch.cat(expected))
+    padded = batch_loss(backbone, prefix, pad([example], pad_id=backbone.pad_id))
+    assert_same(padded, own)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "m2m_100"])
@@ -151,9 +132,9 @@ class TestEncoderDecoder:
 
 
 @pytest.mark.parametrize("name", ["jamba", "bamba"])
-def test_leave_one_out_where_rows_are_padded(name: str, tiny_tokenizer: Any, assert_same: Any):
+def test_leave_one_out_where_rows_are_padded(name: str, made: Any, assert_same: Any):
     """A model that reads no packed rows, as its other layers mix all positions of a row."""
-    backbone = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, f"tiny-{name}")
+    backbone = made(name)
     assert not backbone.layout.packable
     torch.manual_seed(0)
     data, prefix = start_of(backbone)

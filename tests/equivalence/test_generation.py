@@ -1,4 +1,4 @@
-"""Cached decoding against recomputation, greedy and with beams; mixed batches against each row; what users set."""
+"""Mixed batches with a cache against recomputing each row, greedy and with beams; and what users set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from oracles import beams_by_recomputation, greedy_by_recomputation, make_end_likely
 from patching import replace_everywhere
-from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.request import Token
 from prefixtune.engine.sampler import sample
 from prefixtune.errors import BackboneError, ConfigError, RequestError
@@ -24,133 +23,57 @@ from prefixtune.prefix.text_format import TextFormat
 NEW = 12
 
 
-@pytest.fixture(params=("gpt2", "llama", "mistral", "opt"))
-def family(request: pytest.FixtureRequest) -> str:
-    """Learned positions, rotary ones, a window, and positions that come from the mask."""
-    return str(request.param)
-
-
-def cut(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
-
-
-@torch.no_grad()
-def greedy_by_recomputation(backbone: Any, prompt: list[int], prefix: Any, count: int = NEW) -> list[int]:
-    """The likeliest token again and again, each time running the whole text with the prefix injected."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(backbone.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1].argmax()))
-        if ids[-1] == backbone.eos_id:
-            break
-    return cut(ids[len(prompt) :], backbone.eos_id)
-
-
-@pytest.fixture
-def beams_by_recomputation(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """transformers' beam search over a forward that has no cache and takes the prefix by injection."""
-
-    def search(backbone: Any, prompt: list[int], prefix: Any, **options: Any) -> list[int]:
-        model, original, calls = backbone.model, backbone.model.forward, []
-
-        def recompute(input_ids: Any, attention_mask: Any = None, **_: Any) -> Any:
-            calls.append(input_ids.shape)
-            with monkeypatch.context() as patch:
-                patch.setattr(model, "forward", original)
-                return forward_with_prefixes(model, backbone.layout, input_ids, attention_mask, prefixes=prefix)
-
-        ids = torch.tensor([prompt])
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(model, "forward", recompute)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                use_cache=False,
-                do_sample=False,
-                pad_token_id=backbone.pad_id,
-                eos_token_id=backbone.eos_id,
-                **options,
-            )
-        assert calls[-1][1] > len(prompt), "the oracle must have seen the whole text at every step"
-        return cut(output[0, len(prompt) :].tolist(), backbone.eos_id)
-
-    return search
-
-
-@pytest.fixture
-def requests(backbone: Any, random_prefix: Any, random_ids: Any) -> tuple[list[list[int]], list[Any]]:
-    """Five prompts of unequal length, prefixes of three lengths and None; longer than the tiny Mistral's window."""
-    prefixes = [
-        random_prefix(backbone, 6, 1),
-        random_prefix(backbone, 3, 2),
+DECODERS = ("gpt2", "llama", "mistral", "opt")
+"""Learned positions, rotary ones, a window, and positions that come from the mask."""
+ENCODER_DECODERS = ("bart", "mbart", "pegasus", "t5", "t5_gated", "m2m_100")
+SITES = {"encoder": 4, "decoder": 3, "cross": 5}
+LENGTHS: dict[str, tuple[Any, ...]] = {
+    "decoder": (6, 3, None, 1, 6),
+    "encoder-decoder": (
+        SITES,
+        {"encoder": 1, "decoder": 6, "cross": 2},
         None,
-        random_prefix(backbone, 1, 3),
-        random_prefix(backbone, 6, 4),
-    ]
-    return [random_ids(count, count) for count in (7, 2, 9, 5, 1)], prefixes
+        {"cross": 3},
+        {"decoder": 2, "encoder": 7},
+    ),
+}
 
 
-def test_greedy_is_recomputation(backbone: Any, requests: Any):
-    prompts, prefixes = requests
+@pytest.fixture
+def requests(random_prefix: Any, random_ids: Any) -> Callable[[Any], list[tuple[list[int], Any]]]:
+    """Prompts, some longer than Mistral's window; prefixes of several lengths and sites, and none."""
+
+    def make(backbone: Any) -> list[tuple[list[int], Any]]:
+        return [
+            (random_ids(count, count), None if length is None else random_prefix(backbone, length, seed))
+            for seed, (count, length) in enumerate(zip((7, 2, 12, 5, 1), LENGTHS[backbone.kind], strict=True), 1)
+        ]
+
+    return make
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
+def test_greedy_is_recomputation(name: str, tiny_backbone: Any, requests: Any):
+    backbone = tiny_backbone(name)
+    asked = requests(backbone)
+    prompts, prefixes = ([request[part] for request in asked] for part in (0, 1))
     outputs = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=NEW))
-    expected = [greedy_by_recomputation(backbone, *request) for request in zip(prompts, prefixes, strict=True)]
-    assert outputs == expected
+    assert outputs == [greedy_by_recomputation(backbone, *request, NEW) for request in asked]
     bare = generate_ids(backbone, prompts, [None] * 5, config=GenerateConfig(max_new_tokens=NEW))
     assert [a != b for a, b in zip(outputs, bare, strict=True)] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, -1.0])
+@pytest.mark.parametrize("name", [*DECODERS, "bart", "pegasus", "t5", "m2m_100"])
 def test_beams_are_recomputation(
-    length_penalty: float, backbone: Any, requests: Any, beams_by_recomputation: Callable[..., list[int]]
+    name: str, length_penalty: float, tiny_backbone: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    prompts, prefixes = requests
-    options = {"max_new_tokens": 8, "num_beams": 3, "length_penalty": length_penalty}
-    # An end token that is now and then likely lets beams end at different lengths.
-    make_end_likely(backbone, 0.5)
+    backbone = tiny_backbone(name)
+    make_end_likely(backbone)
+    asked, options = requests(backbone), {"max_new_tokens": 8, "num_beams": 3, "length_penalty": length_penalty}
+    prompts, prefixes = ([request[part] for request in asked] for part in (0, 1))
     outputs = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(**options))
-    assert outputs == [
-        beams_by_recomputation(backbone, p, q, **options) for p, q in zip(prompts, prefixes, strict=True)
-    ]
-
-
-def make_end_likely(backbone: Any, strength: float) -> None:
-    with torch.no_grad():
-        head = backbone.model.get_output_embeddings().weight
-        head[backbone.eos_id] += strength * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
-
-
-@torch.no_grad()
-def log_probability(backbone: Any, prompt: list[int], output: list[int], prefix: Any) -> float:
-    logits = backbone.forward(torch.tensor([[*prompt, *output]]), prefixes=prefix).logits[0]
-    picked = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(output)[:, None])
-    return float(picked.sum())
-
-
-def test_beams_find_what_is_at_least_as_likely_as_greedy(backbone: Any, requests: Any):
-    prompts, prefixes = requests
-    with torch.no_grad():
-        backbone.model.get_output_embeddings().weight[backbone.eos_id] = 0.0
-    wide = generate_ids(backbone, prompts, prefixes, config=GenerateConfig(max_new_tokens=2, num_beams=105))
-    for prompt, prefix, beams in zip(prompts, prefixes, wide, strict=True):
-        # With as many beams as tokens, two steps of beam search are an exhaustive search.
-        first = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0, -1].log_softmax(-1)
-        pairs = torch.tensor([[*prompt, token] for token in range(105)])
-        second = backbone.forward(pairs, prefixes=prefix).logits[:, -1].log_softmax(-1)
-        total = first[:, None] + second
-        total[:, backbone.eos_id] = total[backbone.eos_id] = -torch.inf
-        assert log_probability(backbone, prompt, beams, prefix) == pytest.approx(float(total.detach().max()), rel=1e-4)
-
-
-@pytest.mark.parametrize(("num_beams", "batch_size"), [(1, 2), (3, 16)])
-def test_a_mixed_batch_is_each_row_alone(num_beams: int, batch_size: int, backbone: Any, requests: Any):
-    prompts, prefixes = requests
-    config = GenerateConfig(max_new_tokens=NEW, num_beams=num_beams, batch_size=batch_size)
-    together = generate_ids(backbone, prompts, prefixes, config=config)
-    alone = [
-        generate_ids(backbone, [prompt], [prefix], config=config)[0]
-        for prompt, prefix in zip(prompts, prefixes, strict=True)
-    ]
-    assert together == alone
-    assert len({tuple(ids) for ids in together}) == 5
+    assert outputs == [beams_by_recomputation(backbone, *request, monkeypatch, **options) for request in asked]
 
 
 @pytest.mark.parametrize("name", ["lfm2", "jamba"])
@@ -208,17 +131,6 @@ def test_sampling_from_the_likeliest_alone_is_greedy(llama: Any, random_prefix: 
     assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, seed=0) != greedy
 
 
-def test_min_new_tokens_holds_the_end_back(llama: Any, random_prefix: Any, random_ids: Any):
-    prefix, prompt = random_prefix(llama, 4), random_ids(6)
-    with torch.no_grad():
-        last = llama.forward(torch.tensor([prompt]), prefixes=prefix).logits[0, -1]
-        head = llama.model.get_output_embeddings().weight
-        head[llama.eos_id] = 20 * head[int(last.argmax())]
-    assert generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9)) == [[]]
-    (held,) = generate_ids(llama, [prompt], [prefix], config=GenerateConfig(max_new_tokens=9, min_new_tokens=5))
-    assert 5 <= len(held) <= 9
-
-
 def plain_pieces(text: str, size: int) -> list[str]:
     """Pieces of a text, all of visible ASCII."""
     return re.findall(rf"[!-~]{{{size}}}", text)
@@ -233,18 +145,6 @@ def test_stop_strings_end_an_output_and_are_left_out(llama: Any, random_prefix: 
     wanted = [text[: min((p for s in stop if (p := text.find(s)) >= 0), default=len(text))].strip() for text in whole]
     assert stopped == wanted
     assert all(len(one) < len(other) for one, other in zip(stopped[:2], whole[:2], strict=True))
-
-
-def test_a_stopped_row_ends_while_others_go_on(llama: Any, random_prefix: Any, random_ids: Any):
-    """A row that stops early must not be filled up with padding in its ids."""
-    prompts, prefixes = [random_ids(5, n) for n in range(3)], [random_prefix(llama, 4, seed) for seed in range(3)]
-    free = generate_ids(llama, prompts, prefixes, config=GenerateConfig(max_new_tokens=15))
-    stop = plain_pieces(llama.decode(free[0]), 2)[0]
-    config = GenerateConfig(max_new_tokens=15, stop=(stop,))
-    together = generate_ids(llama, prompts, prefixes, config=config)
-    alone = [generate_ids(llama, [p], [q], config=config)[0] for p, q in zip(prompts, prefixes, strict=True)]
-    assert together == alone
-    assert len(together[0]) < 15
 
 
 def test_a_stop_string_ends_beams(llama: Any, random_prefix: Any, random_ids: Any):
@@ -280,33 +180,6 @@ def test_line_breaks_can_be_banned(llama: Any, random_prefix: Any):
     banned = generate(llama, TEXTS, prefix, **options, ban_newlines=True)
     assert not any(mark in text for text in banned for mark in "\n\r")
     assert any(banned)
-
-
-def test_repetition_penalty_does_not_see_the_padding(
-    llama: Any, random_prefix: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-):
-    """Where padding is the end token, as in GPT-2, a penalized end token would make outputs longer."""
-    monkeypatch.setattr(Backbone, "pad_id", llama.eos_id)
-    prompts = [random_ids(count, count) for count in (3, 11)]
-    prefixes = [random_prefix(llama, 5, 1), random_prefix(llama, 2, 2)]
-    penalty, count = 1.3, 15
-    make_end_likely(llama, 0.5)
-
-    @torch.no_grad()
-    def expected(prompt: list[int], prefix: Any) -> list[int]:
-        ids = list(prompt)
-        for _ in range(count):
-            logits = llama.forward(torch.tensor([ids]), prefixes=prefix).logits[0, -1]
-            seen = torch.tensor(sorted(set(ids)))
-            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-            ids.append(int(logits.argmax()))
-            if ids[-1] == llama.eos_id:
-                break
-        return cut(ids[len(prompt) :], llama.eos_id)
-
-    config = GenerateConfig(max_new_tokens=count, repetition_penalty=penalty)
-    outputs = generate_ids(llama, prompts, prefixes, config=config)
-    assert outputs == [expected(prompt, prefix) for prompt, prefix in zip(prompts, prefixes, strict=True)]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 4}, {"stop": ("e", "0")}, {"min_new_tokens": 30}])
@@ -397,9 +270,11 @@ def test_the_last_position_can_be_used(llama: Any, random_prefix: Any, random_id
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_batch_may_hold_more_slots_than_a_row_has_positions(
-    num_beams: int, backbone: Any, random_prefix: Any, random_ids: Any
+    name: str, num_beams: int, tiny_backbone: Any, random_prefix: Any, random_ids: Any
 ):
+    backbone = tiny_backbone(name)
     prompts, prefixes = [random_ids(5, 1), random_ids(140, 2)], [random_prefix(backbone, 100), None]
     assert backbone.max_positions < 100 + 140 + 6
     config = GenerateConfig(max_new_tokens=6, num_beams=num_beams)
@@ -441,14 +316,3 @@ def test_results_keep_the_order_and_progress_is_reported(num_beams: int, llama: 
     outputs = generate(llama, texts, prefix, batch_size=2, on_batch=done.append, **options)
     assert outputs == [generate(llama, [text], prefix, **options)[0] for text in texts]
     assert done == [1, 2, 3, 4, 5]
-
-
-def test_wrong_options_are_reported_all_at_once():
-    with pytest.raises(ConfigError) as error:
-        GenerateConfig(max_new_tokens=0, top_p=0.0, stop=("",))
-    for name in ("max_new_tokens", "top_p", "stop"):
-        assert name in error.value.message
-    with pytest.raises(ConfigError, match="num_beams"):
-        GenerateConfig(num_beams=2, temperature=1.0)
-    with pytest.raises(ConfigError, match="max_new_tokens"):
-        GenerateConfig(max_new_token=3)

@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prefixtune.attention.layout import cache_argument
-from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import pack
+from oracles import behind_cache, cache_of
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.explain.ablation import without_positions
 from prefixtune.explain.subject import Subject
@@ -39,50 +37,19 @@ def rows_of(random_ids: Make) -> list[TokenizedExample]:
 def test_a_decoders_position_is_hidden_and_moves_nothing(
     name: str, hidden: range, tiny_backbone: Make, tiny_models: Make, random_prefix: Make, random_ids: Make
 ) -> None:
-    from transformers import DynamicCache
-
     backbone, oracle = tiny_backbone(name), tiny_models(name).requires_grad_(False)
     oracle.set_attn_implementation("eager")
     prefix, rows = random_prefix(backbone, P).detach(), rows_of(random_ids)
     expected = []
     for row in rows:
         ids = [*row.prompt, *row.targets[0]]
-        cache = DynamicCache()
-        for number, (key, value) in enumerate(prefix.layers["decoder"]):
-            cache.update(key[None], value[None], number)
         mask = torch.ones(1, P + len(ids), dtype=torch.long)
         mask[0, list(hidden)] = 0
-        logits = oracle(
-            input_ids=torch.tensor([ids]),
-            attention_mask=mask,
-            position_ids=torch.arange(len(ids))[None] + P,
-            **{cache_argument(oracle): cache},
-        ).logits[0, len(row.prompt) - 1 : -1]
+        behind = behind_cache(oracle, cache_of(prefix), torch.tensor([ids]), P, attention_mask=mask)
+        logits = behind.logits[0, len(row.prompt) - 1 : -1]
         expected.append(float(F.cross_entropy(logits, torch.tensor(row.targets[0]), reduction="sum")))
     subject = subject_of(backbone, prefix, rows)
     assert without_positions(subject, prefix, hidden)[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
     assert without_positions(subject, prefix, range(3, 4))[:, 0].tolist() != pytest.approx(
         without_positions(subject, prefix, range(2, 3))[:, 0].tolist(), rel=1e-4
     )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["bart", "t5"])
-def test_in_an_encoder_decoder_what_is_taken_away_is_hidden(
-    name: str, tiny_backbone: Make, random_prefix: Make, random_ids: Make
-) -> None:
-    backbone = tiny_backbone(name)
-    prefix = random_prefix(backbone, {"encoder": P, "cross": P}).detach()
-    rows = rows_of(random_ids)
-    found = without_positions(subject_of(backbone, prefix, rows), prefix, range(1, 3))
-    hidden = [TokenizedExample(row.prompt, row.targets, hidden=(1, 2)) for row in rows]
-    losses = [
-        float(batch_loss(backbone, prefix, pack([row], decoder_start_id=backbone.decoder_start_id)).sum())
-        for row in hidden
-    ]
-    assert found[:, 0].tolist() == pytest.approx(losses, rel=1e-5)
-    whole = [
-        float(batch_loss(backbone, prefix, pack([row], decoder_start_id=backbone.decoder_start_id)).sum())
-        for row in rows
-    ]
-    assert found[:, 0].tolist() != pytest.approx(whole, rel=1e-4)

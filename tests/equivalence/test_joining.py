@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oracles import behind_cache
 from prefixtune.attention.layout import cache_argument
 from prefixtune.attention.record import compute_kv, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
@@ -25,36 +26,16 @@ from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import exists, make_model
 
-PAIRS = {
-    "llama": 4,
-    "qwen2": 4,
-    "qwen3": 8,
-    "gemma": 8,
-    "gemma2": 8,
-    "gpt_neox": 1,
-    "phi": 2,
-    "gptj": 2,
-    "codegen": 2,
-    "cohere": 4,
-    "glm": 2,
-    "stablelm": 1,
-    "persimmon": 2,
-    "deepseek_v3": 2,
-    "mixtral": 4,
-}
-"""Families of rotary models -> how many pairs turn in every layer: partial, interleaved, in a part of the head."""
+ROTARY = (
+    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gpt_neox", "phi", "gptj", "codegen", "cohere", "glm", "stablelm"),
+    *("persimmon", "deepseek_v3", "mixtral"),
+)
+"""Pairs that turn in all of a head or in a part of it, side by side or interleaved."""
 
-BY_LAYER = {
-    "gemma3_text": (2, 0),
-    "gemma4_text": (2, 0),
-    "modernbert-decoder": (2, 0),
-    "smollm3": (1, 1),
-    "cohere2": (1, 1),
-    "llama4_text": (1, 1),
-    "exaone4": (1, 1),
-    "zamba2": (1, 0),
-}
-"""Families whose layers differ -> how many ways to turn, and how many layers without positions."""
+BY_LAYER = (
+    *("gemma3_text", "gemma4_text", "modernbert-decoder", "smollm3", "cohere2", "llama4_text", "exaone4", "zamba2"),
+)
+"""Layers that turn in ways of their own, or have no positions."""
 
 SCALED = {
     "llama3": {
@@ -99,12 +80,13 @@ def _worst(one: Prefix, other: Prefix) -> float:
 
 
 @pytest.mark.parametrize("offset", [1, 140])
-@pytest.mark.parametrize("name", [*PAIRS, *BY_LAYER])
+@pytest.mark.parametrize("name", [*ROTARY, *BY_LAYER])
 def test_turned_keys_are_those_computed_at_the_new_positions(
     backbone: Callable[..., Backbone], name: str, offset: int
 ) -> None:
     made, ids = backbone(name), _ids(9, seed=offset)
     here, there = _kv_at(made, ids, 0), _kv_at(made, ids, offset)
+    assert (made.rotation.positions, made.rotation.is_exact) == ("rotary", True)
     assert _worst(made.rotation.turn(here, offset), there) < 1e-5
     assert _worst(made.rotation.turn(there, -offset), here) < 1e-5
     assert _worst(here, there) > 0.05
@@ -114,54 +96,6 @@ def test_turned_keys_are_those_computed_at_the_new_positions(
 def test_scaled_frequencies_are_found(backbone: Callable[..., Backbone], kind: str) -> None:
     made, ids = backbone("llama", rope_parameters=SCALED[kind]), _ids(9, seed=3)
     assert _worst(made.rotation.turn(_kv_at(made, ids, 0), 77), _kv_at(made, ids, 77)) < 1e-5
-
-
-@pytest.mark.parametrize("name", list(PAIRS))
-def test_the_pairs_of_a_rotary_model(backbone: Callable[..., Backbone], name: str) -> None:
-    rotation = backbone(name).rotation
-    turns = set(rotation.layers["decoder"])
-    assert rotation.positions == "rotary"
-    assert rotation.is_exact
-    assert len(turns) == 1
-    (turn,) = turns
-    assert turn is not None
-    assert len(turn.first) == PAIRS[name]
-
-
-@pytest.mark.parametrize("name", list(BY_LAYER))
-def test_layers_may_turn_in_ways_of_their_own(backbone: Callable[..., Backbone], name: str) -> None:
-    turns = backbone(name).rotation.layers["decoder"]
-    ways, without = BY_LAYER[name]
-    assert len(set(turns) - {None}) == ways
-    assert turns.count(None) == without
-
-
-def test_frequencies_are_the_models_own(backbone: Callable[..., Backbone]) -> None:
-    made = backbone("llama")
-    turn = made.rotation.layers["decoder"][0]
-    assert turn is not None
-    assert turn.first == (0, 1, 2, 3)
-    assert turn.second == (4, 5, 6, 7)
-    assert torch.tensor(turn.frequencies) == pytest.approx(made.model.model.rotary_emb.inv_freq, rel=1e-5)
-    interleaved = backbone("gptj").rotation.layers["decoder"][0]
-    assert interleaved is not None
-    assert interleaved.first == (0, 2)
-    assert interleaved.second == (1, 3)
-
-
-def test_in_bfloat16_the_models_own_frequencies_are_found_behind_large_biases(tiny_tokenizer: Any) -> None:
-    model = make_model("qwen2", tiny_tokenizer, max_position_embeddings=2048)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.k_proj.bias.mul_(300)
-    made = Backbone.from_model(model.to(torch.bfloat16), tiny_tokenizer, "tiny-qwen2")
-    (turn,) = set(made.rotation.layers["decoder"])
-    assert turn is not None
-    assert turn.first == (0, 1, 2, 3)
-    assert turn.second == (4, 5, 6, 7)
-    own = model.model.rotary_emb.inv_freq.double()
-    # Over a thousand positions, the angle is wrong by no more than a bfloat16 rounds.
-    assert float((torch.tensor(turn.frequencies).double() - own).abs().max()) * 1000 < 2**-8
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_bigcode", "biogpt", "ctrl"])
@@ -247,12 +181,10 @@ def _logits_behind(model: Any, caches: list[Any], ids: Tensor, start: int) -> Te
     from transformers import DynamicCache
 
     joined = DynamicCache()
-    for layer in range(len(caches[0].layers)):
-        keys = torch.cat([cache.layers[layer].keys for cache in caches], dim=2)
-        values = torch.cat([cache.layers[layer].values for cache in caches], dim=2)
-        joined.update(keys, values, layer)
-    positions = torch.arange(ids.shape[1])[None] + start
-    logits: Tensor = model(input_ids=ids, position_ids=positions, **{cache_argument(model): joined}).logits
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        keys, values = ([getattr(layer, part) for layer in layers] for part in ("keys", "values"))
+        joined.update(torch.cat(keys, dim=2), torch.cat(values, dim=2), number)
+    logits: Tensor = behind_cache(model, joined, ids, start).logits
     return logits
 
 

@@ -25,11 +25,11 @@ from prefixtune.attention.kernels import (
     flex_functions_on,
 )
 from prefixtune.attention.packed import block_mask, compiles_on, packed_attention, uses_flex
-from prefixtune.attention.packing import Group, Packing, sees
+from prefixtune.attention.packing import Group, Packing
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.batching import pack
+from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.geometry import Site
 
@@ -158,18 +158,6 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_rule_is_what_the_groups_say(seed: int, site: Site):
-    case = Case(seed, site)
-    lengths, window = [pair[0].shape[2] for pair in case.prefixes] or [0], case.rules["window"]
-    visibility = case.packing.visibility(site, lengths, window)
-    rows, columns = (torch.arange(facts.shape[1]) for facts in visibility[:2])
-    assert sees(visibility, rows[:, None], columns[None]).tolist() == brute_visibility(
-        case.packing, site, lengths, window
-    )
-
-
-@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_row_at_once_is_the_brute_force(seed: int, site: Site, assert_same: Any):
     case = Case(seed, site)
@@ -277,7 +265,7 @@ def test_a_model_learns_the_same(
     tiny_models: Callable[..., Any],
     tiny_tokenizer: Any,
     random_prefix: Any,
-    random_ids: Any,
+    examples: list[TokenizedExample],
     dense: list[int],
     assert_same: Any,
 ):
@@ -287,16 +275,7 @@ def test_a_model_learns_the_same(
         backbone = Backbone.from_model(tiny_models(name), tiny_tokenizer, name, attention="eager")
         backbone.model.set_attn_implementation(ATTENTIONS[attention])
         prefix = random_prefix(backbone, 5)
-        batch = pack(
-            [
-                TokenizedExample(
-                    tuple(random_ids(source, seed=source)),
-                    tuple(tuple(random_ids(count, seed=100 * source + count)) for count in targets),
-                )
-                for source, targets in ((7, (3, 6, 1)), (1, (4,)), (12, (5, 2)))
-            ],
-            decoder_start_id=backbone.decoder_start_id if backbone.layout.kind == "encoder-decoder" else None,
-        )
+        batch = collate(backbone, examples)
         dense.clear()
         loss = batch_loss(backbone, prefix, batch)
         assert bool(dense) == (attention == "flex")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,40 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from oracles import behind_cache, cache_of, losses_and_gradients, summed
 from prefixtune.backbone.batch import Front
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Head, Prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
-SHAPES = [(7, (3, 6)), (1, (4,)), (12, (5, 2))]
 HIDDEN = ((1, 4), (), (0, 2, 3))
 LENGTHS = (2, None, 4)
 P = 5
 
 
 @pytest.fixture
-def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
-    return [
-        TokenizedExample(
-            tuple(random_ids(prompt, seed=prompt)),
-            tuple(tuple(random_ids(count, seed=100 * prompt + count)) for count in targets),
-        )
-        for prompt, targets in SHAPES
-    ]
-
-
-def losses_and_gradients(backbone: Any, prefix: Prefix, batch: Any, fronts: list[Prefix]) -> list[Tensor]:
-    losses = batch_loss(backbone, fronts[0] if len(fronts) == 1 else fronts, batch)
-    return [losses, *torch.autograd.grad(losses.square().sum(), prefix.tensors())]
-
-
-def summed(parts: list[list[Tensor]]) -> list[Tensor]:
-    """The losses one after the other, and the sum of the gradients."""
-    gradients = [torch.stack(same).sum(0) for same in zip(*(part[1:] for part in parts), strict=True)]
-    return [torch.cat([part[0] for part in parts]), *gradients]
+def examples(examples: list[TokenizedExample]) -> list[TokenizedExample]:
+    """As many as there are sets of positions."""
+    return examples[: len(HIDDEN)]
 
 
 def test_groups_of_one_row_have_the_first_positions_alone(
@@ -93,14 +76,9 @@ def test_a_padded_row_sees_all_but_the_hidden_positions(
 @torch.no_grad()
 def by_cache(backbone: Any, prefix: Prefix, example: TokenizedExample) -> Tensor:
     """Losses of an example's targets by the model's own forward with a cache of the visible positions."""
-    from transformers import DynamicCache
-
     visible = [position for position in range(P) if position not in example.hidden]
     losses = []
     for target in example.targets:
-        cache = DynamicCache()
-        for layer, (key, value) in enumerate(prefix.layers["decoder"]):
-            cache.update(key[None, :, visible], value[None, :, visible], layer)
         ids = torch.tensor([[*example.prompt, *target]])
         # Mistral's window counts text positions only, which the model's own mask of a cache does not know.
         count, window = ids.shape[1], getattr(backbone.model.config, "sliding_window", None)
@@ -108,12 +86,9 @@ def by_cache(backbone: Any, prefix: Prefix, example: TokenizedExample) -> Tensor
         if window is not None:
             mask = mask.triu(1 - window)
         mask = F.pad(mask, (len(visible), 0), value=True)
-        logits = backbone.model(
-            input_ids=ids,
-            past_key_values=cache,
-            position_ids=torch.arange(P, P + count)[None],
-            attention_mask=torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None],
-        ).logits[0]
+        scores = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None]
+        cache = cache_of(prefix, visible)
+        logits = behind_cache(backbone.model, cache, ids, P, attention_mask=scores).logits[0]
         start = len(example.prompt)
         losses.append(F.cross_entropy(logits[start - 1 : -1], torch.tensor(target), reduction="none"))
     return torch.cat(losses)
@@ -167,8 +142,6 @@ def without(tensor: Tensor, hidden: tuple[int, ...]) -> Tensor:
 def test_heads_see_all_but_the_hidden_positions(
     name: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
 ) -> None:
-    from prefixtune.prefix.prefix import Head
-
     backbone = tiny_backbone(name)
     site = next(iter(backbone.geometry))
     head = Head(torch.randn(3, backbone.hidden_size), torch.randn(3))
@@ -182,17 +155,5 @@ def test_heads_see_all_but_the_hidden_positions(
     if name == "bert":
         states = backbone.hidden_states(ids, prefixes=shorter)
     else:
-        states = states_by_cache(backbone, shorter, ids)
+        states = behind_cache(backbone.model.model, cache_of(shorter, rows=2), ids, P)[0]
     assert_same(got, F.cross_entropy(head(states[:, 5]), torch.tensor([1, 1]), reduction="none"))
-
-
-def states_by_cache(backbone: Any, shorter: Prefix, ids: Tensor) -> Tensor:
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, (key, value) in enumerate(shorter.layers["decoder"]):
-        rows = [part[None].expand(ids.shape[0], -1, -1, -1) for part in (key, value)]
-        cache.update(*rows, layer)
-    positions = torch.arange(P, P + ids.shape[1])[None]
-    states: Tensor = backbone.model.model(input_ids=ids, past_key_values=cache, position_ids=positions)[0]
-    return states

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefixtune.attention.packing import Group
-from prefixtune.backbone.batch import Batch, Front, SoftLabels
+from oracles import losses_and_gradients, summed
+from prefixtune.backbone.batch import Front, SoftLabels
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
@@ -41,18 +41,9 @@ def alike(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
     return [*made[:3], other, two, *made[3:]]
 
 
-def losses_and_gradients(backbone: Any, prefix: Prefix, batch: Batch, fronts: Sequence[Prefix]) -> list[Tensor]:
-    losses = batch_loss(backbone, fronts[0] if len(fronts) == 1 else list(fronts), batch)
-    return [losses, *torch.autograd.grad(losses.square().sum(), prefix.tensors())]
-
-
 def one_by_one(backbone: Any, prefix: Prefix, examples: Sequence[TokenizedExample]) -> list[Tensor]:
-    parts = [
-        losses_and_gradients(backbone, prefix, pad([e], pad_id=backbone.pad_id), [prefix[: e.front.length]])
-        for e in examples
-    ]
-    gradients = [torch.stack(same).sum(0) for same in zip(*(part[1:] for part in parts), strict=True)]
-    return [torch.cat([part[0] for part in parts]), *gradients]
+    batches = [(pad([e], pad_id=backbone.pad_id), prefix[: e.front.length]) for e in examples]
+    return summed([losses_and_gradients(backbone, prefix, batch, [front]) for batch, front in batches])
 
 
 @pytest.mark.parametrize("hidden", [(), (0, 3)])
@@ -111,23 +102,6 @@ def test_a_teachers_labels_stay_with_their_targets(
     prefix = random_prefix(backbone, P)
     shared, apart = (batch_loss(backbone, prefix, pack(examples, share_beginnings=shares)) for shares in (True, False))
     assert_same(shared, apart)
-
-
-def test_the_beginning_stands_once_in_front_of_all_rests():
-    batch = pack(
-        [
-            TokenizedExample((1, 2, 3), ((4, 5),)),
-            TokenizedExample((1, 2), ((6,),)),
-            TokenizedExample((1, 2, 7), ((8,),)),
-        ],
-        share_beginnings=True,
-    )
-    # All but the last token of the shortest source: that one opens its target.
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2, 2, 7]]
-    assert batch.packing.groups == (Group(0, 1, (3, 1, 2)),)
-    assert batch.packing.positions().tolist() == [[0, 1, 2, 3, 1, 1, 2]]
-    assert batch.label_positions.tolist() == [2, 3, 4, 6]
-    assert batch.labels.tolist() == [4, 5, 6, 8]
 
 
 def test_a_short_beginning_of_long_sources_is_not_worth_a_group(random_ids: Callable[..., list[int]]):

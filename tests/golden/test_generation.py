@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine import Engine, EngineConfig, Request, SamplingParams, SequenceOutput
@@ -20,6 +19,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
+from random_prefixes import random_prefix
 from zoo import NUM_BYTES, make_model, make_tokenizer
 
 MODELS = ("llama", "bart")
@@ -35,19 +35,7 @@ def make_backbone(name: str) -> Backbone:
 
 
 def make_prefix(backbone: Backbone, length: int) -> Prefix:
-    generator = torch.Generator().manual_seed(length)
-    return Prefix(
-        {
-            site: tuple(
-                (
-                    torch.randn(s.num_kv_heads, length, s.key_dim, generator=generator),
-                    torch.randn(s.num_kv_heads, length, s.value_dim, generator=generator),
-                )
-                for s in shapes
-            )
-            for site, shapes in backbone.geometry.items()
-        }
-    )
+    return random_prefix(backbone, length, seed=length).detach()
 
 
 def make_prefixes(backbone: Backbone) -> list[Prefix | None]:

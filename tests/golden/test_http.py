@@ -20,12 +20,13 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.prefix import save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import KeyConfig, ServeConfig
 from prefixtune.server.state import ServerState
+from random_prefixes import random_prefix
 from zoo import make_model, make_tokenizer
 
 GOLDEN = Path(__file__).with_name("http.json")
@@ -40,8 +41,6 @@ ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}
 USER = [{"role": "user", "content": "hi"}]
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=0123456789"}
-BYTES = {"content-type": "application/octet-stream"}
-
 Call = tuple[str, str, Any] | tuple[str, str, Any, dict[str, str]]
 
 
@@ -382,19 +381,8 @@ class Servers:
         folder = self.folder / name / "prefixes"
         folder.mkdir(parents=True)
         for seed, prefix_name in enumerate("abc"):
-            generator = torch.Generator().manual_seed(seed)
-            layers = {
-                site: tuple(
-                    (
-                        torch.randn(one.num_kv_heads, 4, one.key_dim, generator=generator),
-                        torch.randn(one.num_kv_heads, 4, one.value_dim, generator=generator),
-                    )
-                    for one in sizes
-                )
-                for site, sizes in self.backbone.geometry.items()
-            }
             header = make_header(self.backbone, task="records", text_format=FORMAT)
-            save_prefix(folder / f"{prefix_name}.safetensors", Prefix(layers, header))
+            save_prefix(folder / f"{prefix_name}.safetensors", random_prefix(self.backbone, 4, seed, header=header))
         config = ServeConfig(
             backbone="tiny",
             prefixes=str(folder),

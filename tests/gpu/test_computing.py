@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from equivalence.test_handwritten import P, T, gpt2, llama
+from equivalence.test_handwritten import Weights, gpt2, llama
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
@@ -35,11 +35,10 @@ def test_a_prefix_is_attention_by_hand(
     family: str, by_hand: Any, device: str, dtype: str, placed: Any, random_prefix: Any, random_ids: Any
 ) -> None:
     backbone = placed(family, device, dtype)
-    prefix = random_prefix(backbone, P).detach()
-    ids = torch.tensor(random_ids(T))
-    weights = {name: weight.float().cpu() for name, weight in backbone.model.state_dict().items()}
+    prefix = random_prefix(backbone, 5).detach()
+    ids = torch.tensor(random_ids(9))
     rounded = prefix.to(getattr(torch, dtype)).to(torch.float32)
-    expected = by_hand(weights, ids, rounded)
+    expected = by_hand(Weights(backbone.model), ids, ids[:0], rounded, (0, 0))
     found = backbone.forward(ids[None].to(device), prefixes=prefix.to(device=device)).logits[0].float().cpu()
     assert float((found - expected).abs().max()) <= TOLERANCE[dtype] * float(expected.abs().max())
 

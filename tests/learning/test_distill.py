@@ -24,6 +24,7 @@ from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.train import train
 from small_document import DOCUMENT, ROWS, backbone, options, unanswered, write_rows
+from zoo import store_model
 
 __all__ = ["backbone", "options", "unanswered", "write_rows"]
 
@@ -218,18 +219,14 @@ def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Calla
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_the_run_of_another_method_is_a_teacher(
-    tiny_models: Any,
-    tiny_tokenizer: Any,
     options: dict[str, Any],
     write_rows: Callable[..., str],
     tmp_path: Path,
     method: str,
 ) -> None:
-    folder = tmp_path / "model"
-    tiny_models("llama", max_position_embeddings=512).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = store_model(tmp_path / "model", "llama", max_position_embeddings=512)
     examples = [Example(row["question"], (row["answer"],)) for row in ROWS]
-    common: dict[str, Any] = {"backbone": str(folder), "dtype": "float32", "max_steps": 30, "warmup_steps": 2}
+    common: dict[str, Any] = {"backbone": folder, "dtype": "float32", "max_steps": 30, "warmup_steps": 2}
     teacher = train(
         examples=examples, method=method, output=str(tmp_path / "teacher"), progress=False, learning_rate=0.02, **common
     )
@@ -244,15 +241,11 @@ def test_the_run_of_another_method_is_a_teacher(
 
 def test_a_teacher_is_let_go_before_the_training(
     backbone: Backbone,
-    tiny_models: Any,
-    tiny_tokenizer: Any,
     unanswered: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = tmp_path / "teacher"
-    tiny_models("llama", max_position_embeddings=512, num_hidden_layers=1).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = store_model(tmp_path / "teacher", "llama", max_position_embeddings=512, num_hidden_layers=1)
     loaded: list[weakref.ref[Any]] = []
     load_teacher = module.load_teacher
 
@@ -269,7 +262,7 @@ def test_a_teacher_is_let_go_before_the_training(
             left.append(loaded[0]() is not None)
 
     monkeypatch.setattr(module, "load_teacher", load)
-    own = {**unanswered, "teacher": str(folder), "dtype": "float32", "max_steps": 2, "warmup_steps": 0}
+    own = {**unanswered, "teacher": folder, "dtype": "float32", "max_steps": 2, "warmup_steps": 0}
     (result,) = distill(backbone=backbone, progress=False, on_event=at_a_step, **own)
     assert result.report["teacher"] == f"{folder} with the document in view"
     assert (len(loaded), left) == (1, [False, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import prefixtune.prefix.file
 import prefixtune.training.loop
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
-from prefixtune.errors import CheckpointError, ConfigError, PrefixError, TrainingError
+from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, content_hash, flatten, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
@@ -344,46 +343,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
 
 
-def test_a_full_disk_is_reported_and_leaves_the_last_state(
-    backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-):
-    config = config_for()
-    original, calls = prefixtune.prefix.file.safetensors.save_file, []
-
-    def full(tensors: Any, path: Any, *stored: Any) -> None:
-        calls.append(1)
-        # The start, and two steps.
-        if len(calls) > 3:
-            Path(path).write_bytes(b"half a file")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        original(tensors, path, *stored)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prefixtune.prefix.file.safetensors, "save_file", full)
-        with pytest.raises(PrefixError, match="No space left on device") as error:
-            train(config, backbone=backbone, examples=SHARED)
-    assert "free some space" in error.value.hint
-    folder = Path(config.output)
-    assert load_state(folder / "state.safetensors")[1]["step"] == 2
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "events.jsonl", "state.safetensors"}
-    whole = train(config_for("whole"), backbone=backbone, examples=SHARED)
-    assert train(config, backbone=backbone, examples=SHARED, resume=True).prefix.equal(whole.prefix)
-
-
 # --- where a run starts ----------------------------------------------------------------------------------------------
-
-
-def test_a_run_may_start_from_another_prefix(
-    backbone: Any, random_prefix: Any, tmp_path: Path, config_for: Callable[..., TrainConfig]
-):
-    start = random_prefix(backbone, 4).detach()
-    path = save_prefix(tmp_path / "start.safetensors", start)
-    config = config_for(initialization="prefix", init_prefix=str(path))
-    for kind in ("none", "scaled"):
-        encoder, found = build_encoder(config.replace(reparameterization=kind), backbone)
-        assert encoder.bake().equal(start)
-        about = {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start), "lengths": {"decoder": 4}}
-        assert found.description == about
 
 
 def test_a_run_from_another_prefix_has_its_length(
@@ -397,8 +357,11 @@ def test_a_run_from_another_prefix_has_its_length(
     )
     path = save_prefix(tmp_path / "start.safetensors", start)
     config = config_for(initialization="prefix", init_prefix=str(path), prefix_length=0, reparameterization="none")
-    encoder, _ = build_encoder(config, backbone)
-    assert encoder.bake().equal(start)
+    about = {"kind": "prefix", "file": "start.safetensors", "hash": content_hash(start), "lengths": lengths}
+    for kind in ("none", "scaled"):
+        encoder, found = build_encoder(config.replace(reparameterization=kind), backbone)
+        assert encoder.bake().equal(start)
+        assert found.description == about
     # Named sites without a length of their own have that of the prefix, too.
     encoder, _ = build_encoder(config.replace(sites="encoder,decoder=2,cross"), backbone)
     assert encoder.bake().equal(start)

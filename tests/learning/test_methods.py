@@ -12,16 +12,16 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.lora import add_adapter
-from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.data import Example
-from prefixtune.errors import BackboneError, CheckpointError, ConfigError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.fingerprint import fingerprints_match
-from prefixtune.training.artifact import load_tuned, load_weights
+from prefixtune.training.artifact import load_tuned
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import TrainResult, train
 from prefixtune.training.tuning import freeze_tuned, tune
+from zoo import store_model
 
 Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -30,12 +30,9 @@ METHODS = ("full", "adapter", "lora")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_models: Make, tiny_tokenizer: Any) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A tiny LLaMA on disk."""
-    path = tmp_path / "backbone"
-    tiny_models("llama").save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    return Path(store_model(tmp_path / "backbone", "llama"))
 
 
 @pytest.fixture
@@ -133,17 +130,6 @@ def test_a_killed_run_resumes_to_the_same_losses(method: str, run: Make) -> None
     assert resumed.path.read_bytes() == whole.path.read_bytes()
 
 
-def test_the_weights_file_says_what_it_is(run: Make) -> None:
-    result = run("adapter", method_size=3)
-    tensors, header = load_weights(result.path)
-    assert (header["method"], header["method_size"]) == ("adapter", 3)
-    assert sum(tensor.numel() for tensor in tensors.values()) == result.num_trained
-    # Per layer: norm 2 d, down d m + m, up m d + d, at d = 32, m = 3.
-    assert result.num_trained == 3 * (2 * 32 + 32 * 3 + 3 + 3 * 32 + 32)
-    with pytest.raises(CheckpointError, match="not a prefix"):
-        load_prefix(result.path)
-
-
 def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
     frozen = freeze_tuned(tune(backbone, "adapter", 4))
@@ -154,12 +140,9 @@ def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokeniz
     assert frozen.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
 
 
-def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path, tiny_models: Make) -> None:
+def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path) -> None:
     result = run("adapter")
-    other = tmp_path / "other"
-    tiny_models("llama", seed=5).save_pretrained(other)
-    for file in (tmp_path / "backbone").glob("tokenizer*"):
-        (other / file.name).write_bytes(file.read_bytes())
+    other = store_model(tmp_path / "other", "llama", seed=5)
     with pytest.raises(BackboneError, match="other weights"):
         load_tuned(result.path, name_or_path=other)
 

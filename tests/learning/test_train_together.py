@@ -12,6 +12,7 @@ import torch
 
 import prefixtune.training.loop
 import prefixtune.training.together
+from oracles import losses_and_gradients
 from patching import replace_everywhere
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.cli.main import main
@@ -19,10 +20,10 @@ from prefixtune.data import Example
 from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import ConfigError, TrainingError
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.loop import forward_backward
 from prefixtune.training.train import train, train_together
+from zoo import store_model
 
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo")
 EATS = [Example(f"name : {name}", (f"{name} eats.", f"Eat, {name}!")) for name in NAMES]
@@ -50,44 +51,27 @@ DATA = [EATS, GOES, EATS[::-1], GOES]
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gpt_oss"])
 def test_gradients_equal_those_of_separate_runs(
-    family: str, tiny_backbone: Any, tiny_tokenizer: Any, random_prefix: Any, random_ids: Any
+    family: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
 ) -> None:
     backbone = tiny_backbone(family)
     lengths: list[Any] = [3, 6, 1]
     if backbone.kind == "encoder-decoder":
         lengths = [{"encoder": 3, "decoder": 2, "cross": 4}, {"decoder": 5}, {"encoder": 1, "cross": 2}]
     prefixes = [random_prefix(backbone, length, seed) for seed, length in enumerate(lengths)]
-    batches = [
-        collate(
-            backbone,
-            [
-                TokenizedExample(
-                    tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed)))
-                )
-                for count in (5, 2 + seed)
-            ],
+
+    def example(count: int, seed: int) -> TokenizedExample:
+        return TokenizedExample(
+            tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed)))
         )
-        for seed in range(3)
-    ]
 
-    def gradients(prefix: Prefix) -> list[torch.Tensor]:
-        return [tensor.grad for tensor in prefix.tensors() if tensor.grad is not None]
-
-    alone, expected = [], []
-    for prefix, batch in zip(prefixes, batches, strict=True):
-        leaf = prefix.leaves()
-        losses = batch_loss(backbone, leaf, batch)
-        losses.sum().backward()
-        alone.append(losses.detach())
-        expected.append(gradients(leaf))
-    leaves = [prefix.leaves() for prefix in prefixes]
-    losses = batch_loss(backbone, leaves, join(batches))
-    losses.sum().backward()
-    assert torch.allclose(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
-    for leaf, own in zip(leaves, expected, strict=True):
-        assert len(gradients(leaf)) == len(own) == len(leaf.tensors())
-        for one, other in zip(gradients(leaf), own, strict=True):
-            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()) + 1e-7)
+    batches = [collate(backbone, [example(count, seed) for count in (5, 2 + seed)]) for seed in range(3)]
+    alone = [losses_and_gradients(backbone, *one, [one[0]]) for one in zip(prefixes, batches, strict=True)]
+    losses = batch_loss(backbone, prefixes, join(batches))
+    assert_same(losses, torch.cat([own for own, *_ in alone]))
+    gradients = torch.autograd.grad(
+        losses.square().sum(), [tensor for prefix in prefixes for tensor in prefix.tensors()]
+    )
+    assert_same(gradients, [gradient for _, *own in alone for gradient in own])
 
 
 def test_runs_trained_together_equal_separate_runs(tiny_backbone: Any, config_for: Callable[..., TrainConfig]) -> None:
@@ -115,25 +99,6 @@ def test_runs_trained_together_equal_separate_runs(tiny_backbone: Any, config_fo
         logged = (Path(config.output) / "events.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in logged] == list(other.events)
     assert all(torch.equal(before[name], p) for name, p in backbone.model.named_parameters())
-
-
-def test_all_runs_share_one_pass(
-    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    own = prefixtune.training.loop.batch_loss
-
-    def counted(backbone: Any, prefix: Any, batch: Any) -> Any:
-        calls.append(len(prefix) if isinstance(prefix, list) else 1)
-        return own(backbone, prefix, batch)
-
-    monkeypatch.setattr(prefixtune.training.loop, "batch_loss", counted)
-    # As many tokens as all of them have: smaller passes are tested with the group.
-    monkeypatch.setattr(prefixtune.training.together, "positions_at_once", lambda backbone: 1024)
-    train_together(
-        [config_for(name, max_steps=3) for name in "abc"], backbone=tiny_backbone("llama"), examples=DATA[:3]
-    )
-    assert calls == [3, 3, 3]
 
 
 def test_a_run_whose_loss_is_not_finite_leaves_the_others(
@@ -217,12 +182,8 @@ def test_what_cannot_share_a_pass_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_trains_files_together(
-    tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "tiny"
-    tiny_models("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+def test_the_command_trains_files_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = store_model(tmp_path / "tiny", "llama")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"source": e.source, "target": e.targets[0]}) + "\n" for e in EATS))
     for name, length in (("one", 3), ("two", 5)):

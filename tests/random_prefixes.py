@@ -1,0 +1,33 @@
+"""Prefixes of random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixtune.prefix.prefix import Prefix
+
+
+def random_prefix(
+    backbone: Any, length: int | dict[str, int], seed: int = 0, scale: float = 1.0, header: Any = None
+) -> Prefix:
+    """A prefix for a backbone, whose tensors are leaves that take gradients.
+
+    Its length may also be given by site, as in `{"encoder": 3, "cross": 5}`: then it stands at these sites only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = dict.fromkeys(backbone.geometry, length) if isinstance(length, int) else length
+
+    def one(heads: int, positions: int, size: int) -> Tensor:
+        return (torch.randn(heads, positions, size, generator=generator) * scale).requires_grad_()
+
+    layers = {
+        site: tuple(
+            (one(s.num_kv_heads, positions, s.key_dim), one(s.num_kv_heads, positions, s.value_dim))
+            for s in backbone.geometry[site]
+        )
+        for site, positions in lengths.items()
+    }
+    return Prefix(layers, header or {})
