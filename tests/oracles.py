@@ -1,23 +1,13 @@
 """Slow and plain ways to what the tests compare with: padded rows, decoding without a cache, caches filled by hand."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
-
-import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from prefixtune.attention.layout import cache_argument
-from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
-from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.prefix import Prefix
 
 
-def pad_rows(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> tuple[Tensor, Tensor, list[int]]:
+def pad_rows(rows, side, pad_id):
     """Ids, mask, and where each row's text begins."""
     width = max(map(len, rows))
     firsts = [width - len(row) if side == "left" else 0 for row in rows]
@@ -27,7 +17,7 @@ def pad_rows(rows: Sequence[Sequence[int]], side: str, pad_id: int) -> tuple[Ten
     return ids, mask, firsts
 
 
-def outputs_of(backbone: Any, prompt: Sequence[int], written: Sequence[int], prefix: Any) -> Tensor:
+def outputs_of(backbone, prompt, written, prefix):
     """Logits, or an encoder's states, from a row of its own without a mask, with the prefix injected.
 
     At all tokens; of an encoder-decoder, at those that its decoder reads.
@@ -37,19 +27,10 @@ def outputs_of(backbone: Any, prompt: Sequence[int], written: Sequence[int], pre
         output = backbone.forward(torch.tensor([list(prompt)]), decoder_input_ids=read, prefixes=prefix)
     else:
         output = backbone.forward(torch.tensor([[*prompt, *written]]), prefixes=prefix)
-    outputs: Tensor = output[0][0]
-    return outputs
+    return output[0][0]
 
 
-def outputs_together(
-    backbone: Any,
-    prompts: Sequence[Sequence[int]],
-    written: Sequence[Sequence[int]],
-    prefixes: Any,
-    *,
-    side: str = "right",
-    padding: int | None = None,
-) -> list[Tensor]:
+def outputs_together(backbone, prompts, written, prefixes, *, side="right", padding=None):
     """The same of several texts in one padded batch: the outputs of each row where it is no padding."""
     padding = backbone.pad_id if padding is None else padding
     if backbone.kind == "encoder-decoder":
@@ -63,7 +44,7 @@ def outputs_together(
     return [row[seen.bool()] for row, seen in zip(outputs, real, strict=True)]
 
 
-def losses_one_by_one(backbone: Any, prefix: Any, examples: Sequence[TokenizedExample]) -> Tensor:
+def losses_one_by_one(backbone, prefix, examples):
     """The losses of all targets' tokens, each pair of a source and a target in a row of its own without a mask."""
     return torch.cat(
         [
@@ -78,22 +59,22 @@ def losses_one_by_one(backbone: Any, prefix: Any, examples: Sequence[TokenizedEx
     )
 
 
-def losses_and_gradients(backbone: Any, prefix: Prefix, batch: Batch, fronts: Sequence[Prefix]) -> list[Tensor]:
+def losses_and_gradients(backbone, prefix, batch, fronts):
     """The losses of a batch, and their gradients at the prefix that `fronts` are parts of."""
     losses = batch_loss(backbone, fronts[0] if len(fronts) == 1 else list(fronts), batch)
     return [losses, *torch.autograd.grad(losses.square().sum(), prefix.tensors())]
 
 
-def summed(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+def summed(parts):
     """The losses one after the other, and the sum of the gradients."""
     gradients = [torch.stack(same).sum(0) for same in zip(*(part[1:] for part in parts), strict=True)]
     return [torch.cat([part[0] for part in parts]), *gradients]
 
 
 @torch.no_grad()
-def greedy_by_recomputation(backbone: Any, prompt: Sequence[int], prefix: Any, count: int) -> list[int]:
+def greedy_by_recomputation(backbone, prompt, prefix, count):
     """The likeliest token again and again, each time running everything anew."""
-    written: list[int] = []
+    written = []
     while len(written) < count:
         token = int(outputs_of(backbone, prompt, written, prefix)[-1].argmax())
         if token == backbone.eos_id:
@@ -102,14 +83,12 @@ def greedy_by_recomputation(backbone: Any, prompt: Sequence[int], prefix: Any, c
     return written
 
 
-def beams_by_recomputation(
-    backbone: Any, prompt: list[int], prefix: Any, patch: pytest.MonkeyPatch, **options: Any
-) -> list[int]:
+def beams_by_recomputation(backbone, prompt, prefix, patch, **options):
     """transformers' beam search over a forward that has no cache and takes the prefix by injection."""
     model, original, widths = backbone.model, backbone.model.forward, []
     ids, reads_apart = torch.tensor([prompt]), backbone.kind == "encoder-decoder"
 
-    def recompute(input_ids: Any = None, attention_mask: Any = None, decoder_input_ids: Any = None, **_: Any) -> Any:
+    def recompute(input_ids=None, attention_mask=None, decoder_input_ids=None, **_):
         read = decoder_input_ids if reads_apart else input_ids
         widths.append(read.shape[1])
         with patch.context() as inner:
@@ -133,18 +112,18 @@ def beams_by_recomputation(
         )
     first = 1 if reads_apart else len(prompt)
     assert widths == list(range(first, first + len(widths))), "the oracle must have seen everything at every step"
-    written: list[int] = output[0, first:].tolist()
+    written = output[0, first:].tolist()
     return written[: written.index(backbone.eos_id)] if backbone.eos_id in written else written
 
 
-def make_end_likely(backbone: Any) -> None:
+def make_end_likely(backbone):
     """An end token that is now and then likely lets beams end at different lengths."""
     with torch.no_grad():
         head = backbone.model.get_output_embeddings().weight
         head[backbone.eos_id] += 0.5 * head.norm(dim=1).mean() * head.mean(0) / head.mean(0).norm()
 
 
-def cache_of(prefix: Prefix, kept: Sequence[int] | None = None, rows: int = 1) -> Any:
+def cache_of(prefix, kept=None, rows=1):
     """transformers' own cache, filled with a prefix, or with some of its positions."""
     from transformers import DynamicCache
 
@@ -154,7 +133,7 @@ def cache_of(prefix: Prefix, kept: Sequence[int] | None = None, rows: int = 1) -
     return cache
 
 
-def behind_cache(model: Any, cache: Any, ids: Tensor, start: int, **options: Any) -> Any:
+def behind_cache(model, cache, ids, start, **options):
     """What an untouched model makes of a text behind a cache, at positions from `start` on."""
     positions = torch.arange(start, start + ids.shape[1])[None]
     return model(input_ids=ids, position_ids=positions, **{cache_argument(model): cache}, **options)

@@ -1,18 +1,11 @@
 """Prefixes of random numbers."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from prefixtune.prefix.prefix import Prefix
 
 
-def random_prefix(
-    backbone: Any, length: int | dict[str, int], seed: int = 0, scale: float = 1.0, header: Any = None
-) -> Prefix:
+def random_prefix(backbone, length, seed=0, scale=1.0, header=None):
     """A prefix for a backbone, whose tensors are leaves that take gradients.
 
     Its length may also be given by site, as in `{"encoder": 3, "cross": 5}`: then it stands at these sites only.
@@ -20,7 +13,7 @@ def random_prefix(
     generator = torch.Generator().manual_seed(seed)
     lengths = dict.fromkeys(backbone.geometry, length) if isinstance(length, int) else length
 
-    def one(heads: int, positions: int, size: int) -> Tensor:
+    def one(heads, positions, size):
         return (torch.randn(heads, positions, size, generator=generator) * scale).requires_grad_()
 
     layers = {

@@ -1,9 +1,5 @@
 """A start from solved examples against the examples in view, and leave-one-out against a prefix without them."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +7,6 @@ from torch.nn import functional as F
 import prefixtune as pt
 from oracles import behind_cache, cache_of
 from prefixtune.attention.record import prefix_from_tokens
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, pad
 from prefixtune.data.encoding import TokenizedExample
@@ -26,7 +21,7 @@ NO_WINDOW = ("gpt2", "llama", "opt", "gpt_neox", "qwen3")
 ROWS = [(3, 9, 4, 22), (8, 1, 30), (5, 6, 7, 8, 11)]
 
 
-def without(prefix: Prefix, first: int, stop: int, sites: tuple[str, ...]) -> Prefix:
+def without(prefix, first, stop, sites):
     """The prefix with some positions deleted at some sites."""
     layers = {
         site: tuple(
@@ -39,7 +34,7 @@ def without(prefix: Prefix, first: int, stop: int, sites: tuple[str, ...]) -> Pr
     return Prefix(layers)
 
 
-def start_of(backbone: Backbone, **options: Any) -> tuple[Any, Prefix]:
+def start_of(backbone, **options):
     """The tokenized data of a run that starts from examples, and its prefix before training."""
     config = pt.TrainConfig(**{"init_examples": 3, "init_text": "abc", **options})
     data = tokenize(config, backbone, EXAMPLES, ())
@@ -47,7 +42,7 @@ def start_of(backbone: Backbone, **options: Any) -> tuple[Any, Prefix]:
     return data, encoder.bake()
 
 
-def test_an_example_is_a_row_of_training_with_its_end(made: Any):
+def test_an_example_is_a_row_of_training_with_its_end(made):
     backbone = made("llama")
     data, _ = start_of(backbone)
     for example in data.plan.chosen:
@@ -56,7 +51,7 @@ def test_an_example_is_a_row_of_training_with_its_end(made: Any):
         assert example.row[-1] == backbone.eos_id
 
 
-def test_each_alone_is_computed_alone_at_its_own_positions(family: str, made: Any, assert_same: Any):
+def test_each_alone_is_computed_alone_at_its_own_positions(family, made, assert_same):
     """With a mask by hand: block-diagonal in one row of all texts."""
     backbone = made(family)
     prefix = from_examples(backbone, ROWS)
@@ -75,7 +70,7 @@ def test_each_alone_is_computed_alone_at_its_own_positions(family: str, made: An
 
 
 @pytest.mark.parametrize("family", NO_WINDOW)
-def test_leave_one_out_is_a_prefix_without_the_block(family: str, made: Any, assert_same: Any):
+def test_leave_one_out_is_a_prefix_without_the_block(family, made, assert_same):
     """The positions of the text stay: the independent computation shifts them by the whole prefix, by hand."""
     backbone = made(family)
     data, prefix = start_of(backbone)
@@ -101,7 +96,7 @@ def test_leave_one_out_is_a_prefix_without_the_block(family: str, made: Any, ass
 
 @pytest.mark.parametrize("name", ["bart", "t5", "m2m_100"])
 class TestEncoderDecoder:
-    def test_source_and_target_are_read_by_the_encoder(self, name: str, made: Any, assert_same: Any):
+    def test_source_and_target_are_read_by_the_encoder(self, name, made, assert_same):
         backbone = made(name)
         data, prefix = start_of(backbone)
         first = 0
@@ -116,7 +111,7 @@ class TestEncoderDecoder:
         assert prefix.length("encoder") == prefix.length("cross") == first
         assert prefix.length("decoder") == 10
 
-    def test_leave_one_out_is_a_prefix_without_the_block(self, name: str, made: Any, assert_same: Any):
+    def test_leave_one_out_is_a_prefix_without_the_block(self, name, made, assert_same):
         backbone = made(name)
         data, prefix = start_of(backbone)
         index, (first, stop) = next(iter(data.plan.blocks.items()))
@@ -132,7 +127,7 @@ class TestEncoderDecoder:
 
 
 @pytest.mark.parametrize("name", ["jamba", "bamba"])
-def test_leave_one_out_where_rows_are_padded(name: str, made: Any, assert_same: Any):
+def test_leave_one_out_where_rows_are_padded(name, made, assert_same):
     """A model that reads no packed rows, as its other layers mix all positions of a row."""
     backbone = made(name)
     assert not backbone.layout.packable

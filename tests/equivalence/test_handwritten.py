@@ -4,19 +4,13 @@ A decoder's text begins at position P. In encoders and encoder-decoders a prefix
 distance is zero at its columns.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from oracles import outputs_together, pad_rows
-from prefixtune.prefix.prefix import Prefix
 
 SITES = {"encoder": 4, "decoder": 3, "cross": 5}
 
@@ -24,37 +18,28 @@ SITES = {"encoder": 4, "decoder": 3, "cross": 5}
 class Weights:
     """A model's weights by the names of their modules, and what is computed with them."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.state = {name: weight.float().cpu() for name, weight in model.state_dict().items()}
         self.config = model.config
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name):
         return self.state[f"{name}.weight"]
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linear(self, x, name):
         return x @ self[name].T + self.state.get(f"{name}.bias", 0)
 
-    def norm(self, x: Tensor, name: str, epsilon: float = 1e-5) -> Tensor:
+    def norm(self, x, name, epsilon=1e-5):
         """Layer normalization."""
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
         return scaled * self[name] + self.state[f"{name}.bias"]
 
-    def scale(self, x: Tensor, name: str) -> Tensor:
+    def scale(self, x, name):
         """Root mean square normalization."""
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self[name]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    front: tuple[Tensor, Tensor] | None,
-    *,
-    scale: float = 1.0,
-    bias: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
+def attention(query, key, value, front, *, scale=1.0, bias=None, causal=False):
     """softmax(q [P_key; K]^T) [P_val; V] of (H, T, D) heads, the prefix visible to all; returns (T, H * D)."""
     if front is not None:
         key, value = torch.cat([front[0], key], dim=1), torch.cat([front[1], value], dim=1)
@@ -70,19 +55,19 @@ def attention(
     return (torch.cat([before, own], dim=2).softmax(-1) @ value).transpose(0, 1).flatten(1)
 
 
-def heads(flat: Tensor, size: int) -> Tensor:
+def heads(flat, size):
     """(T, H * D) -> (H, T, D)."""
     return flat.unflatten(1, (-1, size)).transpose(0, 1)
 
 
-def front_of(prefix: Prefix, site: str, number: int) -> tuple[Tensor, Tensor] | None:
+def front_of(prefix, site, number):
     return prefix.layers[site][number] if site in prefix.layers else None
 
 
-def llama(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int, int]) -> Tensor:
+def llama(w, text, read, prefix, firsts):
     """LLaMA (Touvron et al. 2023): rotary positions, grouped queries, norms before."""
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x):
         """Rotary embedding of (H, T, D), positions from P on."""
         half, start = x.shape[-1] // 2, prefix.prefix_length
         angle = torch.arange(start, start + x.shape[1])[:, None] * 10000.0 ** -(torch.arange(half) / half)
@@ -103,10 +88,10 @@ def llama(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[
     return w.scale(x, "model.norm") @ w["lm_head"].T
 
 
-def gpt2(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int, int]) -> Tensor:
+def gpt2(w, text, read, prefix, firsts):
     """GPT-2 (Radford et al. 2019): learned positions from P on, one matrix for queries, keys and values."""
 
-    def linear(x: Tensor, name: str) -> Tensor:
+    def linear(x, name):
         return x @ w[name] + w.state[f"{name}.bias"]
 
     start = prefix.prefix_length
@@ -122,7 +107,7 @@ def gpt2(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[i
     return w.norm(x, "transformer.ln_f") @ w["lm_head"].T
 
 
-def bert(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int, int]) -> Tensor:
+def bert(w, text, read, prefix, firsts):
     """BERT (Devlin et al. 2019): positions counted from the row's begin, padding or not; every token sees all."""
     places = w["embeddings.position_embeddings"][firsts[0] : firsts[0] + len(text)]
     words = w["embeddings.word_embeddings"][text] + w["embeddings.token_type_embeddings"][0]
@@ -140,16 +125,16 @@ def bert(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[i
     return x
 
 
-def bart(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int, int]) -> Tensor:
+def bart(w, text, read, prefix, firsts):
     """BART (Lewis et al. 2020): positions counted from a row's begin, padding or not; norms after each block."""
     config = w.config
 
-    def embed(ids: Tensor, part: str, first: int) -> Tensor:
+    def embed(ids, part, first):
         # The table's first two rows are never used.
         places = w[f"model.{part}.embed_positions"][2 + first : 2 + first + len(ids)]
         return w.norm(w[f"model.{part}.embed_tokens"][ids] + places, f"model.{part}.layernorm_embedding")
 
-    def attend(x: Tensor, seen: Tensor, name: str, site: str, number: int) -> Tensor:
+    def attend(x, seen, name, site, number):
         count = config.encoder_attention_heads if site == "encoder" else config.decoder_attention_heads
         size = config.d_model // count
         query, key, value = (
@@ -159,7 +144,7 @@ def bart(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[i
         out = attention(query, key, value, front, scale=size**-0.5, causal=site == "decoder")
         return w.norm(x + w.linear(out, f"{name}.out_proj"), f"{name}_layer_norm")
 
-    def feed(x: Tensor, name: str) -> Tensor:
+    def feed(x, name):
         hidden = F.gelu(w.linear(x, f"{name}.fc1"))
         return w.norm(x + w.linear(hidden, f"{name}.fc2"), f"{name}.final_layer_norm")
 
@@ -175,17 +160,17 @@ def bart(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[i
     return y @ w["lm_head"].T + w.state["final_logits_bias"][0]
 
 
-def t5(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int, int]) -> Tensor:
+def t5(w, text, read, prefix, firsts):
     """T5 (Raffel et al. 2020): unscaled scores plus a bias by distance, shared by a stack's layers; norms before."""
     config = w.config
 
-    def bias(part: str, length: int) -> Tensor:
+    def bias(part, length):
         """(H, T, T), from the table of the stack's first layer."""
         places = [[bucket(key - query, part == "encoder") for key in range(length)] for query in range(length)]
         table = w[f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias"]
         return table[torch.tensor(places)].permute(2, 0, 1)
 
-    def bucket(distance: int, both_ways: bool) -> int:
+    def bucket(distance, both_ways):
         """Half of a direction's buckets are exact distances, the others grow with the logarithm."""
         count, base = config.relative_attention_num_buckets, 0
         if both_ways:
@@ -197,7 +182,7 @@ def t5(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int
         ratio = math.log(distance / exact) / math.log(config.relative_attention_max_distance / exact)
         return base + min(exact + int(ratio * (count - exact)), count - 1)
 
-    def attend(x: Tensor, seen: Tensor | None, name: str, site: str, number: int, relative: Tensor | None) -> Tensor:
+    def attend(x, seen, name, site, number, relative):
         kind = "EncDecAttention" if site == "cross" else "SelfAttention"
         z = w.scale(x, f"{name}.layer_norm")
         pairs = ((z, "q"), (z if seen is None else seen, "k"), (z if seen is None else seen, "v"))
@@ -205,7 +190,7 @@ def t5(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int
         out = attention(query, key, value, front_of(prefix, site, number), bias=relative, causal=site == "decoder")
         return x + w.linear(out, f"{name}.{kind}.o")
 
-    def feed(x: Tensor, name: str) -> Tensor:
+    def feed(x, name):
         hidden = F.relu(w.linear(w.scale(x, f"{name}.layer_norm"), f"{name}.DenseReluDense.wi"))
         return x + w.linear(hidden, f"{name}.DenseReluDense.wo")
 
@@ -222,7 +207,7 @@ def t5(w: Weights, text: Tensor, read: Tensor, prefix: Prefix, firsts: tuple[int
     return w.scale(y, "decoder.final_layer_norm") @ w["lm_head"].T
 
 
-BY_HAND: dict[str, Callable[..., Tensor]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "bart": bart, "t5": t5}
+BY_HAND = {"llama": llama, "gpt2": gpt2, "bert": bert, "bart": bart, "t5": t5}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -233,9 +218,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {"llama": llama, "gpt2": gpt2, "bert
         *((name, one) for name in ("bart", "t5") for one in (SITES, *({site: 4} for site in SITES))),
     ],
 )
-def test_the_attached_prefix_is_the_papers_attention(
-    name: str, lengths: Any, side: str, made: Any, random_prefix: Any, random_ids: Any, assert_same: Any
-) -> None:
+def test_the_attached_prefix_is_the_papers_attention(name, lengths, side, made, random_prefix, random_ids, assert_same):
     backbone = made(name)
     prefix = random_prefix(backbone, lengths)
     texts, written = ([random_ids(n, n) for n in counts] for counts in ((9, 14, 1), (11, 2, 7)))

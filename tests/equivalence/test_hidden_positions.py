@@ -1,10 +1,5 @@
 """The loss without a position against transformers alone, whose cache holds the prefix with that position masked."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,18 +8,16 @@ from oracles import behind_cache, cache_of
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.explain.ablation import without_positions
 from prefixtune.explain.subject import Subject
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
-Make = Callable[..., Any]
 P = 4
 
 
-def subject_of(backbone: Any, prefix: Prefix, rows: list[TokenizedExample]) -> Subject:
+def subject_of(backbone, prefix, rows):
     return Subject(backbone, prefix, TextFormat(), (), tuple(rows), None, {}, batch_size=2)
 
 
-def rows_of(random_ids: Make) -> list[TokenizedExample]:
+def rows_of(random_ids):
     sizes = [(6, 5), (2, 4), (3, 3)]
     return [
         TokenizedExample(tuple(random_ids(p, 2 * n)), (tuple(random_ids(t, 9 * n)),)) for n, (p, t) in enumerate(sizes)
@@ -35,8 +28,8 @@ def rows_of(random_ids: Make) -> list[TokenizedExample]:
 @pytest.mark.parametrize("hidden", [range(1, 3), range(4)])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox", "qwen3"])
 def test_a_decoders_position_is_hidden_and_moves_nothing(
-    name: str, hidden: range, tiny_backbone: Make, tiny_models: Make, random_prefix: Make, random_ids: Make
-) -> None:
+    name, hidden, tiny_backbone, tiny_models, random_prefix, random_ids
+):
     backbone, oracle = tiny_backbone(name), tiny_models(name).requires_grad_(False)
     oracle.set_attn_implementation("eager")
     prefix, rows = random_prefix(backbone, P).detach(), rows_of(random_ids)

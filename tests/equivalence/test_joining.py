@@ -3,15 +3,8 @@
 The other side of each comparison is transformers' own model, untouched, with its own cache.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from oracles import behind_cache
 from prefixtune.attention.layout import cache_argument
@@ -52,10 +45,10 @@ SCALED = {
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_tokenizer: Any) -> Callable[..., Backbone]:
+def backbone(tiny_tokenizer):
     """A factory of tiny backbones of the zoo."""
 
-    def make(name: str, **changes: Any) -> Backbone:
+    def make(name, **changes):
         if not exists(name):
             pytest.skip(f"this transformers has no {name}")
         return Backbone.from_model(make_model(name, tiny_tokenizer, **changes), tiny_tokenizer, f"tiny-{name}")
@@ -63,17 +56,17 @@ def backbone(tiny_tokenizer: Any) -> Callable[..., Backbone]:
     return make
 
 
-def _ids(count: int, seed: int) -> Tensor:
+def _ids(count, seed):
     return torch.randint(90, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def _kv_at(backbone: Backbone, ids: Tensor, start: int) -> Prefix:
+def _kv_at(backbone, ids, start):
     positions = torch.arange(ids.shape[1])[None] + start
     return compute_kv(backbone.model, backbone.layout, input_ids=ids, position_ids=positions)
 
 
-def _worst(one: Prefix, other: Prefix) -> float:
+def _worst(one, other):
     """The largest difference, relative to the largest number of each tensor."""
     pairs = zip(one.tensors(), other.tensors(), strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
@@ -81,9 +74,7 @@ def _worst(one: Prefix, other: Prefix) -> float:
 
 @pytest.mark.parametrize("offset", [1, 140])
 @pytest.mark.parametrize("name", [*ROTARY, *BY_LAYER])
-def test_turned_keys_are_those_computed_at_the_new_positions(
-    backbone: Callable[..., Backbone], name: str, offset: int
-) -> None:
+def test_turned_keys_are_those_computed_at_the_new_positions(backbone, name, offset):
     made, ids = backbone(name), _ids(9, seed=offset)
     here, there = _kv_at(made, ids, 0), _kv_at(made, ids, offset)
     assert (made.rotation.positions, made.rotation.is_exact) == ("rotary", True)
@@ -93,13 +84,13 @@ def test_turned_keys_are_those_computed_at_the_new_positions(
 
 
 @pytest.mark.parametrize("kind", list(SCALED))
-def test_scaled_frequencies_are_found(backbone: Callable[..., Backbone], kind: str) -> None:
+def test_scaled_frequencies_are_found(backbone, kind):
     made, ids = backbone("llama", rope_parameters=SCALED[kind]), _ids(9, seed=3)
     assert _worst(made.rotation.turn(_kv_at(made, ids, 0), 77), _kv_at(made, ids, 77)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_bigcode", "biogpt", "ctrl"])
-def test_positions_added_to_the_input_cannot_be_moved_on(backbone: Callable[..., Backbone], name: str) -> None:
+def test_positions_added_to_the_input_cannot_be_moved_on(backbone, name):
     made, ids = backbone(name), _ids(9, seed=1)
     here = _kv_at(made, ids, 0)
     assert made.rotation.positions == "absolute"
@@ -109,7 +100,7 @@ def test_positions_added_to_the_input_cannot_be_moved_on(backbone: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["jamba", "granitemoehybrid", "nemotron_h"])
-def test_keys_without_positions_stay(backbone: Callable[..., Backbone], name: str) -> None:
+def test_keys_without_positions_stay(backbone, name):
     made, ids = backbone(name), _ids(9, seed=1)
     here = _kv_at(made, ids, 0)
     assert made.rotation.positions == "none"
@@ -119,7 +110,7 @@ def test_keys_without_positions_stay(backbone: Callable[..., Backbone], name: st
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_frequencies_that_depend_on_the_length_are_refused(backbone: Callable[..., Backbone], kind: str) -> None:
+def test_frequencies_that_depend_on_the_length_are_refused(backbone, kind):
     factors = [1.0] * 4
     settings = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     if kind == "longrope":
@@ -132,14 +123,14 @@ def test_frequencies_that_depend_on_the_length_are_refused(backbone: Callable[..
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-alibi"])
-def test_models_with_alibi_are_no_backbones(backbone: Callable[..., Backbone], name: str) -> None:
+def test_models_with_alibi_are_no_backbones(backbone, name):
     with pytest.raises(BackboneError, match="attend through transformers' registry"):
         backbone(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("times", [20, 400])
-def test_one_very_large_number_hides_no_other(backbone: Callable[..., Backbone], dtype: torch.dtype, times: int):
+def test_one_very_large_number_hides_no_other(backbone, dtype, times):
     made = backbone("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, max_position_embeddings=4096)
     with torch.no_grad():
         for layer in made.model.model.layers:
@@ -158,7 +149,7 @@ def test_one_very_large_number_hides_no_other(backbone: Callable[..., Backbone],
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_turns_by_layer_are_found_in_half_precision(backbone: Callable[..., Backbone], dtype: torch.dtype):
+def test_turns_by_layer_are_found_in_half_precision(backbone, dtype):
     exact = backbone("gemma3_text")
     rough = Backbone.from_model(make_model("gemma3_text", exact.tokenizer).to(dtype), exact.tokenizer, "rough")
     key = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
@@ -169,14 +160,14 @@ def test_turns_by_layer_are_found_in_half_precision(backbone: Callable[..., Back
         torch.testing.assert_close(other(key[..., :size], 50), one(key[..., :size], 50), rtol=0, atol=0.05)
 
 
-def test_attention_that_depends_on_absolute_positions_is_refused(backbone: Callable[..., Backbone]) -> None:
+def test_attention_that_depends_on_absolute_positions_is_refused(backbone):
     # Keys are scaled number by number after they are turned, so that scores depend on more than distances.
     with pytest.raises(BackboneError, match="no rotation"):
         _ = backbone("hunyuan_v1_dense").rotation
 
 
 @torch.no_grad()
-def _logits_behind(model: Any, caches: list[Any], ids: Tensor, start: int) -> Tensor:
+def _logits_behind(model, caches, ids, start):
     """The untouched model's logits for a text behind several caches, at positions from `start` on."""
     from transformers import DynamicCache
 
@@ -184,14 +175,11 @@ def _logits_behind(model: Any, caches: list[Any], ids: Tensor, start: int) -> Te
     for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
         keys, values = ([getattr(layer, part) for layer in layers] for part in ("keys", "values"))
         joined.update(torch.cat(keys, dim=2), torch.cat(values, dim=2), number)
-    logits: Tensor = behind_cache(model, joined, ids, start).logits
-    return logits
+    return behind_cache(model, joined, ids, start).logits
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt_neox", "phi", "gptj", "cohere", "smollm3", "gpt2"])
-def test_joined_prefixes_are_both_caches_in_front(
-    backbone: Callable[..., Backbone], tiny_tokenizer: Any, name: str
-) -> None:
+def test_joined_prefixes_are_both_caches_in_front(backbone, tiny_tokenizer, name):
     made, plain = backbone(name), make_model(name, tiny_tokenizer)
     texts, text = [_ids(6, 1), _ids(4, 2), _ids(5, 3)], _ids(7, 4)
     prefixes = [prefix_from_tokens(made.model, made.layout, ids) for ids in texts]
@@ -214,8 +202,8 @@ def test_joined_prefixes_are_both_caches_in_front(
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_generation_with_a_composed_file_is_that_of_the_model_behind_both_caches(
-    backbone: Callable[..., Backbone], tiny_tokenizer: Any, tmp_path: Path, name: str
-) -> None:
+    backbone, tiny_tokenizer, tmp_path, name
+):
     made, plain = backbone(name), make_model(name, tiny_tokenizer)
     texts, prompt = [_ids(6, 1), _ids(4, 2)], _ids(5, 3)
     for number, ids in enumerate(texts):
@@ -242,7 +230,7 @@ def test_generation_with_a_composed_file_is_that_of_the_model_behind_both_caches
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "t5gemma"])
-def test_an_encoder_decoders_parts_stand_beside_each_other(backbone: Callable[..., Backbone], name: str) -> None:
+def test_an_encoder_decoders_parts_stand_beside_each_other(backbone, name):
     made = backbone(name)
     one, other = (prefix_from_tokens(made.model, made.layout, _ids(count, count)) for count in (6, 4))
     assert made.rotation.positions == "none"
@@ -258,9 +246,7 @@ def test_an_encoder_decoders_parts_stand_beside_each_other(backbone: Callable[..
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
-def test_parts_that_were_trained_beside_others_stand_right_before_the_text(
-    backbone: Callable[..., Backbone], name: str
-) -> None:
+def test_parts_that_were_trained_beside_others_stand_right_before_the_text(backbone, name):
     """In any order the same; and cut apart again, each is what it was."""
     made, text = backbone(name), _ids(7, 4)
     header = {"training": {"beside": {"positions": "shared"}}}
@@ -274,7 +260,7 @@ def test_parts_that_were_trained_beside_others_stand_right_before_the_text(
     assert _worst(cut(joined, 5, end="start"), three) < 1e-5
 
 
-def test_gradients_reach_every_part(backbone: Callable[..., Backbone]) -> None:
+def test_gradients_reach_every_part(backbone):
     made = backbone("llama")
     leaves = [prefix_from_tokens(made.model, made.layout, _ids(count, count)).leaves() for count in (3, 4)]
     joined = concatenate(leaves, made.rotation)

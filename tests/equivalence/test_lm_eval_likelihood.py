@@ -1,21 +1,16 @@
 """Log-likelihoods for lm-eval, with shared contexts and mixed prefixes, against one forward pass for each request."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
 from oracles import greedy_by_recomputation, outputs_of
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
-from prefixtune.prefix.prefix import Prefix
 
 
 @torch.no_grad()
-def alone(backbone: Any, one: Continuation) -> tuple[float, bool]:
+def alone(backbone, one):
     """The log-likelihood from a row of its own, and whether each of its tokens is the likeliest."""
     logits = outputs_of(backbone, one.context, one.tokens[:-1], one.prefix)[-len(one.tokens) :]
     labels = torch.tensor(one.tokens)
@@ -23,9 +18,7 @@ def alone(backbone: Any, one: Continuation) -> tuple[float, bool]:
     return float(logprobs.sum()), bool((logits.argmax(-1) == labels).all())
 
 
-def make_requests(
-    random_ids: Callable[..., list[int]], prefixes: list[Prefix | None], *, count: int = 40, seed: int = 0
-) -> list[Continuation]:
+def make_requests(random_ids, prefixes, *, count=40, seed=0):
     """Contexts that come several times, continuations of one token and of many, equal ones, all prefixes in turn."""
     rng = random.Random(seed)
     contexts = [tuple(random_ids(rng.choice([1, 2, 5, 30]), seed=n)) for n in range(8)]
@@ -33,14 +26,14 @@ def make_requests(
     return [Continuation(rng.choice(contexts), rng.choice(endings), rng.choice(prefixes)) for _ in range(count)]
 
 
-def check(backbone: Any, requests: list[Continuation], batch_size: int) -> None:
+def check(backbone, requests, batch_size):
     results = score_continuations(backbone, requests, batch_size=batch_size)
     expected = [alone(backbone, one) for one in requests]
     assert [sure for _, sure in results] == [sure for _, sure in expected]
     torch.testing.assert_close([total for total, _ in results], [total for total, _ in expected], rtol=2e-5, atol=2e-4)
 
 
-def test_log_likelihoods_are_those_of_one_row_each(backbone: Any, random_prefix: Any, random_ids: Any) -> None:
+def test_log_likelihoods_are_those_of_one_row_each(backbone, random_prefix, random_ids):
     prefixes = [None, random_prefix(backbone, 3, seed=1), random_prefix(backbone, 6, seed=2)]
     requests = make_requests(random_ids, prefixes, count=24)
     for one in requests[:4]:
@@ -50,32 +43,28 @@ def test_log_likelihoods_are_those_of_one_row_each(backbone: Any, random_prefix:
     check(backbone, requests, batch_size=7)
 
 
-def test_encoder_decoders_score_too(encoder_decoder: Any, random_prefix: Any, random_ids: Any) -> None:
+def test_encoder_decoders_score_too(encoder_decoder, random_prefix, random_ids):
     prefixes = [None, random_prefix(encoder_decoder, 3, seed=1)]
     check(encoder_decoder, make_requests(random_ids, prefixes, count=16), batch_size=5)
 
 
 @pytest.mark.parametrize("name", ["jamba", "bamba"])
-def test_models_that_cannot_be_packed_get_padded_rows(
-    tiny_backbone: Any, random_prefix: Any, random_ids: Any, name: str
-) -> None:
+def test_models_that_cannot_be_packed_get_padded_rows(tiny_backbone, random_prefix, random_ids, name):
     backbone = tiny_backbone(name)
     assert not backbone.layout.packable
     prefixes = [None, random_prefix(backbone, 3, seed=1)]
     check(backbone, make_requests(random_ids, prefixes, count=12), batch_size=4)
 
 
-def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(
-    tiny_backbone: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(tiny_backbone, random_ids, monkeypatch):
     backbone = tiny_backbone("llama")
     context, ending = tuple(random_ids(5)), tuple(random_ids(3, seed=1))
     requests = [Continuation(context, ending, None), Continuation(context, ending[:1], None)] * 3
-    seen: list[int] = []
-    rows: list[int] = []
+    seen = []
+    rows = []
     forward = type(backbone).forward
 
-    def counting(self: Any, input_ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+    def counting(self, input_ids, *rest, **options):
         rows.append(input_ids.numel())
         return forward(self, input_ids, *rest, **options)
 
@@ -86,16 +75,14 @@ def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(
     assert rows == [4 + 3 + 1]
 
 
-def test_many_continuations_of_a_short_context_are_not_one_wide_row(
-    tiny_backbone: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_continuations_of_a_short_context_are_not_one_wide_row(tiny_backbone, random_ids, monkeypatch):
     """Attention within a group costs the square of its positions: windows of a long text must not form one group."""
     backbone = tiny_backbone("llama", max_position_embeddings=1000)
     requests = [Continuation((1,), tuple(random_ids(300, seed=n)), None) for n in range(4)]
-    groups: list[int] = []
+    groups = []
     forward = type(backbone).forward
 
-    def watching(self: Any, *rest: Any, **options: Any) -> Any:
+    def watching(self, *rest, **options):
         groups.extend(group.stop - group.start for group in options["packing"].groups)
         return forward(self, *rest, **options)
 

@@ -1,44 +1,32 @@
 """Attention of a packed row, in one call and group by group, against a brute force: outputs, gradients, and models."""
 
-from __future__ import annotations
-
 import importlib.util
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from patching import replace_everywhere
 from prefixtune.attention.injection import Injection
-from prefixtune.attention.kernels import (
-    AttentionKernel,
-    ScoreOptions,
-    causal_attention,
-    eager_attention,
-    flex_functions_on,
-)
+from prefixtune.attention.kernels import ScoreOptions, causal_attention, eager_attention, flex_functions_on
 from prefixtune.attention.packed import block_mask, compiles_on, packed_attention, uses_flex
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.attention.registry import ATTENTIONS
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
-from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.geometry import Site
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
-SITES: tuple[Site, ...] = ("decoder", "cross", "encoder")
+SITES = ("decoder", "cross", "encoder")
 
 
-def make_packing(draw: random.Random, site: Site, num_prefixes: int) -> Packing:
-    groups: list[Group] = []
+def make_packing(draw, site, num_prefixes):
+    groups = []
     for _ in range(draw.randint(1, 5)):
         source = draw.choice([0, 1, 7, 30]) if site == "decoder" else 0
         targets = [draw.choice([1, 3, 17]) for _ in range(draw.randint(0 if source else 1, 4))]
@@ -49,13 +37,13 @@ def make_packing(draw: random.Random, site: Site, num_prefixes: int) -> Packing:
     return Packing(tuple(groups), sources, index)
 
 
-def brute_visibility(packing: Packing, site: Site, lengths: list[int], window: int | None) -> list[list[bool]]:
+def brute_visibility(packing, site, lengths, window):
     """Which query of a row sees which key, as the groups' own descriptions say it."""
     owners = packing.prefix_index or (0,) * len(packing.groups)
     hides = site in (("decoder",) if packing.sources is None else ("encoder", "cross"))
     prefix_keys = [(number, place) for number, length in enumerate(lengths) for place in range(length)]
 
-    def positions(of_keys: bool) -> list[tuple[int, int, int]]:
+    def positions(of_keys):
         """Group, part and text position of each place."""
         if site == "encoder" or (site == "cross" and of_keys):
             return [
@@ -68,7 +56,7 @@ def brute_visibility(packing: Packing, site: Site, lengths: list[int], window: i
             for place in range(length)
         ]
 
-    def sees_text(query: tuple[int, int, int], key: tuple[int, int, int]) -> bool:
+    def sees_text(query, key):
         if query[0] != key[0] or site != "decoder":
             return query[0] == key[0]
         distance = query[2] - key[2]
@@ -87,14 +75,14 @@ def brute_visibility(packing: Packing, site: Site, lengths: list[int], window: i
 class Case:
     """A row with random groups, prefixes and rules."""
 
-    def __init__(self, seed: int, site: Site) -> None:
+    def __init__(self, seed, site):
         draw, self.generator = random.Random(f"{seed} {site}"), torch.Generator().manual_seed(seed)
-        self.site: Site = site
+        self.site = site
         lengths = draw.sample([4, 5, 10, 33], draw.choice([0, 1, 1, 3]))
         self.packing = make_packing(draw, site, len(lengths))
         queries, keys = (sum(counts) for counts in self.packing.sizes(site))
         bias = self.numbers(1, HEADS, queries, keys) if seed % 4 == 1 else None
-        self.rules: dict[str, Any] = {
+        self.rules = {
             "window": draw.choice([None, 4, 20]) if site == "decoder" else None,
             "softcap": draw.choice([None, 2.0]),
             "position_bias": bias,
@@ -103,16 +91,16 @@ class Case:
         self.row.append(self.numbers(1, KV_HEADS, keys, DIM))
         self.prefixes = [(self.numbers(1, KV_HEADS, n, DIM), self.numbers(1, KV_HEADS, n, DIM)) for n in lengths]
 
-    def numbers(self, *shape: int) -> Tensor:
+    def numbers(self, *shape):
         return torch.randn(shape, generator=self.generator)
 
-    def compute(self, kernel: Any, row: list[Tensor], prefixes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def compute(self, kernel, row, prefixes):
         if kernel == "brute":
             return self.brute_force(row, prefixes, ScoreOptions(0.3, kernel="eager", **self.rules))
         scores = ScoreOptions(0.3, kernel=kernel, **self.rules)
         return packed_attention(self.packing, self.site, prefixes or [None], *row, scores)
 
-    def brute_force(self, row: list[Tensor], prefixes: list[tuple[Tensor, Tensor]], scores: ScoreOptions) -> Tensor:
+    def brute_force(self, row, prefixes, scores):
         """All keys for all queries, hidden one by one."""
         key, value = (torch.cat([*(pair[n] for pair in prefixes), row[n + 1]], dim=2) for n in range(2))
         lengths = [pair[0].shape[2] for pair in prefixes]
@@ -121,7 +109,7 @@ class Case:
             scores = replace(scores, position_bias=F.pad(scores.position_bias, (sum(lengths), 0)))
         return eager_attention(row[0], key, value, mask[None, None], scores).transpose(1, 2)
 
-    def gradients(self, kernel: Any) -> list[Tensor]:
+    def gradients(self, kernel):
         row = [tensor.clone().requires_grad_() for tensor in self.row]
         prefixes = [(key.clone().requires_grad_(), value.clone().requires_grad_()) for key, value in self.prefixes]
         out = self.compute(kernel, row, prefixes)
@@ -131,12 +119,12 @@ class Case:
 
 
 @pytest.fixture
-def dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def dense(monkeypatch):
     """What stands in for flex_attention on a GPU: the same functions of scores and masks, with gradients."""
-    calls: list[int] = []
+    calls = []
     _, create = flex_functions_on("cpu")
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(query, key, value, **options):
         calls.append(1)
         block_mask, score_mod = options["block_mask"], options["score_mod"]
         heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
@@ -159,7 +147,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_row_at_once_is_the_brute_force(seed: int, site: Site, assert_same: Any):
+def test_the_row_at_once_is_the_brute_force(seed, site, assert_same):
     case = Case(seed, site)
     with torch.no_grad():
         found = case.compute("flex", case.row, case.prefixes)
@@ -169,7 +157,7 @@ def test_the_row_at_once_is_the_brute_force(seed: int, site: Site, assert_same: 
 @pytest.mark.parametrize("kernel", ["flex", "eager", "sdpa"])
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_are_those_of_the_brute_force(seed: int, site: Site, kernel: str, dense: list[int]):
+def test_gradients_are_those_of_the_brute_force(seed, site, kernel, dense):
     case = Case(seed, site)
     found = case.gradients(kernel)
     assert len(dense) == (kernel == "flex")
@@ -179,7 +167,7 @@ def test_gradients_are_those_of_the_brute_force(seed: int, site: Site, kernel: s
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_rows_of_any_length_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch):
+def test_rows_of_any_length_are_not_compiled_again(monkeypatch):
     """As on a GPU, but that what torch makes of the functions is run as it is."""
     counters = [CompileCounter(), CompileCounter()]
     compiled = [
@@ -197,10 +185,10 @@ def test_rows_of_any_length_are_not_compiled_again(monkeypatch: pytest.MonkeyPat
     assert max(counter.frame_count for counter in counters) <= 2
 
 
-def test_on_an_accelerator_a_row_is_one_call_without_a_mask(monkeypatch: pytest.MonkeyPatch):
-    calls: list[dict[str, Any]] = []
+def test_on_an_accelerator_a_row_is_one_call_without_a_mask(monkeypatch):
+    calls = []
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(query, key, value, **options):
         calls.append({"keys": key.shape[2], **options})
         return query
 
@@ -225,7 +213,7 @@ def test_on_an_accelerator_causal_text_behind_a_prefix_has_no_mask():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype):
+def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, length, DIM, generator=generator).to(dtype)
@@ -238,7 +226,7 @@ def test_causal_attention_behind_a_prefix_is_the_brute_force(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("lacking", [None, "triton", "compiler", "capability"])
-def test_where_torch_compiles_nothing_groups_are_used(lacking: str | None, monkeypatch: pytest.MonkeyPatch):
+def test_where_torch_compiles_nothing_groups_are_used(lacking, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: (lacking != "triton" or None) if name == "triton" else find(name)
@@ -260,17 +248,9 @@ def test_blocks_that_nobody_sees_are_left_out():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bart", "t5"])
-def test_a_model_learns_the_same(
-    name: str,
-    tiny_models: Callable[..., Any],
-    tiny_tokenizer: Any,
-    random_prefix: Any,
-    examples: list[TokenizedExample],
-    dense: list[int],
-    assert_same: Any,
-):
+def test_a_model_learns_the_same(name, tiny_models, tiny_tokenizer, random_prefix, examples, dense, assert_same):
     losses = []
-    kinds: tuple[AttentionKernel, ...] = ("sdpa", "flex")
+    kinds = ("sdpa", "flex")
     for attention in kinds:
         backbone = Backbone.from_model(tiny_models(name), tiny_tokenizer, name, attention="eager")
         backbone.model.set_attn_implementation(ATTENTIONS[attention])

@@ -1,18 +1,13 @@
 """The injected route against a cache that holds the prefix."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from oracles import behind_cache, cache_of, outputs_of
 from prefixtune.errors import BackboneError, ConfigError
 
 
-def eager_logits(model: Any, ids: list[int], prefix: Any) -> Tensor:
+def eager_logits(model, ids, prefix):
     """An oracle: transformers' own eager attention over a cache filled here, with every mask and position written out.
 
     Gradients reach the prefix through the cache.
@@ -24,14 +19,11 @@ def eager_logits(model: Any, ids: list[int], prefix: Any) -> Tensor:
         hidden |= place[:, None] - place[None, :] >= window
     mask = torch.zeros(1, 1, len(ids), count + len(ids))
     mask[..., count:].masked_fill_(hidden, torch.finfo(torch.float32).min)
-    logits: Tensor = behind_cache(model, cache_of(prefix), torch.tensor([ids]), count, attention_mask=mask).logits[0]
-    return logits
+    return behind_cache(model, cache_of(prefix), torch.tensor([ids]), count, attention_mask=mask).logits[0]
 
 
 @pytest.mark.parametrize("length", [1, 6])
-def test_injected_is_prefilled(
-    length: int, family: str, backbone: Any, tiny_models: Any, random_prefix: Any, random_ids: Any, assert_same: Any
-):
+def test_injected_is_prefilled(length, family, backbone, tiny_models, random_prefix, random_ids, assert_same):
     oracle = tiny_models(family).requires_grad_(False)
     oracle.set_attn_implementation("eager")
     prefix, ids = random_prefix(backbone, length), random_ids(11)
@@ -44,14 +36,14 @@ def test_injected_is_prefilled(
     assert_same(torch.autograd.grad((logits * weights).sum(), prefix.tensors()), wanted)
 
 
-def test_one_prefix_serves_every_row(backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any):
+def test_one_prefix_serves_every_row(backbone, random_prefix, random_ids, assert_same):
     """In rows of one length, without a mask."""
     prefix, texts = random_prefix(backbone, 4), [random_ids(6, seed) for seed in (1, 2)]
     together = backbone.forward(torch.tensor(texts), prefixes=prefix).logits
     assert_same(together, torch.stack([outputs_of(backbone, text, (), prefix) for text in texts]))
 
 
-def test_a_misfit_is_refused(tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_a_misfit_is_refused(tiny_backbone, random_prefix, random_ids):
     backbone, other = tiny_backbone("llama"), tiny_backbone("gpt2")
     ids = torch.tensor([random_ids(6), random_ids(6, 1)])
     with pytest.raises(BackboneError, match=r"3 layers x 4 KV heads x 8.*3 layers x 2 KV heads x 8"):

@@ -1,13 +1,9 @@
 """What a group sees of the prefix while it is trained: its first positions, and all but some; packed and padded."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from oracles import behind_cache, cache_of, losses_and_gradients, summed
@@ -25,14 +21,12 @@ P = 5
 
 
 @pytest.fixture
-def examples(examples: list[TokenizedExample]) -> list[TokenizedExample]:
+def examples(examples):
     """As many as there are sets of positions."""
     return examples[: len(HIDDEN)]
 
 
-def test_groups_of_one_row_have_the_first_positions_alone(
-    backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_groups_of_one_row_have_the_first_positions_alone(backbone, random_prefix, examples, assert_same):
     prefix = random_prefix(backbone, P)
     marked = [replace(e, front=Front(length)) for e, length in zip(examples, LENGTHS, strict=True)]
     batch = pack(marked)
@@ -46,9 +40,7 @@ def test_groups_of_one_row_have_the_first_positions_alone(
     assert_same(got, summed(parts))
 
 
-def test_joined_rows_keep_their_own_lengths(
-    tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_joined_rows_keep_their_own_lengths(tiny_backbone, random_prefix, examples, assert_same):
     """Two runs that train together: the first nested, the second with its whole prefix."""
     backbone = tiny_backbone("llama")
     first, second = random_prefix(backbone, P), random_prefix(backbone, 3, seed=1)
@@ -62,9 +54,7 @@ def test_joined_rows_keep_their_own_lengths(
     assert_same(losses, torch.cat(alone))
 
 
-def test_a_padded_row_sees_all_but_the_hidden_positions(
-    backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_a_padded_row_sees_all_but_the_hidden_positions(backbone, random_prefix, examples, assert_same):
     prefix = random_prefix(backbone, P)
     marked = [replace(e, hidden=hidden) for e, hidden in zip(examples, HIDDEN, strict=True)]
     packed = losses_and_gradients(backbone, prefix, pack(marked), [prefix])
@@ -74,7 +64,7 @@ def test_a_padded_row_sees_all_but_the_hidden_positions(
 
 
 @torch.no_grad()
-def by_cache(backbone: Any, prefix: Prefix, example: TokenizedExample) -> Tensor:
+def by_cache(backbone, prefix, example):
     """Losses of an example's targets by the model's own forward with a cache of the visible positions."""
     visible = [position for position in range(P) if position not in example.hidden]
     losses = []
@@ -95,9 +85,7 @@ def by_cache(backbone: Any, prefix: Prefix, example: TokenizedExample) -> Tensor
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "m2m_100"])
-def test_hidden_positions_and_lengths_in_encoder_decoders(
-    name: str, tiny_backbone: Any, random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_hidden_positions_and_lengths_in_encoder_decoders(name, tiny_backbone, random_prefix, examples, assert_same):
     backbone = tiny_backbone(name)
     prefix = random_prefix(backbone, {"encoder": P, "decoder": 3, "cross": 4})
     marked = [replace(e, hidden=hidden) for e, hidden in zip(examples, HIDDEN, strict=True)]
@@ -134,14 +122,12 @@ def test_hidden_positions_and_lengths_in_encoder_decoders(
     assert_same(batch_loss(backbone, prefix[:2], batch), batch_loss(backbone, first, alone))
 
 
-def without(tensor: Tensor, hidden: tuple[int, ...]) -> Tensor:
+def without(tensor, hidden):
     return tensor[:, [position for position in range(tensor.shape[1]) if position not in hidden]]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_heads_see_all_but_the_hidden_positions(
-    name: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
-) -> None:
+def test_heads_see_all_but_the_hidden_positions(name, tiny_backbone, random_prefix, random_ids, assert_same):
     backbone = tiny_backbone(name)
     site = next(iter(backbone.geometry))
     head = Head(torch.randn(3, backbone.hidden_size), torch.randn(3))

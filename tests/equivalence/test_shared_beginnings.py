@@ -1,21 +1,15 @@
 """Sources that begin alike, computed once in a packed row, against each example in a padded row of its own."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from oracles import losses_and_gradients, summed
 from prefixtune.backbone.batch import Front, SoftLabels
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.prefix import Prefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
@@ -23,14 +17,14 @@ BEGINNING, P = 14, 5
 
 
 @pytest.fixture
-def alike(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
+def alike(random_ids):
     """Five examples that begin with the same tokens, of which one has only one token more, and one is a conversation.
 
     Between them stand one that begins otherwise, and one with two targets.
     """
     beginning = tuple(random_ids(BEGINNING, seed=1))
 
-    def example(rest: int, target: int) -> TokenizedExample:
+    def example(rest, target):
         tokens = tuple(random_ids(rest + target, seed=10 * rest + target))
         return TokenizedExample((*beginning, *tokens[:rest]), (tokens[rest:],))
 
@@ -41,15 +35,13 @@ def alike(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
     return [*made[:3], other, two, *made[3:]]
 
 
-def one_by_one(backbone: Any, prefix: Prefix, examples: Sequence[TokenizedExample]) -> list[Tensor]:
+def one_by_one(backbone, prefix, examples):
     batches = [(pad([e], pad_id=backbone.pad_id), prefix[: e.front.length]) for e in examples]
     return summed([losses_and_gradients(backbone, prefix, batch, [front]) for batch, front in batches])
 
 
 @pytest.mark.parametrize("hidden", [(), (0, 3)])
-def test_shared_is_one_by_one(
-    hidden: tuple[int, ...], backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_shared_is_one_by_one(hidden, backbone, random_prefix, alike, assert_same):
     examples = [replace(example, hidden=hidden) for example in alike]
     batch, apart = (collate(backbone, examples, share_beginnings=shares) for shares in (True, False))
     if backbone.layout.packable:
@@ -61,9 +53,7 @@ def test_shared_is_one_by_one(
     assert_same(losses_and_gradients(backbone, prefix, batch, [prefix]), one_by_one(backbone, prefix, examples))
 
 
-def test_only_those_that_see_the_same_of_the_prefix_share(
-    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_only_those_that_see_the_same_of_the_prefix_share(tiny_backbone, random_prefix, alike, assert_same):
     backbone = tiny_backbone("llama")
     first, second, third = alike[:3]
     examples = [
@@ -82,18 +72,14 @@ def test_only_those_that_see_the_same_of_the_prefix_share(
     assert_same(losses_and_gradients(backbone, prefix, batch, fronts), one_by_one(backbone, prefix, examples))
 
 
-def test_joined_rows_share_within_each_run(
-    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_joined_rows_share_within_each_run(tiny_backbone, random_prefix, alike, assert_same):
     backbone = tiny_backbone("llama")
     prefixes = [random_prefix(backbone, length, seed=length) for length in (3, 6)]
     losses = batch_loss(backbone, prefixes, join([pack(alike, share_beginnings=True)] * 2))
     assert_same(losses, torch.cat([batch_loss(backbone, prefix, pack(alike)) for prefix in prefixes]))
 
 
-def test_a_teachers_labels_stay_with_their_targets(
-    tiny_backbone: Any, random_prefix: Any, alike: list[TokenizedExample], assert_same: Any
-) -> None:
+def test_a_teachers_labels_stay_with_their_targets(tiny_backbone, random_prefix, alike, assert_same):
     backbone, examples = tiny_backbone("llama"), []
     size = int(backbone.model.get_output_embeddings().weight.shape[0])
     for seed, example in enumerate(alike[:3]):
@@ -104,7 +90,7 @@ def test_a_teachers_labels_stay_with_their_targets(
     assert_same(shared, apart)
 
 
-def test_a_short_beginning_of_long_sources_is_not_worth_a_group(random_ids: Callable[..., list[int]]):
+def test_a_short_beginning_of_long_sources_is_not_worth_a_group(random_ids):
     """All positions of a group meet in attention, which costs more than it saves here."""
     long = [TokenizedExample((7, *random_ids(400, seed)), ((1,),)) for seed in range(2)]
     assert len(pack(long, share_beginnings=True).packing.groups) == 2
@@ -113,9 +99,7 @@ def test_a_short_beginning_of_long_sources_is_not_worth_a_group(random_ids: Call
 
 
 @pytest.mark.parametrize("share_beginnings", [True, False])
-def test_parts_hold_as_much_as_they_may(
-    share_beginnings: bool, tiny_backbone: Any, random_ids: Callable[..., list[int]]
-) -> None:
+def test_parts_hold_as_much_as_they_may(share_beginnings, tiny_backbone, random_ids):
     beginning = random_ids(24)
     examples = [
         TokenizedExample((*beginning, *random_ids(10 + seed % 7, seed)), (tuple(random_ids(25, seed)),))

@@ -1,14 +1,9 @@
 """The loss against a teacher's likeliest tokens, against torch's own divergence on full distributions in float64."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.batch import SoftLabels
@@ -20,24 +15,23 @@ from prefixtune.data.tokenized import epoch_batches
 VOCABULARY = 60
 
 
-def random_logits(seed: int, rows: int = 37, size: int = VOCABULARY) -> Tensor:
+def random_logits(seed, rows=37, size=VOCABULARY):
     return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def divergence(teacher: Tensor, student: Tensor, k: int) -> Tensor:
+def divergence(teacher, student, k):
     """With torch's own `kl_div`, on the distributions over the k likeliest tokens and all others as one."""
     ids = teacher.topk(k, dim=-1).indices
 
-    def outcomes(logits: Tensor) -> Tensor:
+    def outcomes(logits):
         probabilities = logits.softmax(dim=-1)
         kept = probabilities.gather(1, ids)
         return torch.cat([kept, 1 - kept.sum(dim=1, keepdim=True)], dim=1)
 
-    losses: Tensor = torch.nn.functional.kl_div(outcomes(student).log(), outcomes(teacher), reduction="none").sum(1)
-    return losses
+    return torch.nn.functional.kl_div(outcomes(student).log(), outcomes(teacher), reduction="none").sum(1)
 
 
-def test_losses_and_slopes_are_those_of_autograd_on_full_distributions() -> None:
+def test_losses_and_slopes_are_those_of_autograd_on_full_distributions():
     teacher, student = random_logits(0), random_logits(1).requires_grad_()
     weights = torch.rand(len(teacher), dtype=torch.float64)
     wanted = divergence(teacher, student, 20)
@@ -48,7 +42,7 @@ def test_losses_and_slopes_are_those_of_autograd_on_full_distributions() -> None
     torch.testing.assert_close(own, slopes, rtol=1e-10, atol=1e-10)
 
 
-def test_the_whole_vocabulary_gives_the_full_divergence_and_fewer_tokens_give_less() -> None:
+def test_the_whole_vocabulary_gives_the_full_divergence_and_fewer_tokens_give_less():
     teacher, student = random_logits(5), random_logits(6)
     target, log_probs = teacher.softmax(-1), student.log_softmax(-1)
     full = torch.nn.functional.kl_div(log_probs, target, reduction="none").sum(1)
@@ -59,7 +53,7 @@ def test_the_whole_vocabulary_gives_the_full_divergence_and_fewer_tokens_give_le
     assert float(some.sum()) < float(full.sum())
 
 
-def test_certain_labels_give_the_cross_entropy_and_its_slopes() -> None:
+def test_certain_labels_give_the_cross_entropy_and_its_slopes():
     logits = random_logits(7).float().requires_grad_()
     labels = torch.randint(0, VOCABULARY, (len(logits),), generator=torch.Generator().manual_seed(8))
     (wanted,) = torch.autograd.grad(token_losses(logits, labels).sum(), logits)
@@ -72,7 +66,7 @@ def test_certain_labels_give_the_cross_entropy_and_its_slopes() -> None:
 # --- through batches ---
 
 
-def soft_example(seed: int, num_targets: int, *, soft: bool = True) -> TokenizedExample:
+def soft_example(seed, num_targets, *, soft=True):
     random = torch.Generator().manual_seed(seed)
     lengths = [2 + (seed + number) % 4 for number in range(num_targets)]
     targets = tuple(tuple(torch.randint(3, 100, (n,), generator=random).tolist()) for n in lengths)
@@ -81,7 +75,7 @@ def soft_example(seed: int, num_targets: int, *, soft: bool = True) -> Tokenized
     return TokenizedExample(prompt, targets, soft_targets=labels if soft else ())
 
 
-def test_packed_and_padded_rows_have_the_same_losses(tiny_backbone: Callable[..., Any]) -> None:
+def test_packed_and_padded_rows_have_the_same_losses(tiny_backbone):
     backbone = tiny_backbone("llama")
     prefix = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[5, 6, 7]]))
     examples = [soft_example(1, 2), soft_example(2, 3)]
@@ -90,7 +84,7 @@ def test_packed_and_padded_rows_have_the_same_losses(tiny_backbone: Callable[...
     torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
 
 
-def test_targets_keep_their_own_labels_when_they_are_shuffled_and_divided(tiny_backbone: Callable[..., Any]) -> None:
+def test_targets_keep_their_own_labels_when_they_are_shuffled_and_divided(tiny_backbone):
     backbone = tiny_backbone("llama")
     examples = [soft_example(seed, 5) for seed in range(4)]
     of_target = {
@@ -109,7 +103,7 @@ def test_targets_keep_their_own_labels_when_they_are_shuffled_and_divided(tiny_b
 
 
 @pytest.mark.parametrize("soft", [True, False], ids=["all soft", "one certain"])
-def test_joined_rows_have_the_losses_that_they_have_alone(tiny_backbone: Callable[..., Any], soft: bool) -> None:
+def test_joined_rows_have_the_losses_that_they_have_alone(tiny_backbone, soft):
     backbone = tiny_backbone("llama")
     batches = [pack([soft_example(1, 2)]), pack([soft_example(2, 3, soft=soft)])]
     prefixes = [prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[5, 6, 7 + n]])) for n in range(2)]
@@ -117,7 +111,7 @@ def test_joined_rows_have_the_losses_that_they_have_alone(tiny_backbone: Callabl
     torch.testing.assert_close(batch_loss(backbone, prefixes, join(batches)), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_itself_as_the_teacher_gives_no_loss_and_no_gradient(tiny_backbone: Callable[..., Any]) -> None:
+def test_the_model_itself_as_the_teacher_gives_no_loss_and_no_gradient(tiny_backbone):
     backbone = tiny_backbone("gpt2")
     prefix = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[5, 6, 7]]))
     hard = soft_example(3, 3, soft=False)
@@ -131,6 +125,6 @@ def test_the_model_itself_as_the_teacher_gives_no_loss_and_no_gradient(tiny_back
     assert all(float(tensor.grad.abs().max()) < 1e-4 for tensor in leaf.stored_tensors())
 
 
-def test_labels_that_are_no_numbers_are_no_loss_of_zero() -> None:
+def test_labels_that_are_no_numbers_are_no_loss_of_zero():
     labels = SoftLabels.from_logits(torch.full((2, 60), torch.nan))
     assert soft_losses(torch.randn(2, 60), labels).isnan().all()

@@ -4,21 +4,17 @@ Tiny random models in float32, with weights so large that no two tokens are near
 compared to within 1e-4.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine import Engine, EngineConfig, Request, SamplingParams, SequenceOutput
+from prefixtune.engine import Engine, EngineConfig, Request, SamplingParams
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.prefix.compose import concatenate
-from prefixtune.prefix.prefix import Prefix
 from random_prefixes import random_prefix
 from zoo import NUM_BYTES, make_model, make_tokenizer
 
@@ -29,29 +25,29 @@ TOLERANCE = 1e-4
 GOLDEN = Path(__file__).with_name("generation.json")
 
 
-def make_backbone(name: str) -> Backbone:
+def make_backbone(name):
     tokenizer = make_tokenizer()
     return Backbone.from_model(make_model(name, tokenizer), tokenizer, f"tiny-{name}")
 
 
-def make_prefix(backbone: Backbone, length: int) -> Prefix:
+def make_prefix(backbone, length):
     return random_prefix(backbone, length, seed=length).detach()
 
 
-def make_prefixes(backbone: Backbone) -> list[Prefix | None]:
+def make_prefixes(backbone):
     """None, a short one, a long one, and one joined from two others."""
     short, long = make_prefix(backbone, 2), make_prefix(backbone, 40)
     joined = concatenate([make_prefix(backbone, 5), make_prefix(backbone, 9)], backbone.rotation)
     return [None, short, long, joined]
 
 
-def make_prompts() -> list[tuple[int, ...]]:
+def make_prompts():
     draw = random.Random(7)
     lengths = (1, 3, 8, 20, 61, 2, 13, 34, 5, 27, 1, 9, 44, 16, 6, 11, 2, 30, 70, 4)
     return [tuple(draw.randrange(NUM_BYTES) for _ in range(length)) for length in lengths]
 
 
-SAMPLING: tuple[dict[str, Any], ...] = (
+SAMPLING = (
     {},
     {"max_new_tokens": 5},
     {"stop": ("e", "q", "#")},
@@ -65,7 +61,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-def make_requests(backbone: Backbone) -> list[Request]:
+def make_requests(backbone):
     """Twenty, of three tenants; every seventh asks for two texts, and one for its prompt's log-probabilities."""
     prefixes = make_prefixes(backbone)
     requests = []
@@ -87,7 +83,7 @@ def make_requests(backbone: Backbone) -> list[Request]:
     return requests
 
 
-def describe(output: SequenceOutput) -> dict[str, Any]:
+def describe(output):
     """What is compared of a text."""
     found = {
         "ids": [token.id for token in output.tokens],
@@ -101,8 +97,8 @@ def describe(output: SequenceOutput) -> dict[str, Any]:
     return found
 
 
-def compute() -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def compute():
+    result = {}
     for name in MODELS:
         backbone = make_backbone(name)
         prefixes = make_prefixes(backbone)
@@ -122,14 +118,14 @@ def compute() -> dict[str, Any]:
             for number, ids in enumerate(generate_ids(backbone, prompts, mixed, config=config)):
                 result[f"{name} {way} {number}"] = ids
         sources = [backbone.decode(prompt) for prompt in prompts[:8]]
-        options: dict[str, Any] = {"max_new_tokens": NEW, "stop": ("e", "q"), "ban_newlines": True}
+        options = {"max_new_tokens": NEW, "stop": ("e", "q"), "ban_newlines": True}
         for number, text in enumerate(generate(backbone, sources, mixed[:8], **options)):
             result[f"{name} text {number}"] = text
         result[f"{name} streamed"] = "".join(stream(backbone, sources[3], mixed[3], **options))
     return result
 
 
-def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check(found, expected):
     assert sorted(found) == sorted(expected)
     for name, one in expected.items():
         other = found[name]
@@ -140,5 +136,5 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert other == one, name
 
 
-def test_forty_requests_are_what_they_were() -> None:
+def test_forty_requests_are_what_they_were():
     check(compute(), json.loads(GOLDEN.read_text(encoding="utf-8")))

@@ -4,8 +4,6 @@ Of an error the type, the code and the top-level field of `param` are compared; 
 a good answer the keys are compared, where they are fixed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import tempfile
@@ -44,21 +42,21 @@ FORM = {"content-type": "multipart/form-data; boundary=0123456789"}
 Call = tuple[str, str, Any] | tuple[str, str, Any, dict[str, str]]
 
 
-def part(name: str, content: str, more: str = "") -> bytes:
+def part(name, content, more=""):
     """A part of a form."""
     return f'--0123456789\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n{content}\r\n'.encode()
 
 
-def form(content: str = ROWS, filename: str = "rows.jsonl", **fields: str) -> bytes:
+def form(content=ROWS, filename="rows.jsonl", **fields):
     """A form with a file."""
     parts = [part(name, text) for name, text in fields.items()]
     return b"".join([*parts, part("file", content, f'; filename="{filename}"'), b"--0123456789--\r\n"])
 
 
-def texts(path: str, **body: Any) -> dict[str, Call]:
+def texts(path, **body):
     """What both of OpenAI's requests for texts answer alike."""
 
-    def post(**more: Any) -> Call:
+    def post(**more):
         return "POST", path, {**body, **more}
 
     return {
@@ -238,7 +236,7 @@ FILES = {
 JOB, JOBS_PATH = "/v1/fine_tuning/jobs/{job}", "/v1/fine_tuning/jobs"
 
 
-def job(**fields: Any) -> Call:
+def job(**fields):
     return "POST", JOBS_PATH, {"model": "tiny", "training_file": "{file}", **fields}
 
 
@@ -354,7 +352,7 @@ DRAINING = {
     "readyz": ("GET", "/readyz", None),
     "upload": ("POST", "/v1/files", form(purpose="fine-tune"), FORM),
 }
-RULES: dict[str, dict[str, Any]] = {
+RULES = {
     "ann": {"prefixes": ("a",), "max_files": 1, "max_jobs": 1},
     "ben": {},
     "boss": {"admin": True},
@@ -366,7 +364,7 @@ RULES: dict[str, dict[str, Any]] = {
 class Servers:
     """Applications over one tiny model, in folders of their own; closed together."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder, self.states = folder, list[ServerState]()
         tokenizer = make_tokenizer()
         self.backbone = Backbone.from_model(
@@ -376,7 +374,7 @@ class Servers:
             # The end token is never the likeliest: every text is as long as requested.
             self.backbone.model.get_output_embeddings().weight[self.backbone.eos_id] = 0.0
 
-    def make(self, name: str, **options: Any) -> tuple[Any, ServerState]:
+    def make(self, name, **options):
         """An application with the prefixes `a`, `b` and `c`."""
         folder = self.folder / name / "prefixes"
         folder.mkdir(parents=True)
@@ -396,13 +394,13 @@ class Servers:
         self.states.append(state)
         return make_app(state), state
 
-    def close(self) -> None:
+    def close(self):
         """Stop all engines."""
         for state in self.states:
             state.close()
 
 
-def answer(path: str, response: Any) -> list[Any]:
+def answer(path, response):
     """What is compared of a response."""
     try:
         body = json.loads(response.body)
@@ -416,7 +414,7 @@ def answer(path: str, response: Any) -> list[Any]:
     return [response.status, error["type"], field, error["code"] if error["code"] in CODES else None]
 
 
-def fill(value: Any, ids: dict[str, str]) -> Any:
+def fill(value, ids):
     """A value with ids in the places of their names."""
     if isinstance(value, str):
         for name, known in ids.items():
@@ -427,12 +425,12 @@ def fill(value: Any, ids: dict[str, str]) -> Any:
     return [fill(one, ids) for one in value] if isinstance(value, list) else value
 
 
-def run(app: Any, calls: dict[str, Any], names: dict[str, str] | None = None) -> dict[str, Any]:
+def run(app, calls, names=None):
     """The answers of calls, one after the other; `names` says how the id in a call's answer is called from then on."""
-    found: dict[str, Any] = {}
-    ids: dict[str, str] = {}
+    found = {}
+    ids = {}
 
-    async def send_all() -> None:
+    async def send_all():
         for name, (method, path, body, *headers) in calls.items():
             response = await send(app, method, fill(path, ids), fill(body, ids), headers=headers[0] if headers else {})
             found[name] = answer(path, response)
@@ -444,10 +442,10 @@ def run(app: Any, calls: dict[str, Any], names: dict[str, str] | None = None) ->
     return found
 
 
-def compute() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def compute():
+    found = {}
 
-    def note(part: str, answers: dict[str, Any]) -> None:
+    def note(part, answers):
         found.update({f"{part}: {name}": value for name, value in answers.items()})
 
     with tempfile.TemporaryDirectory() as folder:
@@ -476,7 +474,7 @@ def compute() -> dict[str, Any]:
     return found
 
 
-def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_refused(tmp_path):
     servers = Servers(tmp_path)
     try:
         app, _ = servers.make("open")
@@ -491,6 +489,6 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
         servers.close()
 
 
-def test_the_answers_of_all_routes() -> None:
+def test_the_answers_of_all_routes():
     found, golden = compute(), json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert found == golden

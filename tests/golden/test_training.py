@@ -5,8 +5,6 @@ differences of rounding between processors into parts of a step where a gradient
 killed and resumed equals the undisturbed one on the same machine bit for bit.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,7 +23,7 @@ GOLDEN = Path(__file__).with_name("training.json")
 _COMMON = {"batch_size": 4, "targets_per_source": 2, "max_steps": 20, "warmup_steps": 3, "save_every": 4, "seed": 3}
 _HEAD = {"task": "classification", "classifier": "head", "targets_per_source": 1}
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+CASES = {
     "decoder": ("llama", {"init_text": "Say what they do", "prefix_length": 6, "prefix_dropout": 0.25}),
     "decoder-mlp": ("gpt2", {"reparameterization": "mlp", "initialization": "words", "init_text": "Say it"}),
     "decoder-text": ("qwen3", {"initialization": "text", "init_text": "A person eats. " * 4, "prefix_length": 8}),
@@ -58,7 +55,7 @@ _FORGOTTEN = {
 """What a header says of versions, of choices that a run may come to lose, and what rounding changes; by part."""
 
 
-def _inputs(name: str) -> dict[str, Any]:
+def _inputs(name):
     """The model and the data of a case."""
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data import Example
@@ -75,7 +72,7 @@ def _inputs(name: str) -> dict[str, Any]:
     return {"backbone": backbone, "examples": train, "dev_examples": dev}
 
 
-def _train(name: str, folder: Path, **more: Any) -> Any:
+def _train(name, folder, **more):
     """The run of a case, in a folder of its own."""
     from prefixtune.training.config import TrainConfig
     from prefixtune.training.train import train
@@ -84,11 +81,11 @@ def _train(name: str, folder: Path, **more: Any) -> Any:
     return train(config, **_inputs(name), progress=False, **more)
 
 
-def _of_kind(events: Any, kind: str) -> list[float]:
+def _of_kind(events, kind):
     return [event["loss"] for event in events if event["event"] == kind]
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path):
     """The header of a stored file, and a few numbers of each of its tensors."""
     import torch
     from safetensors import safe_open
@@ -112,24 +109,24 @@ def _facts(path: Path) -> dict[str, Any]:
     return {"header": header, "tensors": numbers}
 
 
-def _result(result: Any) -> dict[str, Any]:
+def _result(result):
     losses = {kind: [round(loss, 7) for loss in _of_kind(result.events, kind)] for kind in ("step", "evaluation")}
     return {**losses, "num_trained": result.num_trained, **_facts(result.path)}
 
 
-def compute() -> dict[str, Any]:
+def compute():
     """The results of all cases."""
     with tempfile.TemporaryDirectory() as folder:
         return {name: _result(_train(name, Path(folder))) for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, Any]:
+def golden():
     return dict(json.loads(GOLDEN.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(tmp_path_factory):
     """A folder of runs that were killed at step 11."""
     folder = tmp_path_factory.mktemp("killed")
     paths = os.pathsep.join([str(TESTS), str(TESTS / "golden"), os.environ.get("PYTHONPATH", "")])
@@ -138,7 +135,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_is_as_it_was_recorded(name: str, golden: dict[str, Any], tmp_path: Path):
+def test_a_run_is_as_it_was_recorded(name, golden, tmp_path):
     computed, recorded = _result(_train(name, tmp_path)), golden[name]
     for kind in ("step", "evaluation"):
         assert computed[kind] == pytest.approx(recorded[kind], rel=1e-4)
@@ -155,7 +152,7 @@ def test_a_run_is_as_it_was_recorded(name: str, golden: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, killed: Path, tmp_path: Path):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, tmp_path):
     import torch
     from safetensors.torch import load_file
 
@@ -168,12 +165,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name: str, killed: Path, tm
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def _kill_at_11(event: dict[str, Any]) -> None:
+def _kill_at_11(event):
     if event["event"] == "step" and event["step"] == 11:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _train_and_be_killed(folder: Path) -> None:
+def _train_and_be_killed(folder):
     """Start each run in a process of its own, which is killed."""
     # What takes most of the time of so short a run is done once.
     for name in ("prefixtune.training.train", *(f"transformers.models.{kind}.modeling_{kind}" for kind in _KINDS)):

@@ -1,11 +1,5 @@
 """On a device a model computes what attention by hand does, alone and packed; its training follows the CPU's."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,7 +7,6 @@ from equivalence.test_handwritten import Weights, gpt2, llama
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.train import train
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -21,7 +14,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 @pytest.fixture
-def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
+def examples(random_ids):
     """Sources of one target and of several."""
     shapes = [(7, (3, 6, 1)), (1, (4,)), (12, (5, 2))]
     return [
@@ -31,9 +24,7 @@ def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
 
 
 @pytest.mark.parametrize(("family", "by_hand"), [("llama", llama), ("gpt2", gpt2)])
-def test_a_prefix_is_attention_by_hand(
-    family: str, by_hand: Any, device: str, dtype: str, placed: Any, random_prefix: Any, random_ids: Any
-) -> None:
+def test_a_prefix_is_attention_by_hand(family, by_hand, device, dtype, placed, random_prefix, random_ids):
     backbone = placed(family, device, dtype)
     prefix = random_prefix(backbone, 5).detach()
     ids = torch.tensor(random_ids(9))
@@ -45,9 +36,7 @@ def test_a_prefix_is_attention_by_hand(
 
 # Four heads of 16 numbers, and of 8, for which torch compiles no flex_attention.
 @pytest.mark.parametrize("hidden_size", [64, 32])
-def test_a_packed_row_is_each_pair_alone(
-    hidden_size: int, device: str, dtype: str, placed: Any, random_prefix: Any, examples: list[TokenizedExample]
-) -> None:
+def test_a_packed_row_is_each_pair_alone(hidden_size, device, dtype, placed, random_prefix, examples):
     backbone = placed("llama", device, dtype, hidden_size=hidden_size)
     prefix = random_prefix(backbone, 5).to(device=device).leaves()
     together = batch_loss(backbone, prefix, collate(backbone, examples)).float()
@@ -60,7 +49,7 @@ def test_a_packed_row_is_each_pair_alone(
         assert float((one - other).norm()) <= 2 * TOLERANCE[dtype] * float(other.norm())
 
 
-def test_training_follows_the_cpu(device: str, placed: Any, tmp_path: Path) -> None:
+def test_training_follows_the_cpu(device, placed, tmp_path):
     rows = [{"source": f"the pub number {number}", "target": f"a pub, {number}"} for number in range(12)]
     losses = []
     for place in ("cpu", device):
@@ -80,12 +69,12 @@ def test_training_follows_the_cpu(device: str, placed: Any, tmp_path: Path) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
-def test_causal_text_has_no_dense_mask(placed: Any, random_prefix: Any) -> None:
+def test_causal_text_has_no_dense_mask(placed, random_prefix):
     """The peak of memory grows with the text, not with its square: 2 x, not 4 x."""
     backbone = placed("llama", "cuda", "bfloat16", hidden_size=64, max_position_embeddings=65_536)
     prefix = random_prefix(backbone, 16).detach().to(device="cuda")
 
-    def peak(length: int, work: Callable[[int], object]) -> int:
+    def peak(length, work):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -93,14 +82,14 @@ def test_causal_text_has_no_dense_mask(placed: Any, random_prefix: Any) -> None:
         work(length)
         return torch.cuda.max_memory_allocated() - before
 
-    def compute(length: int, given: Prefix) -> torch.Tensor:
+    def compute(length, given):
         return backbone.hidden_states(torch.ones(1, length, dtype=torch.long, device="cuda"), prefixes=given)
 
-    def read(length: int) -> None:
+    def read(length):
         with torch.inference_mode():
             compute(length, prefix)
 
-    def learn(length: int) -> None:
+    def learn(length):
         compute(length, prefix.leaves()).sum().backward()
 
     for work in (read, learn):

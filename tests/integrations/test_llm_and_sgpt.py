@@ -1,14 +1,9 @@
 """A real server, used by `llm` and by ShellGPT as their users would: from a shell, streamed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +14,7 @@ PROMPT = "Two trains to Oldbridge"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shells")
     make_model(folder / MODEL)
     (folder / "prefixes").mkdir()
@@ -27,25 +22,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: Path) -> Any:
+def backbone(folder):
     backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
     make_prefix(backbone, folder / "prefixes" / "facts.safetensors", 1, task="e2e")
     return backbone
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+def server(folder, backbone):
     server = LiveServer(folder / MODEL, folder / "prefixes", "--earlier-messages", "drop").wait()
     yield server
     assert server.stop() == 0
 
 
-def said(backbone: Any, folder: Path, chat: str, **sampling: Any) -> str:
+def said(backbone, folder, chat, **sampling):
     return generate_alone(backbone, folder / "prefixes", backbone.encode(chat), "facts", **sampling)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_llm_chats(backbone: Any, folder: Path, server: LiveServer, tmp_path: Path, stream: bool) -> None:
+def test_llm_chats(backbone, folder, server, tmp_path, stream):
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: facts\n  model_name: facts\n  api_base: {server.url}/v1\n  api_key_name: local\n"
     )
@@ -58,7 +53,7 @@ def test_llm_chats(backbone: Any, folder: Path, server: LiveServer, tmp_path: Pa
     assert result.stdout.removesuffix("\n") == expected
 
 
-def test_shell_gpt_chats(backbone: Any, folder: Path, server: LiveServer, tmp_path: Path) -> None:
+def test_shell_gpt_chats(backbone, folder, server, tmp_path):
     program = os.environ.get("PREFIXTUNE_SGPT") or shutil.which("sgpt")
     if not program:
         pytest.skip("shell-gpt is not installed: `make test-integrations` puts it into an environment of its own")

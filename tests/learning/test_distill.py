@@ -1,24 +1,19 @@
 """A memory learns its document, and a distillation can be stopped anywhere without changing the outcome."""
 
-from __future__ import annotations
-
 import gc
 import json
 import tomllib
 import weakref
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import prefixtune.distillation.distill as distill_module
 import prefixtune.distillation.preparation as module
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
-from prefixtune.distillation.distill import DistillResult, distill
+from prefixtune.distillation.distill import distill
 from prefixtune.distillation.preparation import Preparation
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
@@ -33,11 +28,11 @@ class Killed(Exception):
     """Whatever ends a process."""
 
 
-def quiet(backbone: Backbone, **options: Any) -> list[DistillResult]:
+def quiet(backbone, **options):
     return distill(backbone=backbone, progress=False, **options)
 
 
-def test_a_memory_learns_the_answers(backbone: Backbone, options: dict[str, Any]) -> None:
+def test_a_memory_learns_the_answers(backbone, options):
     test = {**options, "test": options["questions"], "max_steps": 60, "learning_rate": 0.2}
     (result,) = quiet(backbone, **test)
     held_out = result.report["held_out"]
@@ -56,7 +51,7 @@ def test_a_memory_learns_the_answers(backbone: Backbone, options: dict[str, Any]
         quiet(backbone, **options)
 
 
-def test_without_steps_a_memory_is_the_closed_form(backbone: Backbone, options: dict[str, Any]) -> None:
+def test_without_steps_a_memory_is_the_closed_form(backbone, options):
     options |= {"initialization": "text", "max_steps": 0}
     (result,) = quiet(backbone, **options)
     about = result.prefix.header["initialization"]
@@ -67,7 +62,7 @@ def test_without_steps_a_memory_is_the_closed_form(backbone: Backbone, options: 
     assert again.prefix.equal(result.prefix)
 
 
-def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone, unanswered: dict[str, Any]) -> None:
+def test_a_memory_comes_near_the_model_that_sees_the_document(backbone, unanswered):
     more = {"test": unanswered["questions"], "max_steps": 60, "prefix_length": 32, "learning_rate": 0.1}
     (result,) = quiet(backbone, **{**unanswered, **more})
     held_out = result.report["held_out"]
@@ -77,9 +72,7 @@ def test_a_memory_comes_near_the_model_that_sees_the_document(backbone: Backbone
     assert result.report["recovered"]["kl"] > 0.9
 
 
-def test_a_memory_that_starts_from_a_prefix_is_as_long(
-    backbone: Backbone, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_memory_that_starts_from_a_prefix_is_as_long(backbone, options, tmp_path):
     (first,) = quiet(backbone, **options)
     again = {name: value for name, value in options.items() if name not in ("prefix_length", "initialization")}
     again |= {"init_prefix": str(first.path), "output": str(tmp_path / "again"), "max_steps": 1}
@@ -94,25 +87,23 @@ def test_a_memory_that_starts_from_a_prefix_is_as_long(
 # --- stopping and resuming -------------------------------------------------------------------------------------------
 
 
-def same(one: DistillResult, other: DistillResult) -> None:
+def same(one, other):
     pairs = zip(one.prefix.stored_tensors(), other.prefix.stored_tensors(), strict=True)
     assert all(torch.equal(own, wanted) for own, wanted in pairs)
     assert one.report["held_out"] == other.report["held_out"]
 
 
-def test_a_killed_distillation_goes_on_to_the_same_memory(
-    backbone: Backbone, unanswered: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_distillation_goes_on_to_the_same_memory(backbone, unanswered, tmp_path, monkeypatch):
     (whole,) = quiet(backbone, **{**unanswered, "output": str(tmp_path / "whole")})
 
-    def kill(*_: Any, **__: Any) -> Any:
+    def kill(*_, **__):
         raise Killed
 
-    def at_step_3(event: dict[str, Any]) -> None:
+    def at_step_3(event):
         if event["event"] == "step" and event["step"] == 3:
             raise Killed
 
-    phases: dict[str, tuple[Any, str]] = {
+    phases = {
         "questions": (module, "write_questions"),
         "labels": (Preparation, "label"),
         "report": (distill_module, "report"),
@@ -133,7 +124,7 @@ def test_a_killed_distillation_goes_on_to_the_same_memory(
         same(resumed, whole)
 
 
-def test_two_runs_of_one_seed_are_one(backbone: Backbone, options: dict[str, Any], tmp_path: Path) -> None:
+def test_two_runs_of_one_seed_are_one(backbone, options, tmp_path):
     own = {**options, "questions": "self", "num_questions": 12, "test": "", "max_steps": 2}
     first, second = (quiet(backbone, **{**own, "output": str(tmp_path / name)})[0] for name in "ab")
     same(first, second)
@@ -146,13 +137,7 @@ def test_two_runs_of_one_seed_are_one(backbone: Backbone, options: dict[str, Any
 # --- several documents, prompts, teachers -----------------------------------------------------------------------------
 
 
-def two_documents(
-    options: dict[str, Any],
-    write_rows: Callable[..., str],
-    tmp_path: Path,
-    fox: list[dict[str, str]] = ROWS[1::2],
-    owl: list[dict[str, str]] = ROWS[::2],
-) -> dict[str, Any]:
+def two_documents(options, write_rows, tmp_path, fox=ROWS[1::2], owl=ROWS[::2]):
     """Options of a run on a folder of two documents, each with its questions."""
     (tmp_path / "docs").mkdir()
     for name, rows in (("fox", fox), ("owl", owl)):
@@ -161,9 +146,7 @@ def two_documents(
     return {**options, "document": str(tmp_path / "docs"), "questions": str(tmp_path / "questions"), "test": ""}
 
 
-def test_a_folder_gives_a_memory_per_document(
-    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_folder_gives_a_memory_per_document(backbone, options, write_rows, tmp_path):
     several = two_documents(options, write_rows, tmp_path)
     results = quiet(backbone, **{**several, "test": several["questions"]})
     assert [result.name for result in results] == ["fox", "owl"]
@@ -178,9 +161,7 @@ def test_a_folder_gives_a_memory_per_document(
         torch.testing.assert_close(tensor, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_memories_train_beside_each_other(
-    backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
+def test_memories_train_beside_each_other(backbone, options, write_rows, tmp_path):
     asked = [{"question": row["question"]} for row in ROWS]
     own = two_documents(options, write_rows, tmp_path, fox=asked[1::2], owl=asked[::2])
     beside = quiet(backbone, **own, beside="self")
@@ -192,9 +173,7 @@ def test_memories_train_beside_each_other(
         assert any(not torch.allclose(tensor, wanted, atol=1e-4) for tensor, wanted in tensors)
 
 
-def test_a_document_longer_than_the_window_is_read_in_pieces(
-    tiny_backbone: Callable[..., Any], options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_document_longer_than_the_window_is_read_in_pieces(tiny_backbone, options, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("\n".join(f"The Owl {number} goes to the far town of Ashby by {number}." for number in range(20)))
     own = {**options, "document": str(path), "questions": "self", "num_questions": 20, "test": "", "max_steps": 1}
@@ -208,7 +187,7 @@ def test_a_document_longer_than_the_window_is_read_in_pieces(
     assert result.prefix.header["initialization"]["tokens"] > len(path.read_text()) > 2 * 320
 
 
-def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path) -> None:
+def test_a_prompt(backbone, options, write_rows, tmp_path):
     (tmp_path / "prompt.txt").write_text("Answer with the name of a town in the north, in small letters.")
     inputs = write_rows("inputs.jsonl", ({"question": f"Owl {number}"} for number in range(8)))
     own = {**options, "document": "", "questions": "", "prompt": str(tmp_path / "prompt.txt")}
@@ -218,15 +197,10 @@ def test_a_prompt(backbone: Backbone, options: dict[str, Any], write_rows: Calla
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_the_run_of_another_method_is_a_teacher(
-    options: dict[str, Any],
-    write_rows: Callable[..., str],
-    tmp_path: Path,
-    method: str,
-) -> None:
+def test_the_run_of_another_method_is_a_teacher(options, write_rows, tmp_path, method):
     folder = store_model(tmp_path / "model", "llama", max_position_embeddings=512)
     examples = [Example(row["question"], (row["answer"],)) for row in ROWS]
-    common: dict[str, Any] = {"backbone": folder, "dtype": "float32", "max_steps": 30, "warmup_steps": 2}
+    common = {"backbone": folder, "dtype": "float32", "max_steps": 30, "warmup_steps": 2}
     teacher = train(
         examples=examples, method=method, output=str(tmp_path / "teacher"), progress=False, learning_rate=0.02, **common
     )
@@ -239,24 +213,19 @@ def test_the_run_of_another_method_is_a_teacher(
     assert load_prefix(result.path).length() == 8
 
 
-def test_a_teacher_is_let_go_before_the_training(
-    backbone: Backbone,
-    unanswered: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_teacher_is_let_go_before_the_training(backbone, unanswered, tmp_path, monkeypatch):
     folder = store_model(tmp_path / "teacher", "llama", max_position_embeddings=512, num_hidden_layers=1)
-    loaded: list[weakref.ref[Any]] = []
+    loaded = []
     load_teacher = module.load_teacher
 
-    def load(*arguments: Any) -> Any:
+    def load(*arguments):
         teacher = load_teacher(*arguments)
         loaded.append(weakref.ref(teacher.backbone.model))
         return teacher
 
-    left: list[bool] = []
+    left = []
 
-    def at_a_step(event: dict[str, Any]) -> None:
+    def at_a_step(event):
         if event["event"] == "step":
             gc.collect()
             left.append(loaded[0]() is not None)
@@ -269,9 +238,9 @@ def test_a_teacher_is_let_go_before_the_training(
 
 
 def test_neither_another_backbone_nor_another_document_is_gone_on_with(
-    backbone: Backbone, unanswered: dict[str, Any], tiny_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def kill(*_: Any, **__: Any) -> Any:
+    backbone, unanswered, tiny_backbone, monkeypatch
+):
+    def kill(*_, **__):
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -288,12 +257,10 @@ def test_neither_another_backbone_nor_another_document_is_gone_on_with(
         distill(output=unanswered["output"], backbone=backbone, resume=True, progress=False)
 
 
-def test_of_two_that_begin_in_one_folder_the_second_is_refused(
-    backbone: Backbone, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_that_begin_in_one_folder_the_second_is_refused(backbone, options, monkeypatch):
     begun = Path(options["output"]) / "distill.toml"
 
-    def while_another_begins(*arguments: Any) -> Preparation:
+    def while_another_begins(*arguments):
         begun.parent.mkdir()
         begun.write_text("another")
         return Preparation(*arguments)
@@ -304,9 +271,7 @@ def test_of_two_that_begin_in_one_folder_the_second_is_refused(
     assert begun.read_text() == "another"
 
 
-def test_nothing_is_written_where_one_of_several_documents_does_not_fit(
-    tiny_backbone: Callable[..., Any], options: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path
-) -> None:
+def test_nothing_is_written_where_one_of_several_documents_does_not_fit(tiny_backbone, options, write_rows, tmp_path):
     long = [{"question": "Where is it? " * 20}]
     own = two_documents(options, write_rows, tmp_path, fox=[{"question": "Where?"}], owl=long)
     with pytest.raises(DataError, match="free for a text"):

@@ -1,18 +1,13 @@
 """Training learns, moves what it should and nothing else, and can be stopped anywhere without changing the outcome."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import prefixtune.prefix.file
 import prefixtune.training.loop
@@ -22,9 +17,8 @@ from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, content_hash, flatten, save_prefix
 from prefixtune.training.checkpoint import load_state, save_state
-from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.train import TrainResult, train
+from prefixtune.training.train import train
 from short_sentences import EIGHT, HELD_OUT, NAMES, SHARED
 
 MODELS = ("gpt2", "llama", "mistral", "bart", "t5", "m2m_100")
@@ -32,7 +26,7 @@ SITES = "encoder=3,decoder=5,cross=2"
 
 
 @pytest.fixture
-def backbone(tiny_backbone: Any) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama")
 
 
@@ -40,21 +34,21 @@ class Killed(Exception):
     """Whatever ends a process."""
 
 
-def at(kind: str, step: int, act: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
+def at(kind, step, act):
     """Do something when an event comes."""
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event):
         if event["event"] == kind and event["step"] == step:
             act()
 
     return on_event
 
 
-def kill() -> None:
+def kill():
     raise Killed
 
 
-def losses(result: TrainResult) -> list[float]:
+def losses(result):
     return [event["loss"] for event in result.events if event["event"] == "step"]
 
 
@@ -63,9 +57,7 @@ def losses(result: TrainResult) -> list[float]:
 
 @pytest.mark.parametrize(("kind", "checkpointing"), [("none", True), ("mlp", False)])
 @pytest.mark.parametrize("name", MODELS)
-def test_one_step_moves_every_trained_tensor_and_no_other(
-    name: str, kind: str, checkpointing: bool, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
+def test_one_step_moves_every_trained_tensor_and_no_other(name, kind, checkpointing, tiny_backbone, config_for):
     backbone = tiny_backbone(name)
     before = {key: tensor.clone() for key, tensor in backbone.model.state_dict().items()}
     config = config_for(
@@ -104,9 +96,7 @@ def test_one_step_moves_every_trained_tensor_and_no_other(
         ("t5", {"learning_rate": 1.0, "sites": "encoder"}),
     ],
 )
-def test_eight_examples_can_be_overfitted(
-    name: str, changes: dict[str, Any], tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
+def test_eight_examples_can_be_overfitted(name, changes, tiny_backbone, config_for):
     usual = {"prefix_length": 16, "bottleneck_size": 64, "batch_size": 8, "max_steps": 60, "save_every": 1000}
     config = config_for(initialization="random", **{**usual, "learning_rate": 0.02, **changes})
     result = train(config, backbone=tiny_backbone(name), examples=EIGHT)
@@ -114,7 +104,7 @@ def test_eight_examples_can_be_overfitted(
     assert per_token[-1] < 0.3 * per_token[0]
 
 
-def test_what_was_learned_is_generated(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_what_was_learned_is_generated(tiny_backbone, config_for):
     backbone, one = tiny_backbone("bart"), [Example("name : Ann", ("Ann eats.",))]
     config = config_for(prefix_length=16, max_steps=60, learning_rate=0.1, save_every=1000, initialization="random")
     result = train(config, backbone=backbone, examples=one)
@@ -123,7 +113,7 @@ def test_what_was_learned_is_generated(tiny_backbone: Any, config_for: Callable[
         assert generate(backbone, ["name : Ann"], prefix, max_new_tokens=20, num_beams=beams) == ["Ann eats."]
 
 
-def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone, config_for):
     wandering = {"learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 40, "eval_every": 2, "patience": 3}
     result = train(config_for(**wandering), backbone=backbone, examples=EIGHT[:2], dev_examples=HELD_OUT)
     evaluations = [event for event in result.events if event["event"] == "evaluation"]
@@ -144,7 +134,7 @@ def test_the_best_prefix_is_kept_and_the_run_stops_early(backbone: Any, config_f
     assert again.prefix.equal(result.prefix)
 
 
-def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_the_best_loss_and_the_patience_survive_a_stop(backbone, config_for):
     options = {"learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 40, "eval_every": 2, "patience": 3}
     data = {"backbone": backbone, "examples": EIGHT[:2], "dev_examples": HELD_OUT}
     whole = train(config_for("whole", **options), **data)
@@ -160,7 +150,7 @@ def test_the_best_loss_and_the_patience_survive_a_stop(backbone: Any, config_for
     assert resumed.prefix.equal(whole.prefix)
 
 
-def test_without_a_development_set_the_last_prefix_is_kept(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_without_a_development_set_the_last_prefix_is_kept(tiny_backbone, config_for):
     config = config_for(sites="cross=2,encoder=3")
     result = train(config, backbone=tiny_backbone("bart"), examples=EIGHT)
     state, _ = load_state(Path(config.output) / "state.safetensors")
@@ -173,9 +163,7 @@ def test_without_a_development_set_the_last_prefix_is_kept(tiny_backbone: Any, c
 
 
 @pytest.mark.parametrize(("name", "reduction"), [("llama", "token"), ("bart", "sentence"), ("m2m_100", "sentence")])
-def test_accumulation_is_one_large_batch(
-    name: str, reduction: str, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
+def test_accumulation_is_one_large_batch(name, reduction, tiny_backbone, config_for):
     options = {"targets_per_source": 1, "loss_reduction": reduction, "max_steps": 5}
     backbone = tiny_backbone(name)
     large = train(config_for("large", batch_size=6, **options), backbone=backbone, examples=SHARED)
@@ -188,7 +176,7 @@ def test_accumulation_is_one_large_batch(
     ]
 
 
-def test_a_start_from_a_prefix_goes_on_from_its_head(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_start_from_a_prefix_goes_on_from_its_head(tiny_backbone, config_for):
     backbone = tiny_backbone("llama")
     options = {"task": "classification", "classifier": "head", "targets_per_source": 1}
     rows = [Example(f"the {word} food", (word[0],)) for word in ("great", "bad", "good", "best")]
@@ -203,7 +191,7 @@ def test_a_start_from_a_prefix_goes_on_from_its_head(tiny_backbone: Any, config_
     assert third.prefix.header["initialization"]["head"] == "left out"
 
 
-def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_head_trains_with_accumulated_gradients(tiny_backbone, config_for):
     labelled = [Example(f"{name} is here", (("pos", "neg")[index % 2],)) for index, name in enumerate(NAMES)]
     options = {"task": "classification", "classifier": "head", "targets_per_source": 1, "max_steps": 3}
     results = [
@@ -217,7 +205,7 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone: Any, config_for
     assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
-def test_a_seed_fixes_every_bit(tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_seed_fixes_every_bit(tiny_backbone, config_for):
     options = {"reparameterization": "mlp", "initialization": "random"}
     runs = []
     for seed in range(2):
@@ -238,9 +226,7 @@ def test_a_seed_fixes_every_bit(tiny_backbone: Any, config_for: Callable[..., Tr
         ("t5", "scaled", (("evaluation", 4),)),
     ],
 )
-def test_resumed_is_uninterrupted(
-    name: str, kind: str, moments: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]
-):
+def test_resumed_is_uninterrupted(name, kind, moments, tiny_backbone, config_for):
     backbone = tiny_backbone(name)
     options = {
         "reparameterization": kind,
@@ -255,7 +241,7 @@ def test_resumed_is_uninterrupted(
     data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
     whole = train(config_for("whole", **options), **data)
 
-    def log(folder: Path) -> list[dict[str, Any]]:
+    def log(folder):
         events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
         kinds = ("start", "step", "evaluation", "end")
         return [{k: v for k, v in event.items() if k != "seconds"} for event in events if event["event"] in kinds]
@@ -272,7 +258,7 @@ def test_resumed_is_uninterrupted(
         assert log(resumed.path.parent) == log(whole.path.parent)
 
 
-def test_a_signal_saves_before_it_stops(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_signal_saves_before_it_stops(backbone, config_for):
     number = signal.SIGTERM
     config = config_for(save_every=100)
     whole = train(config_for("whole", save_every=100), backbone=backbone, examples=SHARED)
@@ -291,7 +277,7 @@ def test_a_signal_saves_before_it_stops(backbone: Any, config_for: Callable[...,
     assert train(last, backbone=backbone, examples=SHARED, on_event=kill).prefix.equal(whole.prefix)
 
 
-def test_a_state_that_lacks_something_is_refused(backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_a_state_that_lacks_something_is_refused(backbone, config_for):
     train(config_for(), backbone=backbone, examples=SHARED)
     path = Path(config_for().output) / "state.safetensors"
     tensors, facts = load_state(path)
@@ -303,7 +289,7 @@ def test_a_state_that_lacks_something_is_refused(backbone: Any, config_for: Call
         train(config_for(), backbone=backbone, examples=SHARED, resume=True)
 
 
-def test_changed_options_are_refused_by_name(backbone: Any, tiny_backbone: Any, config_for: Callable[..., TrainConfig]):
+def test_changed_options_are_refused_by_name(backbone, tiny_backbone, config_for):
     train(config_for(), backbone=backbone, examples=SHARED)
     before = {path.name: path.read_bytes() for path in Path(config_for().output).iterdir()}
     with pytest.raises(ConfigError) as error:
@@ -320,13 +306,11 @@ def test_changed_options_are_refused_by_name(backbone: Any, tiny_backbone: Any, 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_loss_that_is_not_finite_stops_the_run(backbone, config_for, monkeypatch):
     config = config_for()
     original, calls = prefixtune.training.loop.batch_loss, []
 
-    def poisoned(*arguments: Any) -> Tensor:
+    def poisoned(*arguments):
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) > 3 else 1.0)
 
@@ -346,9 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 # --- where a run starts ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_another_prefix_has_its_length(
-    tiny_backbone: Any, random_prefix: Any, tmp_path: Path, config_for: Callable[..., TrainConfig]
-):
+def test_a_run_from_another_prefix_has_its_length(tiny_backbone, random_prefix, tmp_path, config_for):
     backbone = tiny_backbone("t5")
     layers = random_prefix(backbone, 4).detach().layers
     lengths = {"encoder": 4, "decoder": 2, "cross": 3}

@@ -1,10 +1,6 @@
 """The methods that a prefix is compared with: each trains what its name says and nothing else, in the same loop."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,25 +15,24 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.artifact import load_tuned
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.train import TrainResult, train
+from prefixtune.training.train import train
 from prefixtune.training.tuning import freeze_tuned, tune
 from zoo import store_model
 
-Make = Callable[..., Any]
 NAMES = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 EIGHT = [Example(f"name : {name}", (f"{name} eats.",)) for name in NAMES]
 METHODS = ("full", "adapter", "lora")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A tiny LLaMA on disk."""
     return Path(store_model(tmp_path / "backbone", "llama"))
 
 
 @pytest.fixture
-def run(tmp_path: Path, folder: Path) -> Make:
-    def start(method: str, name: str = "run", backbone: Backbone | None = None, **changes: Any) -> TrainResult:
+def run(tmp_path, folder):
+    def start(method, name="run", backbone=None, **changes):
         more = {key: changes.pop(key) for key in ("resume", "on_event") if key in changes}
         settings = {
             "method": method,
@@ -59,16 +54,14 @@ def run(tmp_path: Path, folder: Path) -> Make:
     return start
 
 
-def losses(result: TrainResult) -> list[float]:
+def losses(result):
     return [event["loss"] for event in result.events if event["event"] == "step"]
 
 
 @pytest.mark.parametrize(
     ("method", "name"), [("adapter", "gpt2"), ("lora", "llama"), ("adapter", "bart"), ("lora", "t5")]
 )
-def test_inserted_layers_have_no_effect_at_first(
-    method: str, name: str, tiny_backbone: Make, random_ids: Make, assert_same: Make
-) -> None:
+def test_inserted_layers_have_no_effect_at_first(method, name, tiny_backbone, random_ids, assert_same):
     backbone = tiny_backbone(name)
     ids = torch.tensor([random_ids(7)])
     more = {"decoder_input_ids": ids.flip(1)} if backbone.kind == "encoder-decoder" else {}
@@ -82,9 +75,7 @@ def test_inserted_layers_have_no_effect_at_first(
     ("method", "dtype"),
     [("full", torch.float32), ("full", torch.bfloat16), ("adapter", torch.bfloat16), ("lora", torch.bfloat16)],
 )
-def test_a_step_moves_what_is_trained_and_nothing_else(
-    method: str, dtype: torch.dtype, tiny_models: Make, tiny_tokenizer: Any, run: Make
-) -> None:
+def test_a_step_moves_what_is_trained_and_nothing_else(method, dtype, tiny_models, tiny_tokenizer, run):
     backbone = Backbone.from_model(tiny_models("llama").to(dtype), tiny_tokenizer, "tiny")
     before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
     # Two steps: in the first, the half of LoRA and of a bottleneck that starts at zero keeps the other half in place.
@@ -105,7 +96,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run: Make) -> None:
+def test_eight_examples_are_learned_and_the_artifact_knows_them(method, run):
     size, rate = (0, 1e-2) if method == "full" else (16, 2e-2)
     result = run(method, method_size=size, learning_rate=rate, max_steps=150, save_every=150)
     assert losses(result)[-1] < 0.3 * losses(result)[0]
@@ -117,8 +108,8 @@ def test_eight_examples_are_learned_and_the_artifact_knows_them(method: str, run
 
 
 @pytest.mark.parametrize("method", ["full", "adapter"])
-def test_a_killed_run_resumes_to_the_same_losses(method: str, run: Make) -> None:
-    def kill(event: dict[str, Any]) -> None:
+def test_a_killed_run_resumes_to_the_same_losses(method, run):
+    def kill(event):
         if event["event"] == "save" and event["step"] == 2:
             raise RuntimeError
 
@@ -130,7 +121,7 @@ def test_a_killed_run_resumes_to_the_same_losses(method: str, run: Make) -> None
     assert resumed.path.read_bytes() == whole.path.read_bytes()
 
 
-def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokenizer: Any, random_ids: Make) -> None:
+def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models, tiny_tokenizer, random_ids):
     backbone = Backbone.from_model(tiny_models("llama").bfloat16(), tiny_tokenizer, "tiny")
     frozen = freeze_tuned(tune(backbone, "adapter", 4))
     assert {parameter.dtype for parameter in frozen.model.parameters()} == {torch.bfloat16}
@@ -140,7 +131,7 @@ def test_a_frozen_tuned_backbone_is_in_one_dtype(tiny_models: Make, tiny_tokeniz
     assert frozen.forward(torch.tensor([random_ids(5)])).logits.dtype == torch.bfloat16
 
 
-def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path) -> None:
+def test_weights_of_another_backbone_are_refused(run, tmp_path):
     result = run("adapter")
     other = store_model(tmp_path / "other", "llama", seed=5)
     with pytest.raises(BackboneError, match="other weights"):
@@ -160,12 +151,12 @@ def test_weights_of_another_backbone_are_refused(run: Make, tmp_path: Path) -> N
         ({"classifier": "head", "label_words": "a=b"}, "label_words"),
     ],
 )
-def test_contradictions_are_refused(changes: dict[str, Any], name: str) -> None:
+def test_contradictions_are_refused(changes, name):
     with pytest.raises(ConfigError, match=name):
         TrainConfig(**changes)
 
 
-def test_lora_takes_no_other_adapters_place(folder: Path, run: Make) -> None:
+def test_lora_takes_no_other_adapters_place(folder, run):
     backbone = load_backbone(folder)
     with quiet_transformers():
         add_adapter(backbone.model, 2)
@@ -174,8 +165,8 @@ def test_lora_takes_no_other_adapters_place(folder: Path, run: Make) -> None:
         run("lora", backbone=backbone)
 
 
-def test_a_new_adapter_begins_by_the_seed(folder: Path) -> None:
-    def begin(seed: int) -> Any:
+def test_a_new_adapter_begins_by_the_seed(folder):
+    def begin(seed):
         model = load_backbone(folder).model
         with quiet_transformers():
             add_adapter(model, 2, seed=seed)

@@ -1,11 +1,7 @@
 """Several prefixes trained at once: each as if it were trained alone, whatever the others are."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,11 +28,11 @@ HELD_OUT = [Example("name : Zed", ("Zed eats.",))]
 
 
 @pytest.fixture
-def run_defaults() -> dict[str, Any]:
+def run_defaults():
     return {"init_text": "Say it", "save_every": 2, "targets_per_source": TrainConfig().targets_per_source}
 
 
-def runs_of(make: Callable[..., TrainConfig], where: str) -> list[TrainConfig]:
+def runs_of(make, where):
     """Other lengths, rates, seeds, steps, reparameterizations and accumulations."""
     return [
         make(f"{where}/a"),
@@ -50,16 +46,14 @@ DATA = [EATS, GOES, EATS[::-1], GOES]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bart", "t5", "gpt_oss"])
-def test_gradients_equal_those_of_separate_runs(
-    family: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any, assert_same: Any
-) -> None:
+def test_gradients_equal_those_of_separate_runs(family, tiny_backbone, random_prefix, random_ids, assert_same):
     backbone = tiny_backbone(family)
-    lengths: list[Any] = [3, 6, 1]
+    lengths = [3, 6, 1]
     if backbone.kind == "encoder-decoder":
         lengths = [{"encoder": 3, "decoder": 2, "cross": 4}, {"decoder": 5}, {"encoder": 1, "cross": 2}]
     prefixes = [random_prefix(backbone, length, seed) for seed, length in enumerate(lengths)]
 
-    def example(count: int, seed: int) -> TokenizedExample:
+    def example(count, seed):
         return TokenizedExample(
             tuple(random_ids(count, seed + 10)), (tuple(random_ids(4, 1)), tuple(random_ids(3, seed)))
         )
@@ -74,7 +68,7 @@ def test_gradients_equal_those_of_separate_runs(
     assert_same(gradients, [gradient for _, *own in alone for gradient in own])
 
 
-def test_runs_trained_together_equal_separate_runs(tiny_backbone: Any, config_for: Callable[..., TrainConfig]) -> None:
+def test_runs_trained_together_equal_separate_runs(tiny_backbone, config_for):
     backbone = tiny_backbone("bart")
     before = {name: parameter.clone() for name, parameter in backbone.model.named_parameters()}
     dev = [HELD_OUT, None, HELD_OUT, None]
@@ -82,7 +76,7 @@ def test_runs_trained_together_equal_separate_runs(tiny_backbone: Any, config_fo
         train(config, backbone=backbone, examples=data, dev_examples=held)
         for config, data, held in zip(runs_of(config_for, "alone"), DATA, dev, strict=True)
     ]
-    events: list[dict[str, Any]] = []
+    events = []
     configs = runs_of(config_for, "together")
     together = train_together(configs, backbone=backbone, examples=DATA, dev_examples=dev, on_event=events.append)
     for one, other, config in zip(alone, together, configs, strict=True):
@@ -101,19 +95,17 @@ def test_runs_trained_together_equal_separate_runs(tiny_backbone: Any, config_fo
     assert all(torch.equal(before[name], p) for name, p in backbone.model.named_parameters())
 
 
-def test_a_run_whose_loss_is_not_finite_leaves_the_others(
-    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_loss_is_not_finite_leaves_the_others(tiny_backbone, config_for, monkeypatch):
     backbone, good = tiny_backbone("llama"), config_for("good")
     own = prefixtune.training.loop.forward_backward
 
-    def spoil(backbone: Any, steps: Any) -> None:
+    def spoil(backbone, steps):
         own(backbone, steps)
-        if len(steps) == 2 and spoil.steps == 3:  # type: ignore[attr-defined]
+        if len(steps) == 2 and spoil.steps == 3:
             steps[1].losses = [torch.tensor(float("nan"))]
-        spoil.steps += 1  # type: ignore[attr-defined]
+        spoil.steps += 1
 
-    spoil.steps = 0  # type: ignore[attr-defined]
+    spoil.steps = 0
     replace_everywhere(monkeypatch, forward_backward, spoil)
     with pytest.raises(TrainingError, match="step 4"):
         train_together([good, config_for("bad", seed=1)], backbone=backbone, examples=[EATS, GOES])
@@ -127,15 +119,13 @@ def test_a_run_whose_loss_is_not_finite_leaves_the_others(
     assert resumed.steps == alone.steps
 
 
-def test_stopped_runs_resume_to_the_same_end(
-    tiny_backbone: Any, config_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_runs_resume_to_the_same_end(tiny_backbone, config_for, monkeypatch):
     backbone = tiny_backbone("llama")
     whole = train_together(runs_of(config_for, "whole"), backbone=backbone, examples=DATA)
     own = prefixtune.training.loop.forward_backward
     count = 0
 
-    def kill(backbone: Any, steps: Any) -> None:
+    def kill(backbone, steps):
         nonlocal count
         count += 1
         if count == 5:
@@ -155,7 +145,7 @@ def test_stopped_runs_resume_to_the_same_end(
             assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_prefix_without_its_state_stays(tiny_backbone: Any, config_for: Callable[..., TrainConfig]) -> None:
+def test_a_finished_prefix_without_its_state_stays(tiny_backbone, config_for):
     backbone = tiny_backbone("llama")
     configs = [config_for("done", max_steps=1)]
     (done,) = train_together(configs, backbone=backbone, examples=[EATS])
@@ -167,9 +157,7 @@ def test_a_finished_prefix_without_its_state_stays(tiny_backbone: Any, config_fo
     assert done.path.read_bytes() == stored
 
 
-def test_what_cannot_share_a_pass_is_refused(
-    tiny_backbone: Any, config_for: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_what_cannot_share_a_pass_is_refused(tiny_backbone, config_for, tmp_path):
     backbone = tiny_backbone("llama")
     with pytest.raises(ConfigError, match="no run"):
         train_together([], backbone=backbone)
@@ -182,7 +170,7 @@ def test_what_cannot_share_a_pass_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_trains_files_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_trains_files_together(tmp_path, capsys):
     folder = store_model(tmp_path / "tiny", "llama")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"source": e.source, "target": e.targets[0]}) + "\n" for e in EATS))

@@ -1,10 +1,6 @@
 """A run's configuration: all faults at once, and the nearest known name."""
 
-from __future__ import annotations
-
 import tomllib
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,7 +53,7 @@ def test_a_prefix_to_start_from_is_started_from():
         TrainConfig(init_prefix="p.safetensors", init_examples=4)
 
 
-def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path: Path):
+def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path):
     with pytest.raises(ConfigError) as error:
         TrainConfig(prefix_lenght=5, sed=1)
     for name in ("prefix_lenght", "'prefix_length'", "sed", "'seed'"):
@@ -71,7 +67,7 @@ def test_unknown_keys_are_reported_with_the_nearest_known_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "none", "scaled"])
-def test_the_effective_learning_rate(kind: Any):
+def test_the_effective_learning_rate(kind):
     assert TrainConfig(reparameterization=kind).peak_learning_rate == default_learning_rate(kind) > 0
     assert TrainConfig(reparameterization=kind, learning_rate=0.25).peak_learning_rate == 0.25
     assert TrainConfig(reparameterization=kind, beside="memories").peak_learning_rate == default_learning_rate(kind) / 2
