@@ -14,7 +14,7 @@ from typing import Any
 from bench import machine
 from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.errors import PrefixError
-from prefixtune.utils.console import Console, format_figure, format_seconds
+from prefixtune.utils.console import Console, format_figure, format_seconds, print_table
 from prefixtune.utils.files import write_text
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -114,7 +114,7 @@ def run_benchmark(
         return 1
     seconds, others = time.monotonic() - began, load.cores()
     rows = [(figure.part, figure.name, figure.shown()) for figure in figures]
-    console.table("", ["part", "figure", "value"], rows, result=True)
+    print_table("", ["part", "figure", "value"], rows)
     if others is not None and others > machine.BUSY_CORES:
         console.warn(f"other processes kept {others:.1f} cores busy; do not take the figures seriously.")
     written = {

@@ -167,6 +167,8 @@ def _predict(
         sources = [example.source for example in examples]
         predictions = classify(backbone, sources, prefix, labels=own, on_cut=on_cut, **work)
         return [prediction.label for prediction in predictions]
+    if prefix is None:
+        raise ConfigError("the bare model cannot tag.", hint="give a prefix that was trained for tagging.")
     if not all({"tokens", "tags"} <= example.fields.keys() for example in examples):
         raise DataError("an example has no tokens and tags.", hint="read the file with the task 'tagging'.")
     tagged = tag(backbone, [example.fields["tokens"] for example in examples], prefix, **work)
