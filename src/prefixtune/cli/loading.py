@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from prefixtune.cli.decoding import BackboneOptions, EngineOptions
     from prefixtune.cli.options import ReadingOptions
     from prefixtune.engine.base import Engine
-    from prefixtune.engine.remote import RemoteEngine
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
     from prefixtune.prefix.text_format import TextFormat
@@ -191,21 +189,14 @@ def started_engine(options: EngineOptions, backbone: Backbone, num_slots: int) -
         return
     import torch
 
-    from prefixtune.backbone.checkpoint import checkpoint_folder
-    from prefixtune.engine.llama_cpp import LlamaCppEngine
-    from prefixtune.engine.vllm import VllmConfig, VllmEngine
+    from prefixtune.engine.start import start_engine
 
     options.console.info(f"starting {options.engine} ...")
-    engine: RemoteEngine
-    if options.engine == "llama.cpp":
-        engine = LlamaCppEngine(backbone, options.gguf, num_slots=num_slots, threads=options.threads)
-    else:
-        model, python = str(checkpoint_folder(backbone.name)), options.vllm_python or sys.executable
-        # Compiling takes minutes on a processor, and gains little there.
-        eager = () if torch.cuda.is_available() else ("--enforce-eager",)
-        config = VllmConfig(model, num_slots=num_slots, dtype=options.dtype, python=python, arguments=eager)
-        engine = VllmEngine(backbone, config)
-    with engine:
+    # Compiling takes minutes on a processor, and gains little there.
+    eager = () if torch.cuda.is_available() else ("--enforce-eager",)
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("gguf", "threads", "dtype")}
+    given |= {"num_slots": num_slots, "python": options.vllm_python, "arguments": eager}
+    with start_engine(options.engine, backbone, **given) as engine:
         options.console.info(engine.name)
         yield engine
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.engine.request import ContextLengthError, Request, SequenceOutput
 from prefixtune.errors import RequestError
 
-__all__ = ["Engine", "Limits", "Receive", "RunningSequence", "Snapshot"]
-
-
+_log = logging.getLogger(__name__)
 Receive = Callable[[SequenceOutput], None]
 """Takes a request's outputs, in order, in a thread of the engine."""
+
+
+class _Caller(Protocol):
+    """Whoever waits for outputs."""
+
+    receive: Receive
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,15 @@ class Engine(Limits, abc.ABC):
     @abc.abstractmethod
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop within so many seconds."""
+
+    def _give(self, caller: _Caller, output: SequenceOutput) -> None:
+        """Give an output to its caller; one that raises gets no more, and its request is cancelled."""
+        try:
+            caller.receive(output)
+        except BaseException:
+            _log.exception("the callback of request %s failed; the request is cancelled.", output.request_id)
+            caller.receive = lambda _: None
+            self.cancel(output.request_id)
 
     def __enter__(self) -> Self:
         return self

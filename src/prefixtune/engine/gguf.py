@@ -15,13 +15,6 @@ from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
 from prefixtune.utils.folders import expand_home
 
-__all__ = ["find_gguf"]
-
-
-_ROWS = 64
-_LEAST_CORRELATION = 0.95
-"""Of embeddings; four bits leave 0.99, and those of another model have none."""
-
 
 def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
     """The GGUF file with a backbone's weights, and what it says of their quantization, such as `Q8_0`.
@@ -31,8 +24,7 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
         backbone: Its shapes, by `load_shapes`.
 
     Raises:
-        BackboneError: There is none, or it cannot be read, or it holds another model: its shapes, embeddings or norms
-            are not the backbone's.
+        BackboneError: There is none, or it cannot be read, or it holds another model: its norms are not the backbone's.
     """
     path = expand_home(given) if given else packaged_gguf(backbone.name)
     if path is None:
@@ -42,49 +34,33 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
 
     try:
         reader = gguf.GGUFReader(path)
-        field: dict[str, Any] = {
-            name: reader.fields[name].contents() for name in reader.fields if "tokenizer" not in name
-        }
         tensors = {one.name: one for one in reader.tensors}
         stored = StoredWeights(checkpoint_folder(backbone.name))
-        wrong = _other_weights(field["general.architecture"], tensors, backbone, stored)
-        number = field.get("general.file_type")
-        quantization = "" if number is None else gguf.LlamaFileType(number).name.removeprefix("MOSTLY_")
+        wrong = _other_weights(reader.fields["general.architecture"].contents(), tensors, backbone, stored)
+        number = reader.fields.get("general.file_type")
+        quantization = "" if number is None else gguf.LlamaFileType(number.contents()).name.removeprefix("MOSTLY_")
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise BackboneError(f"{str(path)!r} is no GGUF file of a language model: {error}", hint="check it.") from error
     if wrong:
         raise BackboneError(
-            f"{str(path)!r} holds another model than {backbone.name!r}: {'; '.join(wrong)}.",
+            f"{str(path)!r} holds another model than {backbone.name!r}: {wrong}.",
             hint="convert the backbone's own folder to GGUF by llama.cpp's converter.",
         )
     return path, quantization
 
 
-def _other_weights(kind: str, tensors: Mapping[str, Any], backbone: Backbone, stored: StoredWeights) -> list[str]:
-    """What tells a file's weights from the backbone's: rows of the embeddings, and the norms, which no file rounds."""
+def _other_weights(kind: str, tensors: Mapping[str, Any], backbone: Backbone, stored: StoredWeights) -> str:
+    """What tells a file's weights from the backbone's: a norm, which no file rounds; empty: nothing."""
     import gguf
 
-    numbers, model, wrong = dict(backbone.model.named_parameters()), backbone.model, []
-    own = model.get_input_embeddings().weight
-    name = next(name for name, parameter in numbers.items() if parameter is own)
-    embeddings = tensors["token_embd.weight"]
-    places = [index * len(embeddings.data) // _ROWS for index in range(_ROWS)]
-    theirs = torch.from_numpy(gguf.quants.dequantize(embeddings.data[places], embeddings.tensor_type)).flatten()
-    ours = torch.cat([stored.row(name, place).float() for place in places])
-    if theirs.shape != ours.shape or torch.corrcoef(torch.stack([theirs, ours]))[0, 1] < _LEAST_CORRELATION:
-        wrong.append("its embeddings are others")
-    architecture = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == kind)
+    architecture = {known: one for one, known in gguf.MODEL_ARCH_NAMES.items()}[kind]
     names = gguf.get_tensor_name_map(architecture, len(backbone.geometry["decoder"]))
-    for name in numbers:
+    for name in (name for name, _ in backbone.model.named_parameters() if "norm" in name or "ln_" in name):
         other = tensors.get(names.get_name(name, (".weight", ".bias")) or "")
-        if "norm" not in name:
-            continue
         if other is None:
-            wrong.append(f"it has no {name}")
-            break
+            return f"it has no {name}"
         vector, theirs = stored.row(name, 0), torch.tensor(other.data).float()
         rounding = max(torch.finfo(vector.dtype).eps, torch.finfo(torch.float16).eps)
         if theirs.shape != vector.shape or not torch.allclose(theirs, vector.float(), rtol=rounding, atol=1e-6):
-            wrong.append(f"{other.name} is another (the model may have been trained further)")
-            break
-    return wrong
+            return f"{other.name} is another (the model may have been trained further)"
+    return ""

@@ -8,7 +8,6 @@ placeholders as text.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -28,9 +27,6 @@ from prefixtune.errors import ConfigError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.machine import num_cores
-
-__all__ = ["LlamaCppEngine"]
-
 
 _COMPLETION = "/completion"
 _DEFAULT_LENGTH = 4096
@@ -80,11 +76,6 @@ class LlamaCppEngine(RemoteEngine):
         self.max_length, self.lacks = length, _LACKS
         self._threads = threads or num_cores()
         super().__init__(f"llama.cpp ({quantization or 'unknown quantization'})", backbone, num_slots)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory for keys and values of all running texts, in float16."""
-        return 2 * len(self._slots) * self.max_length * sum(shape.size for shape in self.backbone.geometry["decoder"])
 
     async def _start(self) -> RemoteServer:
         sizes = map(str, (len(self._slots), self.max_length, self._files.folder, self._threads))
@@ -140,23 +131,17 @@ class LlamaCppEngine(RemoteEngine):
         body = {"prompt": [*placeholders, *text.request.prompt], "id_slot": slot.number, **_options(text)}
         async with contextlib.aclosing(server.stream(_COMPLETION, body)) as events:
             async for event in events:
-                cached = int(event["timings"]["cache_n"])
-                if cached < len(placeholders):
-                    raise RequestError(
-                        f"llama.cpp did not use the prefix: {cached} of {len(placeholders)} positions.",
-                        hint="send the request again.",
-                    )
+                self._check_cached(text, int(event["timings"]["cache_n"]))
                 if event["stop"]:
                     return "stop" if event["stop_type"] == "eos" else "length"
-                tokens, is_last = self._tokens_of(event, text)
+                tokens = self._tokens_of(event, text)
                 text.num_new_tokens = int(event["tokens_predicted"])
-                self._deliver(text, tokens, text.pieces.add(*(token.id for token in tokens)))
-                if is_last or text.pieces.stopped:
+                if self._take(text, tokens):
                     return "stop"
         return "length"
 
-    def _tokens_of(self, event: Mapping[str, Any], text: RemoteText) -> tuple[tuple[Token, ...], bool]:
-        """An event's tokens up to one that ends the text, and whether there is one."""
+    def _tokens_of(self, event: Mapping[str, Any], text: RemoteText) -> list[Token]:
+        """An event's tokens."""
         ids, count = [int(token) for token in event["tokens"]], int(event["tokens_predicted"]) - text.num_new_tokens
         if ids and ids[-1] not in text.ends and count > len(ids):
             # Of a character of several tokens, only the last one is said: those that the tokenizer makes of it. Some
@@ -167,14 +152,18 @@ class LlamaCppEngine(RemoteEngine):
             top = entry["top_logprobs"][: text.request.sampling.logprobs]
             best = tuple((int(one["id"]), float(one["logprob"])) for one in top)
             found[int(entry["id"])] = Token(int(entry["id"]), float(entry["logprob"]), best)
-        kept = list(itertools.takewhile(lambda token: token not in text.ends, ids))
-        return tuple(found.get(token, Token(token)) for token in kept), len(kept) < len(ids)
+        return [found.get(token, Token(token)) for token in ids]
 
 
 def _options(text: RemoteText) -> dict[str, Any]:
     """What llama.cpp is asked for, besides the prompt."""
     request, sampling = text.request, text.request.sampling
-    options: dict[str, Any] = {
+    optional = {
+        "seed": text.seed,
+        "n_probs": None if sampling.logprobs is None else max(1, sampling.logprobs),
+        "json_schema": None if request.grammar is None else json.loads(request.grammar.schema),
+    }
+    return {
         # A bare text must never find a prefix that its first tokens happen to stand for.
         "cache_prompt": request.prefix is not None,
         "stream": True,
@@ -184,11 +173,5 @@ def _options(text: RemoteText) -> dict[str, Any]:
         "samplers": ("temperature", "top_k", "top_p", "min_p"),
         **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         "logit_bias": [*map(list, sampling.logit_bias.items()), *([token, False] for token in sampling.banned)],
+        **{name: value for name, value in optional.items() if value is not None},
     }
-    if text.seed is not None:
-        options["seed"] = text.seed
-    if sampling.logprobs is not None:
-        options["n_probs"] = max(1, sampling.logprobs)
-    if request.grammar is not None:
-        options["json_schema"] = json.loads(request.grammar.schema)
-    return options

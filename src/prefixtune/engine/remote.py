@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +18,13 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Engine, Receive, RunningSequence, Snapshot
-from prefixtune.engine.fair_queue import FairQueue
 from prefixtune.engine.prefix_files import PrefixFile, PrefixFiles, own_folder
 from prefixtune.engine.remote_server import Refused, RemoteServer
 from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput, Token
+from prefixtune.engine.scheduler import FairQueue
 from prefixtune.errors import BackboneError, RequestError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.detokenizer import Detokenizer
-
-__all__ = ["RemoteEngine", "RemoteSlot", "RemoteText"]
-
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 0.3
@@ -181,11 +179,9 @@ class RemoteEngine(Engine):
 
     def snapshot(self) -> Snapshot:
         """What the engine is doing now, and its counters."""
-        texts = [text for slot in self._slots if (text := slot.text) is not None]
-        shown = tuple(
-            RunningSequence(text.slot.number, text.request, text.num_new_tokens) for text in texts if text.slot
-        )
-        return Snapshot(shown, len(self._queue), steps=0, texts=0, tokens=self._tokens)
+        texts = ((slot.number, text) for slot in self._slots if (text := slot.text) is not None)
+        running = tuple(RunningSequence(number, text.request, text.num_new_tokens) for number, text in texts)
+        return Snapshot(running, len(self._queue), steps=0, texts=0, tokens=self._tokens)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop."""
@@ -277,14 +273,25 @@ class RemoteEngine(Engine):
     ) -> None:
         """Give a text's caller what is new of it, if anything is."""
         self._tokens += len(tokens)
-        try:
-            if tokens or words or reason:
-                text.receive(SequenceOutput(text.request.id, text.index, tokens, words, reason, **details))
-        except Exception:
-            _log.exception("the callback of request %s failed; the request is cancelled.", text.request.id)
-            for one in (text, *self._texts.get(text.request.id, ())):
-                one.receive = _ignore
-            self.cancel(text.request.id)
+        if tokens or words or reason:
+            self._give(text, SequenceOutput(text.request.id, text.index, tokens, words, reason, **details))
+
+    def _take(self, text: RemoteText, tokens: Sequence[Token]) -> bool:
+        """Deliver tokens up to one that ends the text; whether that one or a stop string has ended it."""
+        kept = tuple(itertools.takewhile(lambda token: token.id not in text.ends, tokens))
+        self._deliver(text, kept, text.pieces.add(*(token.id for token in kept)))
+        return len(kept) < len(tokens) or text.pieces.stopped
+
+    def _check_cached(self, text: RemoteText, cached: int | None) -> None:
+        """Refuse a text whose placeholders were read as text; None: the server does not say how many were not.
+
+        Raises:
+            RequestError: It was read so.
+        """
+        length = text.request.prefix_length
+        if cached is not None and cached < length:
+            message = f"{self.name} did not use the prefix: {cached} of {length} positions."
+            raise RequestError(message, hint="send the request again.")
 
     # --- the server, in the loop --------------------------------------------------------------------------------------
 
@@ -336,7 +343,3 @@ class RemoteEngine(Engine):
 
 class _ServerDied(OSError):
     """The server has ended, and with it all texts."""
-
-
-def _ignore(output: SequenceOutput) -> None:
-    """What becomes of the outputs after a callback failed."""

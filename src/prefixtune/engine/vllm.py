@@ -8,7 +8,6 @@ puts into vLLM's cache; it fails the request if it cannot.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -28,9 +27,6 @@ from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.folder import PrefixReference, hash_file
 from prefixtune.prefix.prefix import Prefix, save_prefix
-
-__all__ = ["VllmConfig", "VllmEngine"]
-
 
 _COMPLETIONS = "/v1/completions"
 _LACKS = MappingProxyType({"prompt_logprobs": None})
@@ -53,7 +49,7 @@ class VllmConfig:
         max_length: Most positions of a text, prefix included; 0: as many as vLLM allows.
         dtype: Of the weights; `auto`: vLLM's choice.
         cache_mib: Memory for a worker's loaded prefixes.
-        python: Of the environment with vLLM.
+        python: Of the environment with vLLM; empty: this one.
         arguments: Further options of vLLM.
         url: Of a server that runs already, whose key is in VLLM_API_KEY; empty: a child process is started.
         folder: With a url: what its connector has as `prefixes`.
@@ -64,7 +60,7 @@ class VllmConfig:
     max_length: int = 0
     dtype: str = "auto"
     cache_mib: int = 1024
-    python: str = sys.executable
+    python: str = ""
     arguments: tuple[str, ...] = ()
     url: str = ""
     folder: str = ""
@@ -148,7 +144,9 @@ class VllmEngine(RemoteEngine):
         async with contextlib.aclosing(server.stream(_COMPLETIONS, self._body(text))) as events:
             async for event in events:
                 if not event["choices"]:
-                    _check_cached(event["usage"], text.request.prefix_length)
+                    # Said with --enable-prompt-tokens-details.
+                    cached = (event["usage"].get("prompt_tokens_details") or {}).get("cached_tokens")
+                    self._check_cached(text, cached)
                     break
                 if reason == "stop":
                     continue
@@ -156,12 +154,9 @@ class VllmEngine(RemoteEngine):
                 if choice.get("finish_reason") not in (None, "stop", "length"):
                     # As it does with all texts when it is told to end.
                     raise ConnectionError(f"vLLM has ended the text: {choice['finish_reason']}")
-                ids = choice["token_ids"]
-                kept = list(itertools.takewhile(lambda token: token not in text.ends, ids))
-                text.num_new_tokens += len(ids)
-                tokens = _tokens(kept, choice.get("logprobs"), text.request.sampling.logprobs)
-                self._deliver(text, tokens, text.pieces.add(*kept))
-                if len(kept) < len(ids) or text.pieces.stopped or choice.get("finish_reason") == "stop":
+                tokens = _tokens(choice["token_ids"], choice.get("logprobs"), text.request.sampling.logprobs)
+                text.num_new_tokens += len(tokens)
+                if self._take(text, tokens) or choice.get("finish_reason") == "stop":
                     reason = "stop"
                 if text.pieces.stopped:
                     break
@@ -194,20 +189,6 @@ class VllmEngine(RemoteEngine):
             **{name: value for name, value in optional.items() if value is not None},
             **({} if text.file is None else text.file.name.request_fields),
         }
-
-
-def _check_cached(usage: Mapping[str, Any], prefix_length: int) -> None:
-    """See that vLLM did not compute the placeholders, where it says so (--enable-prompt-tokens-details).
-
-    Raises:
-        RequestError: It did.
-    """
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens", prefix_length)
-    if cached is not None and cached < prefix_length:
-        raise RequestError(
-            f"vLLM did not use the prefix: {cached} of {prefix_length} positions.", hint="send the request again."
-        )
 
 
 def _tokens(ids: list[int], logprobs: Mapping[str, Any] | None, count: int | None) -> tuple[Token, ...]:
@@ -257,10 +238,11 @@ async def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteSer
     }
     flags = [str(part) for option, value in options.items() if value != "" for part in (option, value)]
     flags += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *config.arguments, "--uds"]
+    python = config.python or sys.executable
     return await RemoteServer.start(
         "vLLM",
-        [config.python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
-        f"{config.python} needs vLLM, jaxtyping and this program (docs/vllm.md).",
+        [python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
+        f"{python} needs vLLM, jaxtyping and this program (docs/vllm.md).",
         VLLM_API_KEY="",
         # It reports usage over the network unless it is told not to.
         VLLM_NO_USAGE_STATS=os.environ.get("VLLM_NO_USAGE_STATS", "1"),

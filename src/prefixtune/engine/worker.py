@@ -25,9 +25,6 @@ from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import EngineFull, Request, SequenceOutput
 from prefixtune.errors import PrefixError
 
-__all__ = ["EngineWorker"]
-
-
 _log = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -212,15 +209,7 @@ class EngineWorker(base.Engine):
                     if not submission.unfinished:
                         del self._submissions[output.request_id]
         for submission, output in found:
-            try:
-                submission.receive(output)
-            except BaseException:
-                _log.exception("the callback of request %s failed; the request is cancelled.", output.request_id)
-                submission.receive = _ignore
-                with self._changed:
-                    # If it has ended, its id may be another's.
-                    if self._submissions.get(output.request_id) is submission:
-                        self.engine.cancel(output.request_id)
+            self._give(submission, output)
 
     def _fail(self, why: str) -> None:
         """End all requests, and accept no more."""
@@ -232,7 +221,3 @@ class EngineWorker(base.Engine):
             [SequenceOutput(name, index, (), "", "error", why, engine_crashed=True) for name, index in open_texts]
         )
         self.on_failure()
-
-
-def _ignore(output: SequenceOutput) -> None:
-    """What becomes of the outputs after a callback failed."""

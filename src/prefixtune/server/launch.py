@@ -14,10 +14,9 @@ import logging
 import os
 import shlex
 import socket
-import sys
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -90,8 +89,7 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         console.info(f"loading the tokenizer of {config.backbone} ...")
         backbone = replace(load_tokenizer(config.backbone), name=config.model_id)
     else:
-        starts = {"torch": _start_torch, "llama.cpp": _start_llama_cpp, "vllm": _start_vllm}
-        worker = starts[config.engine](config, console)
+        worker = (_start_torch if config.engine == "torch" else _start_other)(config, console)
         backbone = worker.backbone
         console.info(f"{config.num_slots} texts at once, of {worker.max_length:,} positions at most (fewer take less)")
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
@@ -125,43 +123,24 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
     return EngineWorker(engine)
 
 
-def _start_llama_cpp(config: ServeConfig, console: Console) -> Engine:
+def _start_other(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.backbone.shapes import load_shapes
-    from prefixtune.engine.llama_cpp import LlamaCppEngine
+    from prefixtune.engine.start import start_engine
 
-    # Callers see this name: it must not be a path.
-    backbone = load_shapes(config.backbone)
-    console.info("starting llama.cpp ...")
-    sizes = {"num_slots": config.num_slots, "max_length": config.max_length, "threads": config.threads}
-    engine = LlamaCppEngine(backbone, config.gguf, **sizes)
-    engine.backbone = replace(backbone, name=config.model_id)
-    console.info(f"{engine.name} runs")
-    return engine
-
-
-def _start_vllm(config: ServeConfig, console: Console) -> Engine:
-    from prefixtune.backbone.checkpoint import checkpoint_folder
-    from prefixtune.backbone.shapes import load_shapes
-    from prefixtune.engine.vllm import VllmConfig, VllmEngine
-
+    same = ("num_slots", "max_length", "gguf", "threads", "dtype", "cache_mib")
+    given: dict[str, Any] = {name: getattr(config, name) for name in same}
+    given |= {"python": config.vllm_python, "url": config.vllm_url, "folder": config.vllm_folder}
     try:
-        arguments = tuple(shlex.split(config.vllm_args))
+        given["arguments"] = tuple(shlex.split(config.vllm_args))
     except ValueError as error:
         raise ConfigError(f"vllm_args is {config.vllm_args!r}: {error}.", hint="close every quote.") from error
     backbone = load_shapes(config.backbone)
-    console.info(f"connecting to vLLM at {config.vllm_url} ..." if config.vllm_url else "starting vLLM ...")
-    engine_config = VllmConfig(
-        str(checkpoint_folder(config.backbone)),
-        num_slots=config.num_slots,
-        max_length=config.max_length,
-        dtype=config.dtype,
-        cache_mib=config.cache_mib,
-        python=config.vllm_python or sys.executable,
-        arguments=arguments,
-        url=config.vllm_url,
-        folder=config.vllm_folder,
-    )
-    return VllmEngine(replace(backbone, name=config.model_id), engine_config)
+    console.info(f"connecting to vLLM at {config.vllm_url} ..." if config.vllm_url else f"starting {config.engine} ...")
+    engine = start_engine(config.engine, backbone, **given)
+    # Callers see this name: it must not be a path.
+    engine.backbone = replace(backbone, name=config.model_id)
+    console.info(f"{engine.name} runs")
+    return engine
 
 
 def _report_start(state: ServerState, console: Console, listener: socket.socket) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from command_line import run as run_command
+from live_server import make_model, make_prefix
+from prefixtune.backbone.shapes import load_shapes
 from prefixtune.engine.request import (
     ContextLengthError,
     EngineFull,
@@ -270,31 +273,68 @@ def test_a_server_without_the_connector_or_the_folder_is_refused(fake: FakeServe
 
 
 _CHILD = """#!{python}
-import http.server, os, socketserver, sys, threading
+import http.server, json, os, socketserver, sys, threading
+option = lambda name: sys.argv[sys.argv.index(name) + 1]
+folder = json.loads(option("--kv-transfer-config"))["kv_connector_extra_config"]["prefixes"]
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{{"data": [{{"id": "served", "max_model_len": 64}}]}}')
+        self.wfile.write(b'{{"data": [{{"id": "served", "max_model_len": 256}}]}}')
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prefix = (body.get("kv_transfer_params") or {{"prefixtune": None}})["prefixtune"]
+        length = prefix["length"] if prefix else 0
+        said = [token for token in body["prompt"][length:] if token not in body["stop_token_ids"]]
+        if prefix and os.path.exists(f"{{folder}}/{{prefix['name']}}.safetensors"):
+            said *= 2
+        self.send_response(200)
+        self.end_headers()
+        choices = [[{{"token_ids": [token]}}] for token in said[: body["max_tokens"]]]
+        choices[-1][0]["finish_reason"] = "stop"
+        for event in [*({{"choices": one}} for one in choices), {{"choices": [], "usage": {{}}}}]:
+            self.wfile.write(b"data: " + json.dumps(event).encode() + b"\\n\\n")
     def address_string(self): return ""
-server = socketserver.ThreadingUnixStreamServer(sys.argv[sys.argv.index("--uds") + 1], Handler)
+    def log_message(self, *_): pass
+server = socketserver.ThreadingUnixStreamServer(option("--uds"), Handler)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 sys.stdin.read()
 """
+"""In place of a Python with vLLM: says what it reads without the placeholders, and twice with a prefix."""
 
 
-def test_only_its_user_can_reach_a_child(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     python = tmp_path / "python"
     python.write_text(_CHILD.format(python=sys.executable))
     python.chmod(0o755)
+    return python
+
+
+def test_only_its_user_can_reach_a_child(backbone: Any, python: Path, tmp_path: Path):
     with VllmEngine(backbone, VllmConfig("tiny", python=str(python))) as engine:
         (path,) = tmp_path.glob("prefixtune-*/*")
         assert path.is_socket()
         assert not path.parent.stat().st_mode & 0o077
-        assert (engine.healthy, engine.max_length) == (True, 64)
+        assert (engine.healthy, engine.max_length) == (True, 256)
     assert not path.parent.exists()
+
+
+def test_a_conversation_in_the_terminal(python: Path, tmp_path: Path):
+    """`prefixtune chat --engine vllm`: the whole conversation is read, with the prefix in use."""
+    model = make_model(tmp_path / "model")
+    prefix = make_prefix(load_shapes(str(model)), tmp_path / "mine.safetensors", 1)
+    options = ("--engine", "vllm", "--vllm-python", str(python), "--backbone", str(model), "--prefix", str(prefix))
+    lines = "a\n/prefix none\nb\n"
+    out, _ = run_command("chat", *options, "--max-new-tokens", "100", "--json", stdin=lines)
+    rows = [json.loads(line) for line in out.splitlines()]
+    first = "[user]a[assistant]"
+    assert [row["prefix"] for row in rows] == ["mine", None]
+    assert [row["output"] for row in rows] == [2 * first, f"{first}{2 * first}[user]b[assistant]"]
+    assert not list(tmp_path.glob("prefixtune-*")), "the child's socket"
+    assert not list((tmp_path / "home" / "engines").iterdir()), "the prefixes"
 
 
 def test_a_python_without_vllm_is_refused(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
