@@ -239,7 +239,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         assert found[key] == (expected[key][: len(found[key])] if reason == "cancelled" else expected[key])
     assert len(engine.running_sequences()) == engine.num_waiting == 0
     for cache in engine.runner.caches:
-        assert not cache.used_bytes
+        assert not cache.taken
         assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
 
 

@@ -22,8 +22,6 @@ from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.prefix.geometry import Site
 
-__all__ = ["EncoderAttention", "Span", "StepAttention", "attends_by_pages", "page_numbers"]
-
 _CALL_OVERHEAD = 300
 """Cost of a call of attention on a CPU, besides the positions that it reads, in such positions."""
 

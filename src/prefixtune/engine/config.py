@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from prefixtune.utils.config import Config, option_group
 
-__all__ = ["MAX_SLOTS", "EngineConfig"]
-
 MAX_SLOTS = 65_536
 """Texts that run at once at most."""
 _engine = option_group("engine")

@@ -37,13 +37,10 @@ from prefixtune.engine.base import Limits, RunningSequence
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.engine.request import ContextLengthError, FinishReason, Request, SequenceOutput, Token, join_outputs
-from prefixtune.engine.sampler import NOT_FINITE, prompt_logprobs, sample
+from prefixtune.engine.sampler import NOT_FINITE, logprobs_of, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import BackboneError, PrefixError, RequestError
-
-__all__ = ["Engine"]
-
 
 DEFAULT_MAX_LENGTH = 4096
 """Positions of a slot if the backbone has no limit."""
@@ -115,7 +112,9 @@ class Engine(Limits):
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-            sequences = [self._sequence(request, index) for index in range(request.n)]
+            first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self._has_encoder else ()
+            detokenizers = [request.detokenizer(self.backbone) for _ in range(request.n)]
+            sequences = [TokenSequence(request, index, one, *first) for index, one in enumerate(detokenizers)]
             self._sequences[request.id] = sequences
             self.scheduler.add(sequences)
 
@@ -136,13 +135,6 @@ class Engine(Limits):
                     hint="shorten the text, use a shorter prefix, or raise kv_cache_mib.",
                 )
 
-    def _sequence(self, request: Request, index: int) -> TokenSequence:
-        first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self._has_encoder else ()
-        sequence = TokenSequence(request, index, request.detokenizer(self.backbone), *first)
-        if request.grammar is not None:
-            sequence.grammar = request.grammar.start()
-        return sequence
-
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """Cancel a request: its slots are free before the next step. Unknown ids are ignored."""
         with self._lock:
@@ -153,11 +145,6 @@ class Engine(Limits):
     def busy(self) -> bool:
         """Whether there is anything to compute."""
         return bool(self._sequences)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Memory for keys and values of all running texts."""
-        return sum(cache.num_bytes for cache in self.runner.caches)
 
     @property
     def num_waiting(self) -> int:
@@ -223,6 +210,7 @@ class Engine(Limits):
     def _compute(self, admitted: Sequence[TokenSequence], outputs: list[SequenceOutput]) -> None:
         """What the model does in a step; `outputs` has what became certain, if it fails."""
         for sequence in admitted:
+            sequence.grammar = sequence.request.grammar and sequence.request.grammar.start()
             self.runner.load_prefix(sequence)
         # For those that got their slots after others of their request.
         self._share_prompts()
@@ -319,7 +307,7 @@ def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[Sched
             sequence, first = work.sequence, work.sequence.num_computed_tokens + 1
             next_ids = sequence.token_ids[first : first + count]
             num_top = sequence.request.sampling.prompt_logprobs or 0
-            found = prompt_logprobs(logits[row : row + count], next_ids, num_top)
+            found = logprobs_of(logits[row : row + count], next_ids, num_top)
             tokens = [Token(id, *values) for id, values in zip(next_ids, found, strict=True)]
             sequence.prompt_tokens += tokens
             if any(token.logprob != token.logprob for token in tokens):

@@ -20,9 +20,6 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["PAGE", "KVCache", "bytes_per_position"]
-
-
 PAGE = 256
 """Runs begin at multiples of it: FlashAttention's tables of pages want that, and on a CPU, texts whose runs are alike
 are attended to together."""
@@ -44,6 +41,7 @@ class KVCache:
         num_positions: Of all texts together; on a GPU, in whole pages.
         keys: Per layer, (N, H, Dk).
         values: Per layer, (N, H, Dv).
+        taken: The runs that texts have, by their start.
 
     Raises:
         ConfigError: Memory has no room for it, or it has no position.
@@ -63,8 +61,7 @@ class KVCache:
         self.site, self.page = site, page
         self.num_positions = num_positions if on_cpu else num_positions // page * page
         length = (num_positions // page + num_texts) * page if on_cpu else self.num_positions
-        self.bytes_per_position = bytes_per_position(shapes, dtype)
-        size = self.num_positions * self.bytes_per_position / 2**30
+        size = self.num_positions * bytes_per_position(shapes, dtype) / 2**30
         hint = "set another kv_cache_mib."
         if not self.num_positions:
             raise ConfigError("memory has no room for keys and values.", hint=hint)
@@ -77,18 +74,17 @@ class KVCache:
             ]
         except (OSError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"there is no room for {size:,.1f} GiB of keys and values.", hint=hint) from error
-        # By their start, and the end of the pool.
-        self._taken, self._end = list[range](), length
+        self.taken, self._end = list[range](), length
 
     def take(self, length: int) -> range | None:
         """A run of so many positions that nobody has; None: there is no room now."""
         start = 0
-        if sum(map(len, self._taken)) + length > self.num_positions:
+        if sum(map(len, self.taken)) + length > self.num_positions:
             return None
-        for index, taken in enumerate([*self._taken, range(self._end, self._end)]):
+        for index, taken in enumerate([*self.taken, range(self._end, self._end)]):
             if taken.start - start >= -(-length // self.page) * self.page:
                 run = range(start, start + length)
-                self._taken.insert(index, run)
+                self.taken.insert(index, run)
                 return run
             start = -(-taken.stop // self.page) * self.page
         return None
@@ -97,7 +93,7 @@ class KVCache:
         """Let others have a run, of which so many positions were written."""
         for buffer in (*self.keys, *self.values):
             buffer[run.start : run.start + written] = 0
-        self._taken.remove(run)
+        self.taken.remove(run)
 
     def put(self, run: range, prefix: Prefix) -> None:
         """Copy a prefix to the first positions of a run."""
@@ -110,16 +106,6 @@ class KVCache:
         """Copy the first positions of a run to another one."""
         for buffer in (*self.keys, *self.values):
             buffer[target.start : target.start + length] = buffer[source.start : source.start + length]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the pool."""
-        return self.num_positions * self.bytes_per_position
-
-    @property
-    def used_bytes(self) -> int:
-        """What running texts have of it."""
-        return sum(map(len, self._taken)) * self.bytes_per_position
 
 
 def bytes_per_position(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:

@@ -11,9 +11,6 @@ import shutil
 import signal
 import sys
 
-__all__ = ["serve"]
-
-
 _SPARE = 8
 """Positions beyond those of the slots."""
 

@@ -22,17 +22,6 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
-__all__ = [
-    "KV_TYPES",
-    "STATE_VERSIONS",
-    "encode_file",
-    "is_interleaved",
-    "placeholders_for",
-    "probe_file",
-    "rows_of",
-]
-
-
 STATE_VERSIONS = (2, 3, 4)
 
 KV_TYPES = {"f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (30, torch.bfloat16)}

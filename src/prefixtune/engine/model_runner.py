@@ -25,9 +25,6 @@ from prefixtune.engine.sequence import TokenSequence
 from prefixtune.prefix.geometry import Site
 from prefixtune.utils.machine import free_memory
 
-__all__ = ["ModelRunner"]
-
-
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
 """Of free memory, for keys and values, by default."""
 _FIRST_BIAS_LENGTH = 256

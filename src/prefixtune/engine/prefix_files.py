@@ -14,9 +14,6 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import reporting_write_errors, work_folder
 from prefixtune.utils.folders import cache_folder
 
-__all__ = ["PrefixFile", "PrefixFiles", "own_folder"]
-
-
 _MOST_NUMBERS = 2**28
 """In the files of all prefixes; beyond them, those that were not used for longest are removed."""
 

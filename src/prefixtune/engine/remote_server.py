@@ -16,9 +16,6 @@ import httpx2
 
 from prefixtune.errors import BackboneError, RequestError
 
-__all__ = ["Refused", "RemoteServer"]
-
-
 _SECONDS = httpx2.Timeout(600.0, connect=10.0)
 """Until the server has answered, or written its next token."""
 _POLL_SECONDS = 0.1

@@ -19,18 +19,6 @@ from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import Grammar
 from prefixtune.utils.config import CommaList, option_group
 
-__all__ = [
-    "ContextLengthError",
-    "EngineFull",
-    "FinishReason",
-    "Request",
-    "SamplingParams",
-    "SequenceOutput",
-    "Token",
-    "join_outputs",
-]
-
-
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 """Why a sequence ended: the end token or a stop string; `max_new_tokens`; its request was cancelled, or its deadline
 passed; an error."""

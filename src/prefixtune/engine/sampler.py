@@ -1,10 +1,11 @@
-"""Logits -> the next token of each text, by its own sampling parameters: all texts at once, and one transfer.
+"""Logits -> the next token of each text, by its own sampling parameters: all texts at once.
 
 A seed decides a text: each draws its own random numbers, and what they choose depends on its own scores alone.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,12 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prefixtune.engine.request import SamplingParams, Token
-from prefixtune.engine.sequence import LogitRules, TokenSequence, has_rules
+from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import RequestError
-from prefixtune.sampling.config import LOWEST_TEMPERATURE
-
-__all__ = ["NOT_FINITE", "prompt_logprobs", "sample"]
-
+from prefixtune.sampling.config import LOWEST_TEMPERATURE, SamplingConfig
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
 """Why there is no token."""
@@ -28,10 +26,8 @@ _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
 _ROUNDING = 1e-5
 """Of exponentials in float32, relatively, with a margin."""
-_CACHED_SCORES = 2**18
-"""Of texts whose tokens are chosen together on a CPU."""
 _LOGPROBS_BYTES = 2**24
-"""Of a prompt's log-probabilities that are computed at once."""
+"""Of log-probabilities that are computed at once."""
 
 
 def sample(
@@ -46,42 +42,43 @@ def sample(
         sequences: The texts.
         eos_id: The token that ends a text.
     """
-    forced = {row for row, s in enumerate(sequences) if s.forced_bos_id is not None and s.num_new_tokens == 0}
-    changed = {row for row, s in enumerate(sequences) if _changes_scores(s)} - forced
-    random = {row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0} - forced
-    allowed = _without_ends(logits, sequences, eos_id)
-    has_any = torch.ones(len(sequences), dtype=torch.bool, device=logits.device)
-    is_finite, ids = has_any.clone(), torch.zeros_like(has_any, dtype=torch.long)
+    rows = list(enumerate(sequences))
+    forced = {row: s.forced_bos_id for row, s in rows if s.forced_bos_id is not None and s.num_new_tokens == 0}
+    random = [row for row, s in rows if s.request.sampling.temperature > 0 and row not in forced]
+    changed = [row for row, s in rows if _has_rules(s) and row not in forced]
+    # A CPU finds maxima of bfloat16 more slowly.
+    scores = logits.to(torch.float32, copy=bool(random or changed))
+    highest = scores.amax(dim=-1)
+    is_finite = highest.isfinite()
     refused: dict[int, RequestError] = {}
-    # On a CPU, so many at once that their scores stay in its caches.
-    count = max(1, _CACHED_SCORES // logits.shape[1] if logits.device.type == "cpu" else len(sequences))
-    for start in range(0, len(sequences), count):
-        part = range(start, min(start + count, len(sequences)))
-        drawn, rules = [row - start for row in part if row in random], changed.intersection(part)
-        # A CPU finds maxima of bfloat16 more slowly.
-        scores = allowed[part.start : part.stop].to(torch.float32, copy=bool(drawn or rules))
+    for row in changed:
+        try:
+            _change(scores[row], sequences[row], eos_id)
+        except RequestError as error:
+            refused[row] = error
+    if changed:
         highest = scores.amax(dim=-1)
-        is_finite[part.start : part.stop] = highest.isfinite()
-        if rules:
-            for row in rules:
-                try:
-                    scores[row - start] = _change(scores[row - start], sequences[row])
-                except RequestError as error:
-                    refused[row] = error
-            highest = scores.amax(dim=-1)
-            has_any[part.start : part.stop] = highest.isfinite()
-        if len(drawn) < len(part):
-            ids[part.start : part.stop] = scores.argmax(dim=-1)
-        if drawn:
-            below = _rows(scores.sub_(highest[:, None]), drawn)
-            ids[_on([start + place for place in drawn], ids.device)] = _draw(
-                below, [sequences[start + place] for place in drawn]
-            )
-    for row, sequence in enumerate(sequences):
-        if row in forced and sequence.forced_bos_id is not None:
-            ids[row] = sequence.forced_bos_id
-    found = _read(ids, is_finite, has_any, logits, [s.request.sampling for s in sequences])
-    return [refused.get(row, token) for row, token in enumerate(found)]
+    ids = scores.argmax(dim=-1)
+    if random:
+        below = _rows(scores.sub_(highest[:, None]), random)
+        ids[_on(random, ids.device)] = _draw(below, [sequences[row] for row in random])
+    chosen, finite, any_left = torch.stack([ids, is_finite.long(), highest.isfinite().long()]).tolist()
+    chosen = [forced.get(row, token) for row, token in enumerate(chosen)]
+    wanted = {row: s.request.sampling.logprobs for row, s in rows if s.request.sampling.logprobs is not None}
+    logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = {}
+    if wanted:
+        found = logprobs_of(_rows(logits, [*wanted]), [chosen[row] for row in wanted], max(wanted.values()))
+        logprobs = dict(zip(wanted, found, strict=True))
+    tokens: list[Token | str | RequestError] = []
+    for row, token in enumerate(chosen):
+        if row in refused:
+            tokens.append(refused[row])
+        elif finite[row] and any_left[row]:
+            logprob, top = logprobs.get(row, (None, ()))
+            tokens.append(Token(token, logprob, top[: wanted.get(row)]))
+        else:
+            tokens.append(_ALL_BANNED if finite[row] else NOT_FINITE)
+    return tokens
 
 
 def _on(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,46 +91,61 @@ def _rows(tensor: Float[Tensor, "B _"], rows: Sequence[int]) -> Float[Tensor, "R
     return tensor if len(rows) == len(tensor) else tensor[_on(rows, tensor.device)]
 
 
-def _changes_scores(sequence: TokenSequence) -> bool:
+def _has_rules(sequence: TokenSequence) -> bool:
     """Whether the scores of its next token are changed."""
-    return sequence.grammar is not None or has_rules(sequence.request.sampling)
+    params = sequence.request.sampling
+    early = sequence.num_new_tokens < params.min_new_tokens
+    return bool(early or sequence.grammar or params.banned or params.logit_bias) or penalizes(params)
 
 
-def _without_ends(
-    logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int
-) -> Float[Tensor, "W V"]:
-    """The scores, without those of tokens that would end a text too early."""
-    # A tokenizer may have more tokens than its model has scores.
-    ends = [
-        (row, token)
-        for row, s in enumerate(sequences)
-        if s.num_new_tokens < s.request.sampling.min_new_tokens
-        for token in (eos_id, *s.request.sampling.end_ids)
-        if token < logits.shape[1]
-    ]
-    if not ends:
-        return logits
-    rows, tokens = zip(*ends, strict=True)
-    return logits.index_put((_on(rows, logits.device), _on(tokens, logits.device)), logits.new_full((), float("-inf")))
-
-
-def _change(scores: Float[Tensor, " V"], sequence: TokenSequence) -> Float[Tensor, " V"]:
-    """The scores of one text by its rules and its grammar.
+def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -> None:
+    """Change the scores of one text by its rules and its grammar.
 
     Raises:
         RequestError: The grammar became too complex.
     """
-    params = sequence.request.sampling
-    if has_rules(params):
-        if sequence.rules is None:
-            # An encoder-decoder may repeat its source.
-            prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
-            sequence.rules = LogitRules(params, prompt, len(scores), scores.device)
-        scores = sequence.rules.apply(scores, sequence.token_ids, sequence.num_input_ids)
+    params, size, device = sequence.request.sampling, len(scores), scores.device
+    if sequence.biases is None:
+        added = {**params.logit_bias, **dict.fromkeys(params.banned, float("-inf"))}
+        # A tokenizer may have more tokens than its model has scores.
+        added = {token: bias for token, bias in added.items() if token < size}
+        sequence.biases = _on(list(added), device, torch.long), _on(list(added.values()), device, torch.float32)
+    at, biases = sequence.biases
+    scores[at] += biases
+    if penalizes(params):
+        # An encoder-decoder may repeat its source.
+        prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
+        penalize(scores, params, prompt, sequence.token_ids[sequence.num_input_ids :])
+    if sequence.num_new_tokens < params.min_new_tokens:
+        scores[[token for token in (eos_id, *params.end_ids) if token < size]] = float("-inf")
     if sequence.grammar is not None:
-        allowed = sequence.grammar.allowed(len(scores)).to(scores.device, non_blocking=True)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores
+        scores.masked_fill_(~sequence.grammar.allowed(size).to(device, non_blocking=True), float("-inf"))
+
+
+def penalizes(params: SamplingConfig) -> bool:
+    """Whether the scores depend on the tokens so far."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def penalize(scores: Float[Tensor, " V"], params: SamplingConfig, prompt: Sequence[int], new: Sequence[int]) -> None:
+    """Change the scores of a text's next token, in vLLM's order.
+
+    Args:
+        scores: Changed in place.
+        params: `repetition_penalty` (Keskar et al., 2019) divides the positive scores of tokens that the text has and
+            multiplies the negative ones; OpenAI's `presence_penalty` and `frequency_penalty` are subtracted, once for a
+            generated token and as often as it was generated.
+        prompt: The text's beginning, which `repetition_penalty` counts too.
+        new: The generated tokens.
+    """
+    if (penalty := params.repetition_penalty) != 1:
+        at = torch.tensor(list({*prompt, *new}), dtype=torch.long, device=scores.device)
+        chosen = scores[at]
+        scores[at] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    counts = Counter(new)
+    at, count = torch.tensor([[*counts.keys()], [*counts.values()]], dtype=torch.long, device=scores.device)
+    scores[at] -= params.frequency_penalty * count
+    scores[at] -= params.presence_penalty
 
 
 def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> Int[Tensor, " B"]:
@@ -238,47 +250,10 @@ def _pick(weights: Float[Tensor, "B N"], drawn: Float[Tensor, " B"]) -> Int[Tens
     return torch.minimum(index, last).clamp(max=weights.shape[1] - 1)[:, 0]
 
 
-def _read(
-    ids: Int[Tensor, " W"],
-    is_finite: Bool[Tensor, " W"],
-    has_any: Bool[Tensor, " W"],
-    logits: Float[Tensor, "W V"],
-    params: Sequence[SamplingParams],
-) -> list[Token | str]:
-    """All that is wanted of a step, in one transfer."""
-    columns = [ids[:, None].int(), is_finite[:, None].int(), has_any[:, None].int()]
-    wanted = [row for row, one in enumerate(params) if one.logprobs is not None]
-    most = min(max((params[row].logprobs or 0 for row in wanted), default=0), logits.shape[1])
-    if wanted:
-        at = _on(wanted, logits.device)
-        logprobs = logits[at].float().log_softmax(-1)
-        top = logprobs.topk(most)
-        numbers = torch.cat([logprobs.gather(1, ids[at][:, None]), top.values], dim=1)
-        # Floats travel as the integers of their bits.
-        extra = torch.zeros(len(params), 1 + 2 * most, dtype=torch.int32, device=logits.device)
-        extra[at] = torch.cat([numbers.view(torch.int32), top.indices.int()], dim=1)
-        columns.append(extra)
-    table = torch.cat(columns, dim=1).cpu()
-    floats = table[:, 3:].contiguous().view(torch.float32).tolist()
-    tokens: list[Token | str] = []
-    for one, floats_of, (token, finite, any_left, *numbers_of) in zip(params, floats, table.tolist(), strict=True):
-        if not finite:
-            tokens.append(NOT_FINITE)
-        elif not any_left:
-            tokens.append(_ALL_BANNED)
-        elif one.logprobs is None:
-            tokens.append(Token(token))
-        else:
-            top_ids, values = numbers_of[1 + most :], floats_of[1:]
-            likeliest = tuple(zip(top_ids[: one.logprobs], values[: one.logprobs], strict=False))
-            tokens.append(Token(token, floats_of[0], likeliest))
-    return tokens
-
-
-def prompt_logprobs(
+def logprobs_of(
     logits: Float[Tensor, "R V"], next_ids: Sequence[int], num_top: int
 ) -> Iterator[tuple[float, tuple[tuple[int, float], ...]]]:
-    """The log-probability of the token after each position of a prompt, and the likeliest tokens there.
+    """The log-probability of the token that follows each position, and of the likeliest ones there.
 
     In float32, a few positions at a time: a copy of all logits would take much memory.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from prefixtune.engine.fair_queue import FairQueue
+from prefixtune.engine.request import Request
 from prefixtune.engine.sequence import TokenSequence
-
-__all__ = ["ScheduledSequence", "Scheduler"]
-
 
 IDLE_PREFILL_FACTOR = 4
 """How much larger pieces of prompts are while no sequence is delayed by them: larger products are faster."""
@@ -45,6 +44,57 @@ class ScheduledSequence:
         if sequence.request.sampling.prompt_logprobs is None:
             return 0
         return max(0, min(self.num_tokens, sequence.num_input_ids - 1 - sequence.num_computed_tokens))
+
+
+class _Text(Protocol):
+    """A text of a request."""
+
+    request: Request
+
+
+T = TypeVar("T", bound=_Text)
+
+
+class FairQueue(Generic[T]):
+    """Texts that wait for a slot. The tenant with the fewest slots comes first; within it, first come, first served."""
+
+    def __init__(self) -> None:
+        # The tenant who has waited longest for a turn comes first.
+        self._waiting: dict[str, deque[T]] = {}
+        self._slots_held: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def add(self, text: T) -> None:
+        """Let a text wait."""
+        self._waiting.setdefault(text.request.tenant, deque()).append(text)
+
+    def first(self) -> T:
+        """The text whose turn it is; there must be one."""
+        # The first of those with the fewest slots.
+        return self._waiting[min(self._waiting, key=self._slots_held.__getitem__)][0]
+
+    def take(self, text: T) -> None:
+        """Give a slot to the first text."""
+        tenant = text.request.tenant
+        queue = self._waiting.pop(tenant)
+        queue.popleft()
+        if queue:
+            self._waiting[tenant] = queue
+        self._slots_held[tenant] += 1
+
+    def release(self, text: T, *, has_slot: bool) -> None:
+        """A text has ended, with a slot or before it had one."""
+        tenant = text.request.tenant
+        if has_slot:
+            self._slots_held[tenant] -= 1
+            if not self._slots_held[tenant]:
+                del self._slots_held[tenant]
+        elif text in self._waiting.get(tenant, ()):
+            self._waiting[tenant].remove(text)
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
 
 
 class Scheduler:

@@ -1,71 +1,15 @@
-"""One text that is being generated, and what changes the scores of its next token."""
+"""One text that is being generated."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from prefixtune.engine.request import FinishReason, Request, SamplingParams, Token
+from prefixtune.engine.request import FinishReason, Request, Token
 from prefixtune.sampling.detokenizer import Detokenizer
-from prefixtune.sampling.grammar import GrammarState
-from prefixtune.sampling.penalties import penalize, penalizes
-
-__all__ = ["LogitRules", "TokenSequence", "has_rules"]
-
-
-def has_rules(params: SamplingParams) -> bool:
-    """Whether the scores of the next token are changed."""
-    return bool(params.banned or params.logit_bias) or penalizes(params)
-
-
-class LogitRules:
-    """The rules of one sequence. A token is counted once, so that a step takes the same time in a long text.
-
-    Args:
-        params: Of its request.
-        prompt: The prompt's tokens, as far as `repetition_penalty` counts them.
-        vocab_size: How many scores there are.
-        device: Where the scores are.
-    """
-
-    def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, device: torch.device | str
-    ) -> None:
-        self._params = params
-        # In the backbone's vocabulary; a tokenizer may have tokens that the model gives no score.
-        changed = {**params.logit_bias, **dict.fromkeys(params.banned, float("-inf"))}
-        changed = {token: bias for token, bias in changed.items() if token < vocab_size}
-        self._bias = torch.zeros(vocab_size, dtype=torch.float32)
-        self._bias[list(changed)] = torch.tensor(list(changed.values()))
-        self._bias = self._bias.to(device)
-        self._penalizes = penalizes(params)
-        self._num_counted = 0
-        if self._penalizes:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(prompt, dtype=torch.long, device=device)] = True
-            self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
-
-    def apply(self, scores: Float[Tensor, " V"], token_ids: Sequence[int], first_new: int) -> Float[Tensor, " V"]:
-        """The changed scores.
-
-        Args:
-            scores: Of the next token, in float32; may be overwritten.
-            token_ids: The text so far.
-            first_new: Index of the first generated token in it.
-        """
-        scores += self._bias
-        if self._penalizes:
-            for token in token_ids[first_new + self._num_counted :]:
-                self._seen[token] = True
-                self._counts[token] += 1
-                self._num_counted += 1
-            scores = penalize(scores, self._params, self._seen, self._counts)
-        return scores
+from prefixtune.sampling.grammar import Grammar
 
 
 @dataclass(eq=False)
@@ -90,7 +34,7 @@ class TokenSequence:
             not requested.
         prompt_returned: They are in an output.
         grammar: How far it is in the request's grammar; None: there is none.
-        rules: What changes the scores of its next token; None: nothing, or it has no token yet.
+        biases: Token ids, and what is added to their scores; None: it has no token yet.
     """
 
     request: Request
@@ -107,8 +51,8 @@ class TokenSequence:
     finish_reason: FinishReason | None = None
     prompt_tokens: list[Token] = field(init=False)
     prompt_returned: bool = False
-    grammar: GrammarState | None = None
-    rules: LogitRules | None = None
+    grammar: Grammar | None = None
+    biases: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         prompt, start = self.request.prompt, self.decoder_start_id

@@ -18,14 +18,11 @@ from torch import Tensor
 from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import cache_argument
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.sampler import NOT_FINITE
+from prefixtune.engine.sampler import NOT_FINITE, penalize, penalizes
 from prefixtune.errors import PrefixError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt, newline_tokens
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
-from prefixtune.sampling.penalties import penalize, penalizes
-
-__all__ = ["check_finite", "search", "seed_of"]
 
 
 def search(
@@ -84,7 +81,7 @@ def _search_batch(
             input_ids=ids,
             attention_mask=mask,
             generation_config=_generation_config(backbone, config, prompts[0]),
-            logits_processor=LogitsProcessorList(_processors(backbone, prompts, rows, config, start)),
+            logits_processor=LogitsProcessorList([_processor(backbone, prompts, rows, config, start)]),
             stopping_criteria=StoppingCriteriaList(_stopping(backbone, config, start)),
             **arguments,
         )
@@ -103,35 +100,23 @@ def _pad(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, 
     return ids.to(backbone.device), mask.to(backbone.device)
 
 
-def _processors(
+def _processor(
     backbone: Backbone, prompts: Sequence[Prompt], rows: Sequence[int], config: GenerateConfig, start: int
-) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What sees each step's scores, (B * beams, V): a check, and the penalties on each row's own text."""
     texts = [row for row in rows for _ in range(config.num_beams)]
 
-    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         check_finite(scores, texts)
+        if penalizes(config):
+            scores = scores.clone()
+            for row, new in enumerate(input_ids[:, start:].tolist()):
+                # An encoder-decoder may repeat its source. transformers' own penalty would count padding.
+                prompt = prompts[row // config.num_beams].ids if backbone.kind == "decoder" else ()
+                penalize(scores[row], config, prompt, new)
         return scores
 
-    # The first one, as others set scores to -inf.
-    yield check
-    if not penalizes(config):
-        return
-    in_prompt: Tensor | None = None
-
-    def apply(input_ids: Tensor, scores: Tensor) -> Tensor:
-        nonlocal in_prompt
-        if in_prompt is None:
-            in_prompt = torch.zeros_like(scores, dtype=torch.bool)
-            # An encoder-decoder may repeat its source. transformers' own penalty would count padding.
-            for row in range(len(scores) if backbone.kind == "decoder" else 0):
-                in_prompt[row, list(prompts[row // config.num_beams].ids)] = True
-        new = input_ids[:, start:]
-        counts = torch.zeros_like(scores, dtype=torch.int32)
-        counts.scatter_add_(1, new, torch.ones_like(new, dtype=torch.int32))
-        return penalize(scores, config, in_prompt | (counts > 0), counts)
-
-    yield apply
+    return process
 
 
 def _stopping(backbone: Backbone, config: GenerateConfig, start: int) -> list[Callable[..., Tensor]]:

@@ -36,18 +36,8 @@ from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.beams import check_finite
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.inference.prompts import Prompt, check_positions
-from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-
-__all__ = [
-    "EncodedTexts",
-    "Prediction",
-    "classify",
-    "encode_to_label",
-    "first_duplicate",
-    "tag",
-]
-
 
 _MOST_SCORED = 4096
 """Tokens of labels' words in one batch: each has a logit for every token of the vocabulary."""
@@ -213,8 +203,6 @@ def encode_to_label(
     config = config or ClassifyConfig()
     chosen, length = _labels_for(kind, prefix, labels), 0 if prefix is None else prefix.length()
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
-    if prefix is not None:
-        check_fits(prefix, backbone.geometry, backbone.name)
     most = positions or backbone.max_positions_with(length)
     if chosen.by == "words" and backbone.kind == "encoder":
         raise ConfigError(f"{backbone.name!r} is an encoder and generates no words.", hint="train a head with it.")

@@ -11,9 +11,6 @@ from prefixtune.errors import PrefixError
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import Config, option_group
 
-__all__ = ["ClassifyConfig", "GenerateConfig"]
-
-
 _decoding = option_group("decoding")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from queue import SimpleQueue
@@ -26,8 +25,6 @@ from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
-
-__all__ = ["check_streams", "complete", "generate", "generate_ids", "stream", "write"]
 
 _PREFILL_TOKENS = 1024
 """Prompt tokens of a step: more than in a server, where streams wait for them."""
@@ -258,27 +255,25 @@ def _ask(
     rules = {name: getattr(config, name) for name in SamplingConfig.model_fields}
     rules["banned"] = newline_tokens(backbone) if config.ban_newlines else ()
     grammar = compile_json_schema(backbone, config.response_schema) if config.response_schema else None
-    asked: dict[str, tuple[int, Request]] = {}
+    requests: dict[int, Request] = {}
     for number in numbers:
         prompt = prompts[number]
         least = min(config.min_new_tokens, prompt.new_tokens)
         own = {"max_new_tokens": prompt.new_tokens, "min_new_tokens": least, "seed": seed_of(config.seed, number)}
         sampling = SamplingParams(**{**rules, **own, "end_ids": prompt.ends})
-        request = Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar)
+        requests[number] = Request(tuple(prompt.ids), prompt.prefix, sampling, grammar=grammar)
         try:
-            engine.check(request)
+            engine.check(requests[number])
         except RequestError as error:
             raise RequestError(f"text {number + 1}: {error.message}", hint=error.hint) from None
-        asked[request.id] = number, request
+    asked = {request.id: number for number, request in requests.items()}
     outputs: SimpleQueue[SequenceOutput] = SimpleQueue()
-    # As many as keep the engine busy: each that waits may hold a grammar.
-    waiting = iter([request for _, request in asked.values()])
     try:
-        for request in itertools.islice(waiting, 2 * config.batch_size):
+        for request in requests.values():
             engine.submit(request, outputs.put)
         while asked:
             output = outputs.get()
-            number = asked[output.request_id][0]
+            number = asked[output.request_id]
             if output.finish_reason == "error":
                 raise PrefixError(
                     f"text {number + 1}: {output.error}",
@@ -286,8 +281,6 @@ def _ask(
                 )
             if output.finish_reason is not None:
                 del asked[output.request_id]
-                for request in itertools.islice(waiting, 1):
-                    engine.submit(request, outputs.put)
             yield number, output
     finally:
         for name in asked:
@@ -304,9 +297,9 @@ def _per_text(
         raise RequestError(
             f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
         )
-    loaded: dict[object, Prefix | None] = {}
-    keys = [str(item) if isinstance(item, str | os.PathLike) else id(item) for item in prefix]
-    return [
-        loaded[key] if key in loaded else loaded.setdefault(key, as_prefix(item, backbone))
-        for key, item in zip(keys, prefix, strict=True)
-    ]
+
+    def key(item: PrefixLike | None) -> object:
+        return os.fspath(item) if isinstance(item, str | os.PathLike) else id(item)
+
+    loaded = {name: as_prefix(item, backbone) for name, item in {key(item): item for item in prefix}.items()}
+    return [loaded[key(item)] for item in prefix]

@@ -28,9 +28,6 @@ from prefixtune.prefix.hub import prefix_file
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import read_text_format
 
-__all__ = ["Messages", "Model", "load"]
-
-
 Messages = Sequence[Mapping[str, str]]
 """A conversation: dicts with `role` and `content`, as chat templates read them."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,17 +12,8 @@ from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
-
-__all__ = [
-    "Prompt",
-    "check_positions",
-    "check_requests",
-    "fit_new_tokens",
-    "newline_tokens",
-    "prepare_prompts",
-]
 
 _AS_IT_IS = TextFormat("{source}", "{target}")
 
@@ -80,7 +72,6 @@ def prepare_prompts(
 
     Raises:
         RequestError: A text does not fit, and may not be truncated.
-        BackboneError: A prefix does not fit the backbone.
         CheckpointError: A prefix's header has an invalid text format.
     """
     formats = _formats(backbone, texts, prefixes, config, text_format)
@@ -148,12 +139,13 @@ def _formats(
     text_format: TextFormat | None,
 ) -> list[TextFormat]:
     """The text format of each text, with the configuration's treatment of long ones."""
-    known: dict[tuple[int, bool], TextFormat] = {}
-    keys = [(id(prefix), isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
-    for key, prefix in dict(zip(keys, prefixes, strict=True)).items():
-        form = _format_of(backbone, prefix, text_format, is_text=key[1])
-        known[key] = form.with_lengths(config.max_total_length, config.on_too_long)
-    return [known[key] for key in keys]
+
+    @functools.cache
+    def format_for(prefix: Prefix | None, is_text: bool) -> TextFormat:
+        form = _format_of(backbone, prefix, text_format, is_text=is_text)
+        return form.with_lengths(config.max_total_length, config.on_too_long)
+
+    return [format_for(prefix, isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
 
 
 def _format_of(
@@ -178,14 +170,11 @@ def check_requests(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
 
     Raises:
         RequestError: The backbone is an encoder, a prefix has a head, or a prompt is empty or does not fit.
-        BackboneError: A prefix does not fit the backbone.
     """
-    for prefix in {id(p.prefix): p.prefix for p in prompts if p.prefix is not None}.values():
-        check_fits(prefix, backbone.geometry, backbone.name)
-        if prefix.head is not None:
-            raise RequestError(
-                "the prefix was trained with a head for labels, and writes no text.", hint="use classify or tag."
-            )
+    if any(prompt.prefix is not None and prompt.prefix.head is not None for prompt in prompts):
+        raise RequestError(
+            "the prefix was trained with a head for labels, and writes no text.", hint="use classify or tag."
+        )
     if backbone.kind == "encoder":
         raise RequestError(
             f"{backbone.name!r} is an encoder, which reads text and writes none.",
@@ -218,12 +207,8 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *,
         needed = max(count, new) if separate else taken + count + new
         limit = backbone.max_positions_with(prompt.prefix_length)
         if limit is not None and needed > limit:
-            parts = f"{count} (text) and" if separate else f"{taken} (prefix) + {count} (text) +"
-            of_what = "" if limit == backbone.max_positions else " with a prefix"
-            raise RequestError(
-                f"text {number} needs {parts} {new} (new) positions, but {backbone.name!r} has {limit}{of_what}.",
-                hint=hint,
-            )
+            wanted = f"{taken} (prefix), {count} (text) and {new} (new)"
+            raise RequestError(f"text {number} needs {wanted} positions, but {backbone.name!r} has {limit}.", hint=hint)
     passing = [prompt.passes(backbone.longrope_limit) for prompt in prompts]
     if together and len(set(passing)) > 1:
         raise RequestError(

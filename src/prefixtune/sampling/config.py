@@ -9,9 +9,6 @@ from pydantic import field_validator
 from prefixtune.errors import short_repr
 from prefixtune.utils.config import Config, TextList, option_group
 
-__all__ = ["LOWEST_TEMPERATURE", "SamplingConfig"]
-
-
 LOWEST_TEMPERATURE = 1e-5
 """Lower ones sample as this one does: the likeliest token has all the weight, and no score divided by it overflows."""
 

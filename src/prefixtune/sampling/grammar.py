@@ -19,18 +19,6 @@ from prefixtune.errors import PrefixError, RequestError
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.folders import expand_home
 
-__all__ = [
-    "ANY_OBJECT",
-    "Grammar",
-    "GrammarState",
-    "check_json_schema",
-    "compile_json_schema",
-    "import_llguidance",
-    "prepare_grammars",
-    "read_json_schema",
-]
-
-
 ANY_OBJECT = '{"type":"object"}'
 """The schema of any JSON object."""
 _MAX_SCHEMA_LENGTH = 2**16
@@ -63,20 +51,28 @@ def import_llguidance() -> Any:
     return llguidance
 
 
-class GrammarState:
-    """How far one text is in its grammar.
+class Grammar:
+    """A JSON schema for one backbone's tokens, or how far one text is in it.
+
+    What the texts of a schema find out about it is kept for all of them, up to a limit: of a grammar that reaches it,
+    all texts fail.
 
     Args:
         matcher: llguidance's, at the beginning; this object's alone from now on.
-        num_tokens: Of the grammar's vocabulary.
+        num_tokens: Of the vocabulary.
+        schema: As JSON text.
 
     Attributes:
         finished: The text is complete, and nothing may follow.
     """
 
-    def __init__(self, matcher: Any, num_tokens: int) -> None:
-        self.finished = False
+    def __init__(self, matcher: Any, num_tokens: int, schema: str) -> None:
+        self.schema, self.finished = schema, False
         self._matcher, self._num_tokens = matcher, num_tokens
+
+    def start(self) -> Grammar:
+        """The same grammar, for a new text."""
+        return Grammar(self._matcher.deep_copy(), self._num_tokens, self.schema)
 
     def accept(self, token: int) -> None:
         """Go on after a generated token, which must be allowed.
@@ -109,26 +105,6 @@ class GrammarState:
         reason = _reason(self._matcher)
         reason = "nothing fits it" if reason == "NoExtensionBias" else reason
         return RequestError(f"the text cannot go on by its JSON schema: {reason}.", hint="use a simpler schema.")
-
-
-class Grammar:
-    """A JSON schema for one backbone's tokens.
-
-    What its texts find out about it is kept for all of them, up to a limit: of a grammar that reaches it, all texts
-    fail.
-
-    Args:
-        matcher: llguidance's, at the beginning.
-        num_tokens: Of the vocabulary.
-        schema: As JSON text.
-    """
-
-    def __init__(self, matcher: Any, num_tokens: int, schema: str) -> None:
-        self.schema, self._matcher, self._num_tokens = schema, matcher, num_tokens
-
-    def start(self) -> GrammarState:
-        """The state of a new text."""
-        return GrammarState(self._matcher.deep_copy(), self._num_tokens)
 
 
 def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> Grammar:

@@ -40,13 +40,13 @@ def test_runs_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]]
             held.append(run)
             cache.keys[0][run.start : run.stop] = cache.values[1][run.start : run.stop] = 1
         assert len({position for one in held for position in one}) == sum(map(len, held)) <= 100
-        assert cache.used_bytes == sum(map(len, held)) * cache.bytes_per_position
+        assert cache.taken == sorted(held, key=lambda run: run.start)
         if leaving < len(held):
             gone = held.pop(leaving)
             cache.give_back(gone, len(gone))
     for run in held:
         cache.give_back(run, len(run))
-    assert cache.used_bytes == 0
+    assert not cache.taken
     assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
     assert cache.take(100) == range(100)
 
@@ -74,9 +74,9 @@ def test_a_long_text_takes_memory_for_itself_alone():
         assert run is not None
         cache.keys[0][run.start : run.stop] = 1.0
         cache.values[0][run.start : run.stop] = 1.0
-    assert needed <= cache.used_bytes <= 1.3 * needed
+    assert sum(map(len, cache.taken)) == sum(lengths)
     assert process.memory_info().rss - before <= 1.3 * needed + 2**22
-    assert cache.num_bytes > 20 * needed
+    assert cache.num_positions > 20 * sum(lengths)
 
 
 def scarce(backbone: Any, positions: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
@@ -102,12 +102,12 @@ def test_a_text_waits_for_room_and_what_never_fits_is_refused(
     while engine.busy:
         found += [token for output in engine.step() for token in output.tokens]
         most = max(most, len(engine.running_sequences()))
-        assert all(cache.used_bytes <= cache.num_bytes for cache in engine.runner.caches)
+        assert all(sum(map(len, cache.taken)) <= cache.num_positions for cache in engine.runner.caches)
     # 25 positions each of an encoder-less model, 15 and 11 of the other.
     assert most == (2 if name == "llama" else 4)
     assert len(found) == 7 * 11
     assert sorted(token.id for token in found) == sorted(token.id for token in expected * 7)
-    assert all(cache.used_bytes == 0 for cache in engine.runner.caches)
+    assert not any(cache.taken for cache in engine.runner.caches)
     with pytest.raises(ContextLengthError) as error:
         engine.add(Request((1,) * 61, None, few))
     assert "kv_cache_mib" in error.value.hint
@@ -128,10 +128,11 @@ def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone: Any
 def test_the_pool_has_the_size_that_is_said(tiny_backbone: Any):
     engine = Engine(tiny_backbone("llama"), kv_cache_mib=1)
     (cache,) = engine.runner.caches
-    assert 2**20 - cache.bytes_per_position < engine.cache_bytes <= 2**20
+    each = sum(shape.size for shape in engine.backbone.geometry["decoder"]) * 4
+    assert 2**20 - each < cache.num_positions * each <= 2**20
     # No more than all texts can ever need.
     few = Engine(tiny_backbone("llama"), num_slots=2, max_length=50)
-    assert few.cache_bytes <= 2 * (50 + PAGE) * cache.bytes_per_position
+    assert few.runner.caches[0].num_positions <= 2 * (50 + PAGE)
     assert few.max_length == 50
 
 
