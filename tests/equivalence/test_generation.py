@@ -250,9 +250,7 @@ def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, 
     done: list[int] = []
     config = GenerateConfig(max_new_tokens=100, batch_size=1)
     monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("work was done"))
-    with pytest.raises(
-        RequestError, match=rf"text 2 needs 10 \(prefix\) \+ {fits + 1} \(text\) \+ 100 \(new\)"
-    ) as error:
+    with pytest.raises(RequestError, match=rf"text 2\D+10 \D+{fits + 1} \D+100 ") as error:
         generate_ids(llama, [[1], [1] * (fits + 1)], [prefix, prefix], config=config, on_batch=done.append)
     assert str(limit) in error.value.message
     assert error.value.hint

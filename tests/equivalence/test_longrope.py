@@ -91,7 +91,7 @@ def test_a_prefix_is_for_the_original_length(
 ) -> None:
     ids = random_ids(30)
     assert len(generate_ids(phi3, [ids], [prefix], config=GenerateConfig(max_new_tokens=5))[0]) == 5
-    with pytest.raises(RequestError, match="has 40"):
+    with pytest.raises(RequestError, match=r"5 \D+30 \D+6 .* 40\b"):
         generate_ids(phi3, [ids], [prefix], config=GenerateConfig(max_new_tokens=6))
     # A long source is cut to it.
     form = TextFormat(max_length=100, on_too_long="cut")
