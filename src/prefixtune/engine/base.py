@@ -6,7 +6,7 @@ import abc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -16,12 +16,6 @@ from prefixtune.errors import RequestError
 _log = logging.getLogger(__name__)
 Receive = Callable[[SequenceOutput], None]
 """Takes a request's outputs, in order, in a thread of the engine."""
-
-
-class _Caller(Protocol):
-    """Whoever waits for outputs."""
-
-    receive: Receive
 
 
 @dataclass(frozen=True)
@@ -182,8 +176,8 @@ class Engine(Limits, abc.ABC):
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what still runs, and stop within so many seconds."""
 
-    def _give(self, caller: _Caller, output: SequenceOutput) -> None:
-        """Give an output to its caller; one that raises gets no more, and its request is cancelled."""
+    def _give(self, caller: Any, output: SequenceOutput) -> None:
+        """Give an output to `caller.receive`; one that raises gets no more, and its request is cancelled."""
         try:
             caller.receive(output)
         except BaseException:
