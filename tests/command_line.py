@@ -71,11 +71,6 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The events that a command printed as JSON lines."""
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def until(process: Any, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Read a process's events up to the first one that is wanted."""
     events = []

@@ -29,31 +29,14 @@ TEMPLATE = (
 def make_model(folder: Path, *, template: bool = True, positions: int = POSITIONS) -> Path:
     """A tiny LLaMA that never generates its end token, stored as a user would store one."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from zoo import make_tokenizer
+    import zoo
 
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=positions,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
-            # Special tokens are never the likeliest: every text is as long as requested.
-            model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])] = 0.0
+    tokenizer = zoo.make_tokenizer()
+    model = zoo.make_model("llama", tokenizer, num_hidden_layers=2, max_position_embeddings=positions)
+    with torch.no_grad():
+        # Special tokens are never the likeliest: every text is as long as requested.
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<pad>"])] = 0.0
     if template:
         tokenizer.chat_template = TEMPLATE
     model.save_pretrained(folder)
@@ -63,18 +46,45 @@ def make_model(folder: Path, *, template: bool = True, positions: int = POSITION
 
 def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **header: Any) -> Path:
     """A random prefix as an artifact."""
-    import torch
-
     from prefixtune.backbone.prefixes import make_header
-    from prefixtune.prefix.prefix import Prefix, save_prefix
+    from prefixtune.prefix.prefix import save_prefix
+    from random_prefixes import random_prefix
 
-    generator = torch.Generator().manual_seed(seed)
+    return save_prefix(path, random_prefix(backbone, length, seed, header=make_header(backbone, **header)))
 
-    def draw(shape: Any) -> torch.Tensor:
-        return torch.randn(shape.num_kv_heads, length, shape.key_dim, generator=generator)
 
-    layers = tuple((draw(shape), draw(shape)) for shape in backbone.geometry["decoder"])
-    return save_prefix(path, Prefix({"decoder": layers}, make_header(backbone, **header)))
+def fill_folder(
+    folder: Path,
+    prefixes: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: str = "",
+    keys: Mapping[str, str] | None = None,
+    **model: Any,
+) -> Any:
+    """Put what a server needs into a folder; returns the backbone.
+
+    Args:
+        folder: Where to.
+        prefixes: Names of random prefixes -> what their headers say, and `length`.
+        settings: Lines of the configuration.
+        keys: Names of keys -> lines of their rules; the key itself is `pt-` and the name.
+        **model: Of `make_model`.
+    """
+    from prefixtune.backbone.load import load_backbone
+    from prefixtune.server.auth import hash_key
+
+    backbone = load_backbone(make_model(folder / MODEL, **model), dtype="float32", device="cpu")
+    (folder / "prefixes").mkdir()
+    for seed, (name, header) in enumerate((prefixes or {}).items()):
+        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, **header)
+    tables = (f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}\n' for name, rules in (keys or {}).items())
+    (folder / "serve.toml").write_text(f"{settings}\n{''.join(tables)}")
+    return backbone
+
+
+def serve(folder: Path, *flags: str, **options: Any) -> LiveServer:
+    """A server over what `fill_folder` put into a folder, once it serves."""
+    config = ("--config", str(folder / "serve.toml"))
+    return LiveServer(folder / MODEL, folder / "prefixes", *config, *flags, **options).wait()
 
 
 def generate_alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked_command import ForkedCommand
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobState, JobStatus, new_job_id
 from prefixtune.jobs.queue import JobQueue
 
 ROWS = [{"prompt": f"n : {letter}", "completion": f" {letter}{letter} it is."} for letter in "abcdefgh"]
 CONFIG: dict[str, Any] = {"prefix_length": 2, "init_text": "ab", "batch_size": 4, "max_steps": 6, "warmup_steps": 2}
-
-_COMMAND = """
-import sys
-from prefixtune.cli.main import main
-sys.exit(main(["worker", *sys.argv[1:]]))
-"""
 
 
 def make_job(
@@ -61,15 +55,12 @@ def make_job(
     return job
 
 
-def start_worker(
-    data: DataFolder, model: Path, prefixes: Path, *options: str, **settings: Any
-) -> subprocess.Popen[str]:
+def start_worker(data: DataFolder, model: Path, prefixes: Path, *options: str, **streams: int) -> ForkedCommand:
     """A worker; its lines are in `stdout`."""
-    command = [sys.executable, "-c", _COMMAND, "--data-folder", str(data.root), "--backbone", str(model)]
-    command += ["--prefixes", str(prefixes), "--threads", "1", "--device", "cpu", *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, **settings}
-    return subprocess.Popen(command, env=environment, text=True, **settings)
+    places = ("--data-folder", str(data.root), "--backbone", str(model), "--prefixes", str(prefixes))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    streams = {"stderr": subprocess.STDOUT, **streams}
+    return ForkedCommand("worker", *places, "--threads", "1", "--device", "cpu", *options, env=environment, **streams)
 
 
 def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 180.0) -> JobState:

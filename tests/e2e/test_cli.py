@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from command_line import run, run_apart, start
+from command_line import run, run_apart
+from forked_command import ForkedCommand
 from restaurant_tables import TABLES
+from zoo import store_model
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path, tiny_tokenizer: Any) -> str:
-    """A tiny LLaMA with grouped queries, stored as a user would store one."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tiny_tokenizer.bos_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    return str(folder / "model")
+def model(folder: Path) -> str:
+    return store_model(folder / "model", "llama", max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
@@ -132,30 +116,6 @@ def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: st
     assert "--on-too-long" in err
 
 
-def test_evaluate_warns_of_test_sources_that_were_trained_on(trained: Path, folder: Path, data: str) -> None:
-    test = folder / "partly.jsonl"
-    other = [{"name": name, "food": "tea", "text": f"{name} has tea."} for name in ("Yan", "Zed", "Wim")]
-    test.write_text("".join(json.dumps(row) + "\n" for row in [{**TABLES[0], "name": " Aromi"}, *other]))
-    flags = ("evaluate", "--run", str(trained.parent), "--target", "text", "--max-new-tokens", "4")
-    out, err = run(*flags, "--data", str(test), "--output", str(folder / "partly"))
-    assert f"warning: 1 of 4 test sources (25.0%) are also in the training set {data!r}" in err
-    stored = json.loads((folder / "partly" / "evaluation.json").read_text())
-    assert stored["overlap"] == {"count": 1, "num_examples": 4, "train": data}
-    _, reported = run("report", str(folder / "partly"), "--output", str(folder / "partly.html"))
-    assert "1 of 4 test sources (25.0%) are also in the training set" in reported
-    test.write_text("".join(json.dumps(row) + "\n" for row in other))
-    out, err = run(*flags, "--data", str(test), "--json")
-    assert err == ""
-    assert json.loads(out)["overlap"]["count"] == 0
-
-
-def test_a_run_is_not_overwritten(trained: Path, train_flags: Callable[..., list[str]]) -> None:
-    before = trained.read_bytes()
-    _, err = run(*train_flags(trained.parent, "--max-steps", "3"), code=2)
-    assert "--resume" in err
-    assert trained.read_bytes() == before
-
-
 def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[..., list[str]], data: str) -> None:
     changing = folder / "changing.jsonl"
     changing.write_text(Path(data).read_text())
@@ -169,7 +129,7 @@ def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[.
 def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable[..., list[str]]) -> None:
     output = folder / "stopped"
     more = ("--max-steps", "60", "--save-every", "1000")
-    process = start(*train_flags(output, *more))
+    process = ForkedCommand(*train_flags(output, *more), env={**os.environ, "HF_HUB_OFFLINE": "1"})
     log = output / "events.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count('"event": "step"') >= 20):

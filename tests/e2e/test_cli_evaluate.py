@@ -9,7 +9,7 @@ import pytest
 
 from command_line import run
 from prefixtune.report import read_results
-from zoo import make_model, make_tokenizer
+from zoo import store_model
 
 ROWS = [
     {"mr": f"name[{name}], food[{food}]", "references": [f"{name} has {food}.", f"Eat {food} at {name}."]}
@@ -20,10 +20,8 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path, tokenizer = tmp_path_factory.mktemp("evaluate") / "model", make_tokenizer()
-    make_model("llama", tokenizer, num_hidden_layers=1, max_position_embeddings=1024).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    path = tmp_path_factory.mktemp("evaluate") / "model"
+    return store_model(path, "llama", num_hidden_layers=1, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import run
-from zoo import make_model, make_tokenizer
+from zoo import store_model
 
 TURNS = [
     {"role": "user", "content": "the pub"},
@@ -27,11 +27,7 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("forms") / "llama"
-    tokenizer = make_tokenizer()
-    make_model("llama", tokenizer, max_position_embeddings=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return store_model(tmp_path_factory.mktemp("forms") / "llama", "llama", max_position_embeddings=256)
 
 
 def train(model: str, output: Path, data: object, *more: str, code: int = 0, stdin: str = "") -> str:
@@ -76,13 +72,3 @@ def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, t
     )
     said = train(model, tmp_path / "run", data, "--max-length", "64", "--hold-out", "0.25")
     assert "texts longer than 64 positions (max_length) are learned in windows: 3 texts, " in said
-
-
-def test_a_wrong_row_is_one_line_before_the_model_loads(tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text(f"{json.dumps({'messages': TURNS})}\n" * 700 + json.dumps({"messages": TURNS[:3]}))
-    err = run("train", "--train", str(data), "--output", str(tmp_path / "run"), code=2)[1]
-    assert "line 701" in err
-    assert "loading" not in err
-    assert err.count("error:") == 1
-    assert not (tmp_path / "run" / "prefix.safetensors").exists()

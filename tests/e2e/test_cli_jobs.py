@@ -12,9 +12,8 @@ import openai
 import pytest
 
 from command_line import run
-from live_server import MODEL, LiveServer, make_model
+from live_server import MODEL, LiveServer, fill_folder, serve
 from prefixtune.prefix.prefix import read_artifact
-from prefixtune.server.auth import hash_key
 from small_document import DOCUMENT
 from training_jobs import wait_until
 
@@ -28,12 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LiveServer]:
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n' for name in ("alice", "bob"))
-    (folder / "serve.toml").write_text(f'data_folder = "{folder / "data"}"\ntrain_threads = 1\n{keys}')
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml"))
-    yield server.wait()
+    settings = f'data_folder = "{folder / "data"}"\ntrain_threads = 1'
+    fill_folder(folder, settings=settings, keys={"alice": "", "bob": ""})
+    server = serve(folder)
+    yield server
     assert server.stop() == 0
 
 

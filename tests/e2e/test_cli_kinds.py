@@ -10,20 +10,17 @@ import pytest
 
 from command_line import run
 from restaurant_tables import TABLES
-from zoo import make_model, make_tokenizer
+from zoo import store_model
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("kinds")
-    paths = {}
-    for name, enclosing in (("t5", True), ("bert", True), ("llama", False)):
-        tokenizer = make_tokenizer(enclosing=enclosing)
-        changes = {"max_position_embeddings": 256} if name == "llama" else {}
-        make_model(name, tokenizer, **changes).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        paths[name] = str(folder / name)
-    return paths
+    return {
+        "t5": store_model(folder / "t5", "t5", enclosing=True),
+        "bert": store_model(folder / "bert", "bert", enclosing=True),
+        "llama": store_model(folder / "llama", "llama", max_position_embeddings=256),
+    }
 
 
 def train(model: str, output: Path, *more: str, code: int = 0) -> tuple[str, str]:

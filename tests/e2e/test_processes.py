@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from command_line import run, until
 from prefixtune.backbone.prefixes import load_prefix
+from zoo import store_model
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
@@ -23,10 +23,9 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proc
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_models: Any, tiny_tokenizer: Any) -> Path:
+def folder(tmp_path: Path) -> Path:
     for name in ("llama", "bart"):
-        tiny_models(name).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
+        store_model(tmp_path / name, name)
     # Targets of unequal length, and fewer hands in the last batch than there are processes.
     names = ("Ann", "Bo", "Cy", "Di", "Ed", "Flo", "Gus")
     for part, some in (("train", names), ("dev", names[:3])):
@@ -94,27 +93,6 @@ def test_a_decoder_is_split_and_accelerate_launch_needs_no_other_option(
     out = finish(launch(ACCELERATE, flags("two", *varied)))
     same(folder, "one", "two")
     assert out.count("prefix.safetensors") == 1
-
-
-def test_no_thread_of_the_processes_outlives_their_group(tmp_path: Path) -> None:
-    # A thread that does makes the interpreter abort at its end, now and then.
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from prefixtune.training.distributed import init_distributed\n"
-        "def threads():\n"
-        "    names = [(task / 'comm').read_text() for task in Path('/proc/self/task').iterdir()]\n"
-        "    return [name for name in names if 'gloo' in name]\n"
-        "with init_distributed('cpu') as processes:\n"
-        "    import torch.distributed.fsdp\n"
-        "    assert processes.all_reduce(1.0) == (2.0,)\n"
-        "    assert threads()\n"
-        "assert not threads(), threads()\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *TORCHRUN, str(script)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_run_goes_on_with_another_number_of_processes(folder: Path, flags: Callable[..., list[str]]) -> None:

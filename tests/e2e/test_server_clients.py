@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +16,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel
 
-from live_server import MODEL, LiveServer, generate_alone, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
+from live_server import MODEL, LiveServer, fill_folder, generate_alone, serve
+from oracles import outputs_of
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
 from prefixtune.data.benchmarks import linearize_e2e
 from prefixtune.data.encoding import encode_prompts
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.server.auth import hash_key
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} "}
 RULES = {
@@ -42,40 +40,29 @@ MR = "name[The Vaults], eatType[pub], area[riverside]"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serving")
-    make_model(folder / MODEL)
-    return folder
+    return tmp_path_factory.mktemp("serving")
 
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Any:
-    return load_backbone(folder / MODEL, dtype="float32", device="cpu")
+    framed = {"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"}
+    prefixes = {
+        "pubs": {"length": 3, "task": "e2e", "text_format": {**FORMAT, "source": ""}},
+        "facts": {"length": 4, "task": "webnlg", "text_format": {**FORMAT, "source": ""}},
+        "mine": {"length": 5, "task": "records", "text_format": {**FORMAT, "source": "{name}: {food}"}},
+        "worded": {"task": "records", "text_format": framed},
+        # Of those whose files store no text format, prompts and chats go as they do to the bare backbone.
+        "plain": {},
+        "yours": {},
+    }
+    made = fill_folder(folder, prefixes, "max_texts = 64\nmax_queue = 400", RULES)
+    (folder / "prefixes" / "broken.safetensors").write_bytes(b"nothing of the kind")
+    return made
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
-    prefixes = folder / "prefixes"
-    prefixes.mkdir()
-    for seed, (name, task, source) in enumerate(
-        (("pubs", "e2e", ""), ("facts", "webnlg", ""), ("mine", "records", "{name}: {food}"))
-    ):
-        make_prefix(
-            backbone,
-            prefixes / f"{name}.safetensors",
-            seed,
-            length=3 + seed,
-            task=task,
-            text_format={**FORMAT, "source": source},
-        )
-    framed = {"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"}
-    make_prefix(backbone, prefixes / "worded.safetensors", 9, task="records", text_format=framed)
-    # Of those whose files store no text format, prompts and chats go as they do to the bare backbone.
-    for seed, name in ((8, "plain"), (7, "yours")):
-        make_prefix(backbone, prefixes / f"{name}.safetensors", seed)
-    (prefixes / "broken.safetensors").write_bytes(b"nothing of the kind")
-    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}\n' for name, rules in RULES.items())
-    (folder / "serve.toml").write_text(f"max_texts = 64\nmax_queue = 400\n{keys}")
-    server = LiveServer(folder / MODEL, prefixes, "--config", str(folder / "serve.toml")).wait()
+    server = serve(folder)
     server.key = "pt-me"
     yield server
     assert server.stop() == 0
@@ -160,14 +147,6 @@ def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any
         client.chat.completions.create(**{**options, "messages": [{"role": "assistant", "content": "x"}]})
 
 
-def test_a_stream_that_the_client_closes_stops_the_engine(server: LiveServer, client: openai.OpenAI) -> None:
-    stream = client.completions.create(model="pubs", prompt="a", max_tokens=500, n=8, stream=True, temperature=0)
-    next(iter(stream))
-    assert len(server.get("/v1/status")[1]["running"]) == 8
-    stream.close()
-    server.until(lambda: not server.get("/v1/status")[1]["running"], 5)
-
-
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -210,33 +189,6 @@ def test_responses_have_security_headers_and_a_request_id(server: LiveServer) ->
         assert headers["x-request-id"]
         assert headers.keys().isdisjoint({"server", "access-control-allow-origin"})
     assert [server.get(f"/docs/{name}")[0] for name in ("nothing.js", "..%2Fcore.py")] == [404, 404]
-
-
-def test_a_hundred_connections_at_once_get_their_own_responses(server: LiveServer, backbone: Any, folder: Path) -> None:
-    names = ("pubs", "facts", "mine", MODEL)
-    expected = {
-        (name, letter): generate_alone(
-            backbone, folder / "prefixes", backbone.encode(letter * 3), None, max_new_tokens=8
-        )
-        if name == MODEL
-        else target(backbone, folder, letter * 3, name, 8)
-        for name in names
-        for letter in "abcd"
-    }
-    barrier = threading.Barrier(100)
-
-    def complete_one(index: int) -> tuple[tuple[str, str], int, Any]:
-        name, letter = names[index % 4], "abcd"[index // 4 % 4]
-        barrier.wait()
-        body = {"model": name, "prompt": letter * 3, "max_tokens": 8, "temperature": 0}
-        status, answer, _ = server.post("/v1/completions", body)
-        return (name, letter), status, answer
-
-    with ThreadPoolExecutor(100) as pool:
-        outcomes = list(pool.map(complete_one, range(100)))
-    assert {status for _, status, _ in outcomes} == {200}
-    assert all(answer["choices"][0]["text"] == expected[key] for key, _, answer in outcomes)
-    assert server.get("/v1/status")[1]["running"] == []
 
 
 def test_metrics_can_be_read_by_prometheus(server: LiveServer) -> None:
@@ -309,42 +261,32 @@ def test_completions_are_of_the_clients_types(server: LiveServer) -> None:
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [("Aromi: soup", 3), ([5, 6, 7, 8], 0)])
 def test_an_echo_has_the_logprobs_of_the_prompt(
-    client: openai.OpenAI, backbone: Any, folder: Path, prompt: Any, max_tokens: int
+    server: LiveServer, backbone: Any, folder: Path, prompt: Any, max_tokens: int
 ) -> None:
     """As lm-eval's `local-completions` asks; the whole equals the model run on all tokens at once."""
-    prefix = load_prefix(folder / "prefixes" / "mine.safetensors", backbone)
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    prompt_ids = (
-        encode_prompts(backbone, read_text_format(prefix.header), texts)[0] if isinstance(prompt, str) else prompt
-    )
+    prefix, ids = load_prefix(folder / "prefixes" / "mine.safetensors", backbone), prompt
+    if isinstance(prompt, str):
+        (ids,) = encode_prompts(backbone, read_text_format(prefix.header), [prompt])
     body = {**GREEDY, "prompt": prompt, "max_tokens": max_tokens, "logprobs": 1, "echo": True, "n": 2}
-    whole = client.completions.create(**body)
-    chunks = list(client.completions.create(**body, stream=True))
-    for choice in whole.choices:
-        logprobs = choice.logprobs
-        assert logprobs is not None
-        tokens, values, top = logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs
-        assert tokens is not None
-        assert values is not None
-        assert top is not None
-        assert len(tokens) == len(values) == len(top) == len(prompt_ids) + max_tokens
-        assert tokens[: len(prompt_ids)] == [backbone.tokenizer.decode([token]) for token in prompt_ids]
-        assert (values[0], top[0]) == (None, None)
-        with torch.no_grad():
-            logits = backbone.forward(torch.tensor([prompt_ids]), prefixes=prefix).logits[0]
-        expected = logits.log_softmax(-1)[range(len(prompt_ids) - 1), prompt_ids[1:]]
-        assert values[1 : len(prompt_ids)] == pytest.approx(expected.tolist(), abs=1e-3)
-        assert choice.text.startswith(backbone.tokenizer.decode(prompt_ids))
-        assert choice.text == "".join(tokens)
-        assert logprobs.text_offset == [len("".join(tokens[:number])) for number in range(len(tokens))]
-        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
-        assert "".join(piece.text for piece in mine) == choice.text
-        parts = [piece.logprobs for piece in mine if piece.logprobs]
-        assert [value for part in parts for value in part.token_logprobs or ()] == pytest.approx(values, abs=1e-6)
-        assert [offset for part in parts for offset in part.text_offset or ()] == logprobs.text_offset
-    assert whole.usage is not None
-    assert whole.usage.prompt_tokens == len(prompt_ids)
-    assert whole.usage.completion_tokens == 2 * max_tokens
+    whole = server.post("/v1/completions", body)[1]
+    pieces = [event["choices"][0] for event in events(server.post("/v1/completions", {**body, "stream": True})[1])]
+    with torch.no_grad():
+        expected = outputs_of(backbone, ids, (), prefix).log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+    for choice in whole["choices"]:
+        logprobs = choice["logprobs"]
+        tokens, values = logprobs["tokens"], logprobs["token_logprobs"]
+        assert len(tokens) == len(values) == len(logprobs["top_logprobs"]) == len(ids) + max_tokens
+        assert tokens[: len(ids)] == [backbone.tokenizer.decode([token]) for token in ids]
+        assert (values[0], logprobs["top_logprobs"][0]) == (None, None)
+        assert values[1 : len(ids)] == pytest.approx(expected, abs=1e-3)
+        assert choice["text"] == "".join(tokens)
+        assert logprobs["text_offset"] == [len("".join(tokens[:number])) for number in range(len(tokens))]
+        mine = [piece for piece in pieces if piece["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in mine) == choice["text"]
+        for name in ("token_logprobs", "text_offset"):
+            parts = [piece["logprobs"][name] for piece in mine if piece["logprobs"]]
+            assert [value for part in parts for value in part] == pytest.approx(logprobs[name], abs=1e-6)
+    assert (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"]) == (len(ids), 2 * max_tokens)
 
 
 def test_chats_are_of_the_clients_types(server: LiveServer) -> None:

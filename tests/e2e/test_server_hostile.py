@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
-from prefixtune.server.auth import hash_key
+from live_server import LiveServer, fill_folder, serve
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 DEADLINE = 4.0
@@ -24,22 +22,16 @@ HEAD = b"Host: x\r\nAuthorization: Bearer pt-me\r\nContent-Type: application/jso
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    make_prefix(backbone, folder / "prefixes" / "mine.safetensors", 0, task="records", text_format=FORMAT)
-    make_prefix(backbone, folder / "prefixes" / "pubs.safetensors", 1, task="e2e")
-    (folder / "serve.toml").write_text(
-        f"max_tokens = 6\ndefault_max_tokens = 6\nmax_upload_mib = 1\ndeadline = {DEADLINE}\n"
-        f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
-    )
+    folder: Path = tmp_path_factory.mktemp("hostile")
+    prefixes = {"mine": {"task": "records", "text_format": FORMAT}, "pubs": {"task": "e2e"}}
+    settings = f"max_tokens = 6\ndefault_max_tokens = 6\nmax_upload_mib = 1\ndeadline = {DEADLINE}"
+    fill_folder(folder, prefixes, settings, {"me": "admin = true"})
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LiveServer]:
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    server = serve(folder)
     yield server
     assert server.stop() == 0
     assert "Traceback" not in "".join(server.errors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +13,10 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
+from live_server import MODEL, LiveServer, fill_folder, serve
 from prefixtune.server.app import with_routes
-from prefixtune.server.auth import hash_key, new_key
 
-KEY = new_key()
+KEY = "pt-me"
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 EXAMPLES = 5
 """For each operation, good ones and bad ones."""
@@ -35,26 +32,15 @@ CHECKS = [schemathesis.checks.not_a_server_error, openapi_checks.negative_data_r
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("interface")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    for seed, (name, task) in enumerate((("mine", "records"), ("spare", "records"), ("pubs", "e2e"))):
-        text_format = FORMAT if task == "records" else {**FORMAT, "source": ""}
-        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task=task, text_format=text_format)
-    (folder / "serve.toml").write_text(
-        "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\n"
-        # Jobs are taken, and nobody trains them.
-        f'train_workers = 0\ndata_folder = "{folder / "data"}"\ndatabase_url = "sqlite:///{folder / "jobs.sqlite"}"\n'
-        f'[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LiveServer]:
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    prefixes = {name: {"task": "records", "text_format": FORMAT} for name in ("mine", "spare")}
+    prefixes["pubs"] = {"task": "e2e", "text_format": {**FORMAT, "source": ""}}
+    # Jobs are taken, and nobody trains them.
+    settings = "max_tokens = 6\ndefault_max_tokens = 6\nmax_texts = 4\ntrain_workers = 0\n"
+    settings += f'data_folder = "{folder / "data"}"\ndatabase_url = "sqlite:///{folder / "jobs.sqlite"}"'
+    fill_folder(folder, prefixes, settings, {"me": "admin = true"})
+    server = serve(folder)
     yield server
     server.stop()
 

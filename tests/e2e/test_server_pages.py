@@ -10,9 +10,7 @@ import pytest
 
 from browser import CHROMIUM, NO_CHROMIUM, Browser
 from contrast import contrast
-from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
-from prefixtune.server.auth import hash_key
+from live_server import MODEL, LiveServer, fill_folder, serve
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -35,16 +33,13 @@ SECONDS = 120
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("pages")
-    backbone = load_backbone(make_model(folder / MODEL, positions=4096), dtype="float32", device="cpu")
-    (folder / "prefixes").mkdir()
-    for seed, (name, task) in enumerate((("pubs", "e2e"), ("other-pubs", "e2e"), ("facts", "webnlg"))):
-        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task=task, text_format=FORMAT)
-    rules = "max_steps = 100_000\n"
-    keys = "".join(f'[keys.{name}]\nhash = "{hash_key(f"pt-{name}")}"\n{rules}' for name in ("me", "acme"))
-    (folder / "serve.toml").write_text(f'max_tokens = {LONG}\n{keys}prefixes = ["acme-*"]\n')
-    flags = ("--config", str(folder / "serve.toml"), "--data-folder", str(folder / "data"))
-    server = LiveServer(folder / MODEL, folder / "prefixes", *flags)
-    yield server.wait()
+    tasks = {"pubs": "e2e", "other-pubs": "e2e", "facts": "webnlg"}
+    prefixes = {name: {"task": task, "text_format": FORMAT} for name, task in tasks.items()}
+    rules = "max_steps = 100_000"
+    keys = {"me": rules, "acme": f'{rules}\nprefixes = ["acme-*"]'}
+    fill_folder(folder, prefixes, f"max_tokens = {LONG}", keys, positions=4096)
+    server = serve(folder, "--data-folder", str(folder / "data"))
+    yield server
     server.stop()
 
 

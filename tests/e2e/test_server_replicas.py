@@ -19,9 +19,7 @@ from typing import Any
 import openai
 import pytest
 
-from live_server import MODEL, HttpClient, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
-from prefixtune.server.auth import hash_key
+from live_server import MODEL, HttpClient, LiveServer, fill_folder, make_prefix, serve
 
 NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx on the PATH; on Debian: apt install nginx-light")
@@ -31,19 +29,18 @@ CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "nginx.conf"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("replicas")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    table = f'[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n'
-    (folder / "serve.toml").write_text(table)
-    return folder
+    return tmp_path_factory.mktemp("replicas")
 
 
 @pytest.fixture(scope="module")
-def replicas(folder: Path) -> Iterator[list[LiveServer]]:
-    flags = ("--config", str(folder / "serve.toml"))
-    replicas = [LiveServer(folder / MODEL, folder / "prefixes", *flags) for _ in range(2)]
-    yield [replica.wait() for replica in replicas]
+def backbone(folder: Path) -> Any:
+    return fill_folder(folder, keys={"me": "admin = true"})
+
+
+@pytest.fixture(scope="module")
+def replicas(folder: Path, backbone: Any) -> Iterator[list[LiveServer]]:
+    replicas = [serve(folder) for _ in range(2)]
+    yield replicas
     for replica in replicas:
         replica.stop()
 
@@ -86,8 +83,9 @@ def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
         process.wait(10)
 
 
-def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Path) -> None:
-    a_prefix_uploaded_to_one_is_served_by_both(proxy, replicas, folder)
+def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Path, backbone: Any) -> None:
+    file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
+    a_prefix_uploaded_to_one_is_served_by_both(proxy, replicas, file)
     pieces_arrive_as_they_are_generated(proxy, replicas)
     # The last: one of them is gone afterwards.
     no_request_is_refused_while_one_replica_stops(proxy, replicas)
@@ -132,9 +130,7 @@ def complete(proxy: HttpClient, model: str = MODEL, **more: Any) -> tuple[int, A
     return proxy.post("/v1/completions", body, key="pt-me")
 
 
-def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list[LiveServer], folder: Path) -> None:
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
+def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list[LiveServer], file: bytes) -> None:
     kind = {"Content-Type": "application/octet-stream"}
     assert proxy.request("PUT", "/v1/models/one", file, key="pt-me", headers=kind)[0] == 201
     for replica in replicas:

@@ -13,18 +13,13 @@ from typing import Any
 import pytest
 
 from command_line import run
-from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
-from prefixtune.server.auth import hash_key
+from live_server import MODEL, LiveServer, fill_folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopping")
-    make_model(folder / MODEL, positions=2048)
-    (folder / "prefixes").mkdir()
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    make_prefix(backbone, folder / "prefixes" / "one.safetensors", 0)
+    folder: Path = tmp_path_factory.mktemp("stopping")
+    fill_folder(folder, {"one": {}}, "drain_seconds = 60.0", {"me": "admin = true"}, positions=2048)
     return folder
 
 
@@ -89,7 +84,6 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
 
 
 def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[..., LiveServer], folder: Path) -> None:
-    (folder / "serve.toml").write_text(f'drain_seconds = 60.0\n[keys.me]\nhash = "{hash_key("pt-me")}"\nadmin = true\n')
     keyed = ("--config", str(folder / "serve.toml"))
     server, prefixes = start(*keyed), folder / "prefixes"
     file = (prefixes / "one.safetensors").read_bytes()

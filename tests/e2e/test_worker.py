@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 import live_server
+from forked_command import ForkedCommand
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.jobs.events import JobEvents
 from prefixtune.jobs.folder import DataFolder
@@ -23,7 +23,7 @@ from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 STEPS = 500
 """So many that a fast machine's worker is still at work when it looks for what was asked of it."""
 KILLED_STEPS = 150
-Worker = subprocess.Popen[str]
+Worker = ForkedCommand
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..
     yield make
     for worker in workers:
         worker.kill()
-        worker.communicate()
+        worker.wait()
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     job = add("killed", **fields)
     for reached in (1, KILLED_STEPS // 2):
         wait_for_step(data, job, reached)
-        worker.send_signal(signal.SIGKILL)
+        worker.kill()
         worker.wait()
         assert queue.get(job.id).status in ("queued", "running")
         worker = start()

@@ -19,9 +19,7 @@ from typing import Any
 
 import pytest
 
-from live_server import MODEL, LiveServer, make_model, make_prefix
-from prefixtune.backbone.load import load_backbone
-from prefixtune.server.auth import hash_key
+from live_server import MODEL, LiveServer, fill_folder, serve
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
@@ -36,17 +34,14 @@ ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("fuzz")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    for number, (name, task) in enumerate(TASKS.items()):
-        text_format = FORMAT if task == "records" else {key: FORMAT[key] for key in ("prompt", "target")}
-        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", number, task=task, text_format=text_format)
-    (folder / "serve.toml").write_text(
-        f'max_tokens = 4\ndefault_max_tokens = 4\nmax_texts = 4\n[keys.me]\nhash = "{hash_key(KEY)}"\nadmin = true\n'
-    )
+    plain = {key: FORMAT[key] for key in ("prompt", "target")}
+    prefixes = {
+        name: {"task": task, "text_format": FORMAT if task == "records" else plain} for name, task in TASKS.items()
+    }
+    settings = "max_tokens = 4\ndefault_max_tokens = 4\nmax_texts = 4"
+    fill_folder(folder, prefixes, settings, {"fuzz": "admin = true"})
     print(f"PREFIXTUNE_FUZZ_SEED={SEED}")
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--config", str(folder / "serve.toml")).wait()
+    server = serve(folder)
     yield server
     assert server.stop() == 0
     errors = [line for line in server.lines if line["level"] == "error"]
