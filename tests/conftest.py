@@ -3,13 +3,9 @@
 Shape annotations of the whole package are checked at run time, and no model hub is ever asked.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -65,9 +61,9 @@ _DEEPER_DECODERS = {
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Shapes are checked in the first case of each test; the others differ in numbers, and take a quarter less time."""
-    seen: set[str] = set()
+    seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
         item.stash[_CHECKS_SHAPES] = test not in seen
@@ -75,41 +71,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup(item):
     jaxtyping.config.update("jaxtyping_disable", not item.stash[_CHECKS_SHAPES])
 
 
-def pytest_make_parametrize_id(val: object) -> str | None:
+def pytest_make_parametrize_id(val):
     """Compressed bytes hold the time of their making, by which processes that share the tests would name them apart."""
     return "gzip" if isinstance(val, bytes) and val.startswith(b"\x1f\x8b") else None
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
+def family(request):
     """Each of the six model families in turn."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer() -> Any:
+def tiny_tokenizer():
     """One token per byte, with <s>, </s> and <pad>; it adds none of these by itself."""
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def enclosing_tokenizer() -> Any:
+def enclosing_tokenizer():
     """The same tokens, and <s> and </s> around every text."""
     return make_tokenizer(enclosing=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
+def tiny_models(tiny_tokenizer):
     """A factory: `tiny_models(family, seed=0, **changes)` makes a random model with every dropout rate above zero.
 
     Its encoder and decoder differ in depth and head count, and a T5's heads do not multiply to the width.
     """
 
-    def make(name: str, *, seed: int = 0, **changes: Any) -> Any:
+    def make(name, *, seed=0, **changes):
         settings = {**_DEEPER_DECODERS.get(name, {}), **changes}
         return make_model(name.replace("t5_gated", "t5-gated"), tiny_tokenizer, seed, **settings)
 
@@ -117,11 +113,11 @@ def tiny_models(tiny_tokenizer: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosing_tokenizer: Any) -> Callable[..., Any]:
+def tiny_backbone(tiny_models, tiny_tokenizer, enclosing_tokenizer):
     """A factory: `tiny_backbone(family, seed=0, **changes)` makes a frozen `Backbone`."""
     from prefixtune.backbone.backbone import Backbone
 
-    def make(name: str, **changes: Any) -> Any:
+    def make(name, **changes):
         tokenizer = enclosing_tokenizer if name in ENCODERS else tiny_tokenizer
         return Backbone.from_model(tiny_models(name, **changes), tokenizer, f"tiny-{name}")
 
@@ -129,13 +125,13 @@ def tiny_backbone(tiny_models: Callable[..., Any], tiny_tokenizer: Any, enclosin
 
 
 @pytest.fixture
-def rewrite_header() -> Callable[..., Path]:
+def rewrite_header():
     """A function: `rewrite_header(path, **fields)` changes a prefix file's header, as another program might."""
     from safetensors import safe_open
 
     from prefixtune.prefix.file import HEADER_KEY, save_verified
 
-    def rewrite(path: Path, **fields: Any) -> Path:
+    def rewrite(path, **fields):
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             header = json.loads(handle.metadata()[HEADER_KEY])
@@ -146,25 +142,25 @@ def rewrite_header() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def backbone(family: str, tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(family, tiny_backbone):
     """A tiny `Backbone` of each family in turn."""
     return tiny_backbone(family)
 
 
 @pytest.fixture(scope="session", params=ENCODER_DECODERS)
-def encoder_decoder(request: pytest.FixtureRequest, tiny_backbone: Callable[..., Any]) -> Any:
+def encoder_decoder(request, tiny_backbone):
     """A tiny `Backbone` of each encoder-decoder family in turn; shared, so it must be left as it is."""
     return tiny_backbone(request.param)
 
 
 @pytest.fixture(scope="session", params=ENCODERS)
-def encoder(request: pytest.FixtureRequest, tiny_backbone: Callable[..., Any]) -> Any:
+def encoder(request, tiny_backbone):
     """A tiny `Backbone` of each encoder family in turn; shared, so it must be left as it is."""
     return tiny_backbone(request.param)
 
 
 @pytest.fixture(scope="session")
-def random_prefix() -> Callable[..., Any]:
+def random_prefix():
     """A factory: `random_prefix(backbone, P, seed)` makes a prefix (`random_prefixes.random_prefix`)."""
     from random_prefixes import random_prefix
 
@@ -172,10 +168,10 @@ def random_prefix() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def random_ids() -> Callable[..., list[int]]:
+def random_ids():
     """A factory: `random_ids(count, seed)` gives ordinary token ids, no special ones."""
 
-    def make(count: int, seed: int = 0) -> list[int]:
+    def make(count, seed=0):
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, NUM_BYTES, (count,), generator=generator).tolist()
 
@@ -183,10 +179,10 @@ def random_ids() -> Callable[..., list[int]]:
 
 
 @pytest.fixture(scope="session")
-def assert_same() -> Callable[..., None]:
+def assert_same():
     """`assert_same(one, other)`: equal up to `tolerance` times the largest number, for tensors or lists of them."""
 
-    def check(one: Tensor | Sequence[Tensor], other: Tensor | Sequence[Tensor], *, tolerance: float = 1e-5) -> None:
+    def check(one, other, *, tolerance=1e-5):
         ones, others = ([t] if isinstance(t, Tensor) else list(t) for t in (one, other))
         assert len(ones) == len(others)
         for a, b in zip(ones, others, strict=True):
@@ -200,7 +196,7 @@ def assert_same() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
+def shared_data():
     """The folder of public datasets beside the checkout."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
@@ -209,7 +205,7 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser(tmp_path_factory):
     """A Chromium with a profile of its own."""
     from browser import Browser
 
@@ -219,7 +215,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def default_backbone() -> Any:
+def default_backbone():
     """The embedded backbone, where it is prepared."""
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.packaged import pretrained_folder
@@ -230,7 +226,7 @@ def default_backbone() -> Any:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Any:
+def data(tmp_path):
     """The data folder of a service of training, with its database (`jobs.folder.DataFolder`)."""
     from prefixtune.jobs.folder import DataFolder
     from prefixtune.jobs.queue import migrate
@@ -242,7 +238,7 @@ def data(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def queue(data: Any) -> Iterator[Any]:
+def queue(data):
     """The queue of jobs of `data` (`jobs.queue.JobQueue`)."""
     from prefixtune.jobs.queue import JobQueue
 

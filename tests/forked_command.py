@@ -4,8 +4,6 @@ Importing torch and transformers takes most of the time of a server's start. One
 session, runs nothing else, and forks: each command begins as in a new process, with its own environment and streams.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -19,10 +17,8 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 LIBRARIES = ("prefixtune.cli.main", "prefixtune.server.app", "prefixtune.server.launch", "prefixtune.engine.engine")
 LIBRARIES += (
@@ -36,14 +32,7 @@ LIBRARIES += (
 class ForkedCommand:
     """`prefixtune` with some arguments, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(
-        self,
-        *arguments: str,
-        env: Mapping[str, str],
-        stdin: int = subprocess.DEVNULL,
-        stdout: int = subprocess.PIPE,
-        stderr: int = subprocess.PIPE,
-    ) -> None:
+    def __init__(self, *arguments, env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
         theirs, self.stdin = _input(stdin)
         out, self.stdout = _output(stdout)
         err, self.stderr = (os.dup(out), None) if stderr == subprocess.STDOUT else _output(stderr)
@@ -56,36 +45,36 @@ class ForkedCommand:
             os.close(handed)
         self._answers = self._connection.makefile()
         self.pid = int(self._answers.readline())
-        self.returncode: int | None = None
+        self.returncode = None
         self._waiter = threading.Thread(target=self._wait, daemon=True)
         self._waiter.start()
 
-    def _wait(self) -> None:
+    def _wait(self):
         self.returncode = int(self._answers.readline())
         self._answers.close()
         self._connection.close()
 
-    def poll(self) -> int | None:
+    def poll(self):
         return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout=None):
         self._waiter.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("prefixtune", timeout or 0)
         return self.returncode
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number):
         if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def terminate(self) -> None:
+    def terminate(self):
         self.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
+    def kill(self):
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(self, timeout=None):
         """What it writes until it ends."""
         with ThreadPoolExecutor(2) as pool:
             reads = [pool.submit(_read, stream) for stream in (self.stdout, self.stderr)]
@@ -94,7 +83,7 @@ class ForkedCommand:
         return out, err
 
 
-def _input(kind: int) -> tuple[int, IO[str] | None]:
+def _input(kind):
     """The end of a stream that the command gets, and the other one."""
     if kind == subprocess.DEVNULL:
         return os.open(os.devnull, os.O_RDONLY), None
@@ -102,14 +91,14 @@ def _input(kind: int) -> tuple[int, IO[str] | None]:
     return read, os.fdopen(write, "w", encoding="utf-8")
 
 
-def _output(kind: int) -> tuple[int, IO[str] | None]:
+def _output(kind):
     if kind == subprocess.DEVNULL:
         return os.open(os.devnull, os.O_WRONLY), None
     read, write = os.pipe()
     return write, os.fdopen(read, encoding="utf-8", errors="replace")
 
 
-def _read(stream: IO[str] | None) -> str:
+def _read(stream):
     if stream is None:
         return ""
     with stream:
@@ -117,7 +106,7 @@ def _read(stream: IO[str] | None) -> str:
 
 
 @functools.cache
-def _start_forking() -> str:
+def _start_forking():
     """Start the process that forks; the path of its socket."""
     folder = tempfile.TemporaryDirectory()
     path = os.path.join(folder.name, "socket")
@@ -129,7 +118,7 @@ def _start_forking() -> str:
     assert process.stdin is not None
     assert process.stdout.readline() == "ready\n"
 
-    def end(stdin: object = process.stdin) -> None:
+    def end(stdin=process.stdin):
         process.terminate()
         process.wait()
         folder.cleanup()
@@ -138,7 +127,7 @@ def _start_forking() -> str:
     return path
 
 
-def _serve(path: str) -> int:
+def _serve(path):
     """Fork for each connection; returns in the forked processes, with the exit code of the command."""
     import importlib
 

@@ -1,7 +1,5 @@
 """`prefixtune serve` in a process of its own over a tiny model and random prefixes, for tests of the server."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,9 +7,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from forked_command import ForkedCommand
 
@@ -26,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, *, template: bool = True, positions: int = POSITIONS) -> Path:
+def make_model(folder, *, template=True, positions=POSITIONS):
     """A tiny LLaMA that never generates its end token, stored as a user would store one."""
     import torch
 
@@ -44,7 +39,7 @@ def make_model(folder: Path, *, template: bool = True, positions: int = POSITION
     return folder
 
 
-def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **header: Any) -> Path:
+def make_prefix(backbone, path, seed, *, length=4, **header):
     """A random prefix as an artifact."""
     from prefixtune.backbone.prefixes import make_header
     from prefixtune.prefix.prefix import save_prefix
@@ -53,13 +48,7 @@ def make_prefix(backbone: Any, path: Path, seed: int, *, length: int = 4, **head
     return save_prefix(path, random_prefix(backbone, length, seed, header=make_header(backbone, **header)))
 
 
-def fill_folder(
-    folder: Path,
-    prefixes: Mapping[str, Mapping[str, Any]] | None = None,
-    settings: str = "",
-    keys: Mapping[str, str] | None = None,
-    **model: Any,
-) -> Any:
+def fill_folder(folder, prefixes=None, settings="", keys=None, **model):
     """Put what a server needs into a folder; returns the backbone.
 
     Args:
@@ -81,13 +70,13 @@ def fill_folder(
     return backbone
 
 
-def serve(folder: Path, *flags: str, **options: Any) -> LiveServer:
+def serve(folder, *flags, **options):
     """A server over what `fill_folder` put into a folder, once it serves."""
     config = ("--config", str(folder / "serve.toml"))
     return LiveServer(folder / MODEL, folder / "prefixes", *config, *flags, **options).wait()
 
 
-def generate_alone(backbone: Any, prefixes: Path, prompt: list[int], name: str | None, **sampling: Any) -> str:
+def generate_alone(backbone, prefixes, prompt, name, **sampling):
     """The text of one request that is alone in the batch, white space around it included."""
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.engine.engine import Engine
@@ -105,12 +94,10 @@ class HttpClient:
 
     key = ""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url):
         self.url = url
 
-    def request(
-        self, method: str, path: str, body: Any = None, *, key: str = "", headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Any, dict[str, str]]:
+    def request(self, method, path, body=None, *, key="", headers=None):
         """Status, JSON or text, and headers of the response; a body other than bytes is sent as JSON."""
         sent = {"Content-Type": "application/json"} if body is not None else {}
         sent |= {"Authorization": f"Bearer {key or self.key}"} if key or self.key else {}
@@ -123,13 +110,13 @@ class HttpClient:
             with error:
                 return error.code, _content(error), dict(error.headers)
 
-    def get(self, path: str, **options: Any) -> tuple[int, Any, dict[str, str]]:
+    def get(self, path, **options):
         return self.request("GET", path, **options)
 
-    def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, dict[str, str]]:
+    def post(self, path, body, **options):
         return self.request("POST", path, body, **options)
 
-    def metric(self, name: str, key: str = "", **labels: str) -> float:
+    def metric(self, name, key="", **labels):
         """The sum of a metric over all samples with these labels."""
         from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,7 +125,7 @@ class HttpClient:
         assert samples or labels, f"no metric {name}"
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
-    def until(self, good: Any, seconds: float = 10) -> None:
+    def until(self, good, seconds=10):
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not good():
@@ -149,7 +136,7 @@ class HttpClient:
 class LiveServer(HttpClient):
     """`prefixtune serve` in a process of its own."""
 
-    def __init__(self, model: Path, prefixes: Path, *flags: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model, prefixes, *flags, environment=None):
         super().__init__("")
         arguments = ["--backbone", str(model), "--prefixes", str(prefixes), "--port", "0", "--dtype", "float32"]
         self.process = ForkedCommand(
@@ -158,8 +145,8 @@ class LiveServer(HttpClient):
             *flags,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(environment or {})},
         )
-        self.lines: list[dict[str, Any]] = []
-        self.errors: list[str] = []
+        self.lines = []
+        self.errors = []
         self._readers = [
             threading.Thread(target=self._read_log, daemon=True),
             threading.Thread(target=self._read_errors, daemon=True),
@@ -167,7 +154,7 @@ class LiveServer(HttpClient):
         for reader in self._readers:
             reader.start()
 
-    def wait(self, seconds: float = 180) -> LiveServer:
+    def wait(self, seconds=180):
         """Wait until it serves."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
@@ -182,16 +169,16 @@ class LiveServer(HttpClient):
             time.sleep(0.05)
         raise AssertionError(f"the server did not start: {self.process.poll()}\n{''.join(self.errors)}")
 
-    def _read_log(self) -> None:
+    def _read_log(self):
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(json.loads(line))
 
-    def _read_errors(self) -> None:
+    def _read_errors(self):
         assert self.process.stderr is not None
         self.errors.extend(self.process.stderr)
 
-    def stop(self, sig: int = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, sig=signal.SIGTERM, seconds=30):
         """Signal it, and wait for its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(sig)
@@ -204,6 +191,6 @@ class LiveServer(HttpClient):
         return code
 
 
-def _content(answer: Any) -> Any:
+def _content(answer):
     text = answer.read().decode(errors="replace")
     return json.loads(text) if answer.headers.get_content_type() == "application/json" else text

@@ -1,27 +1,18 @@
 """Jobs of a queue over a tiny model, and `prefixtune worker` in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from forked_command import ForkedCommand
-from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job, JobState, JobStatus, new_job_id
-from prefixtune.jobs.queue import JobQueue
+from prefixtune.jobs.job import Job, new_job_id
 
 ROWS = [{"prompt": f"n : {letter}", "completion": f" {letter}{letter} it is."} for letter in "abcdefgh"]
-CONFIG: dict[str, Any] = {"prefix_length": 2, "init_text": "ab", "batch_size": 4, "max_steps": 6, "warmup_steps": 2}
+CONFIG = {"prefix_length": 2, "init_text": "ab", "batch_size": 4, "max_steps": 6, "warmup_steps": 2}
 
 
-def make_job(
-    data: DataFolder, name: str = "answers", *, rows: list[dict[str, Any]] | None = ROWS, **fields: Any
-) -> Job:
+def make_job(data, name="answers", *, rows=ROWS, **fields):
     """A job with its folder, not queued yet; `config` adds to `CONFIG`, `dev` are rows to validate on."""
     config, dev = {**CONFIG, **fields.pop("config", {})}, fields.pop("dev", None)
     document = fields.pop("document", None)
@@ -41,7 +32,7 @@ def make_job(
     )
     uploads = data.root / "uploads"
     uploads.mkdir(parents=True, exist_ok=True)
-    inputs: Any = {}
+    inputs = {}
     if document is not None:
         source = uploads / f"{job.id}.txt"
         source.write_text(document)
@@ -55,7 +46,7 @@ def make_job(
     return job
 
 
-def start_worker(data: DataFolder, model: Path, prefixes: Path, *options: str, **streams: int) -> ForkedCommand:
+def start_worker(data, model, prefixes, *options, **streams):
     """A worker; its lines are in `stdout`."""
     places = ("--data-folder", str(data.root), "--backbone", str(model), "--prefixes", str(prefixes))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -63,13 +54,13 @@ def start_worker(data: DataFolder, model: Path, prefixes: Path, *options: str, *
     return ForkedCommand("worker", *places, "--threads", "1", "--device", "cpu", *options, env=environment, **streams)
 
 
-def wait_for(queue: JobQueue, job: Job, *statuses: JobStatus, seconds: float = 180.0) -> JobState:
+def wait_for(queue, job, *statuses, seconds=180.0):
     """How a job stands once it stands at one of these."""
     wait_until(lambda: queue.get(job.id).status in statuses, seconds)
     return queue.get(job.id)
 
 
-def wait_until(is_so: Callable[[], object], seconds: float = 180.0) -> None:
+def wait_until(is_so, seconds=180.0):
     """Wait until a function returns something true."""
     deadline = time.monotonic() + seconds
     while not is_so():

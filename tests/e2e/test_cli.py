@@ -1,12 +1,9 @@
 """The real command line on a tiny model folder, with the hub switched off."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,25 +15,25 @@ from zoo import store_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cli")
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> str:
+def model(folder):
     return store_model(folder / "model", "llama", max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path) -> str:
+def data(folder):
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in TABLES))
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def train_flags(model: str, data: str) -> Callable[..., list[str]]:
-    def flags(output: Path, *more: str) -> list[str]:
+def train_flags(model, data):
+    def flags(output, *more):
         return [
             *("train", "--backbone", model, "--train", data, "--source", "{name} is {food}", "--target", "text"),
             *("--prefix-length", "4", "--init-text", "a place", "--dtype", "float32", "--output", str(output), *more),
@@ -46,7 +43,7 @@ def train_flags(model: str, data: str) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
+def trained(folder, train_flags):
     out, err = run(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
     path = folder / "run" / "prefix.safetensors"
     assert str(path) in out
@@ -56,12 +53,12 @@ def trained(folder: Path, train_flags: Callable[..., list[str]]) -> Path:
     return path
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder):
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step"]
 
 
-def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
+def test_train_generate_evaluate_inspect(trained, data):
     run_losses = losses(trained.parent)
     assert len(run_losses) == 30
     assert run_losses[-1] < run_losses[0]
@@ -83,7 +80,7 @@ def test_train_generate_evaluate_inspect(trained: Path, data: str) -> None:
     assert "fingerprint" in run("inspect", str(trained))[0]
 
 
-def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: str):
+def test_a_run_is_evaluated_as_it_was_trained(folder, model, data):
     options = ("--source", "{name} is {food}", "--target", "{name} has {food} END", "--max-length", "32")
     output = str(folder / "templates")
     run(
@@ -116,7 +113,7 @@ def test_a_run_is_evaluated_as_it_was_trained(folder: Path, model: str, data: st
     assert "--on-too-long" in err
 
 
-def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[..., list[str]], data: str) -> None:
+def test_resuming_on_other_data_is_refused(folder, train_flags, data):
     changing = folder / "changing.jsonl"
     changing.write_text(Path(data).read_text())
     flags = [str(changing) if word == data else word for word in train_flags(folder / "other", "--max-steps", "3")]
@@ -126,7 +123,7 @@ def test_resuming_on_other_data_is_refused(folder: Path, train_flags: Callable[.
     assert "data" in err
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable[..., list[str]]) -> None:
+def test_ctrl_c_saves_and_says_how_to_resume(folder, train_flags):
     output = folder / "stopped"
     more = ("--max-steps", "60", "--save-every", "1000")
     process = ForkedCommand(*train_flags(output, *more), env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -145,7 +142,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, train_flags: Callable
     assert len(losses(output)) == 60
 
 
-def test_doctor_passes_on_a_good_backbone(model: str) -> None:
+def test_doctor_passes_on_a_good_backbone(model):
     out, _ = run("doctor", model, "--json")
     report = json.loads(out)
     assert report["passed"] is True

@@ -1,7 +1,5 @@
 """The real command line: evaluation of runs on a tiny model folder, the hub switched off."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -19,13 +17,13 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("evaluate") / "model"
     return store_model(path, "llama", num_hidden_layers=1, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
-def data(model: str) -> str:
+def data(model):
     """E2E's data set in small: a folder with all three parts."""
     folder = Path(model).parent / "e2e"
     folder.mkdir()
@@ -34,7 +32,7 @@ def data(model: str) -> str:
     return str(folder)
 
 
-def test_a_run_of_another_method_is_evaluated_into_a_folder(model: str, data: str, tmp_path: Path) -> None:
+def test_a_run_of_another_method_is_evaluated_into_a_folder(model, data, tmp_path):
     output, scored = tmp_path / "full", tmp_path / "scored"
     train = ("train", "--task", "e2e", "--train", data, "--backbone", model, "--dtype", "float32", "--method", "full")
     out, err = run(*train, "--max-steps", "3", "--output", str(output))
@@ -54,7 +52,7 @@ def test_a_run_of_another_method_is_evaluated_into_a_folder(model: str, data: st
     assert stored.groups["attributes"]["2"].num_examples == 6
 
 
-def test_few_shots_and_an_instruction(model: str, data: str, tmp_path: Path) -> None:
+def test_few_shots_and_an_instruction(model, data, tmp_path):
     short = ("--metrics", "bleu", "--num-beams", "1", "--max-new-tokens", "6")
     flags = ("evaluate", "--backbone", model, "--task", "e2e", "--data", data, "--split", "test", *short)
     words, shots = ("--instruction", "Describe it:"), ("--train", data, "--shots")

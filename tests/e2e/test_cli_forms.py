@@ -1,10 +1,6 @@
 """The real command line on each form of data, from each kind of file, on a tiny model folder."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +13,7 @@ TURNS = [
     {"role": "user", "content": "the river"},
     {"role": "assistant", "content": "it rained"},
 ]
-FORMS: dict[str, tuple[dict[str, Any], str]] = {
+FORMS = {
     "prompt": ({"prompt": "the pub", "completion": "is near"}, "prompts and completions: examples 1, targets 2"),
     "document": ({"article": "the pub", "highlights": "is near"}, "documents and summaries: examples 2, targets 2"),
     "text": ({"text": "the pub is near " * 9, "id": 1}, "texts: examples 2, targets 2; not used: id"),
@@ -26,17 +22,17 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(tmp_path_factory):
     return store_model(tmp_path_factory.mktemp("forms") / "llama", "llama", max_position_embeddings=256)
 
 
-def train(model: str, output: Path, data: object, *more: str, code: int = 0, stdin: str = "") -> str:
+def train(model, output, data, *more, code=0, stdin=""):
     flags = ("--dtype", "float32", "--max-steps", "2", "--init-text", "a place", "--output", str(output))
     return run("train", "--backbone", model, "--train", str(data), *flags, *more, code=code, stdin=stdin)[1]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model: str, tmp_path: Path) -> None:
+def test_train_generate_and_evaluate_with_nothing_but_the_file(form, model, tmp_path):
     row, said = FORMS[form]
     data = tmp_path / "data.jsonl"
     data.write_text(f"{json.dumps(row)}\n" * 2)
@@ -53,7 +49,7 @@ def test_train_generate_and_evaluate_with_nothing_but_the_file(form: str, model:
     assert json.loads(out)["overlap"]["count"] == json.loads(out)["num_examples"]
 
 
-def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> None:
+def test_standard_input_trains_and_is_resumed(model, tmp_path):
     rows = "".join(json.dumps({"messages": TURNS[:2]}) + "\n" for _ in range(3))
     said = train(model, tmp_path / "run", "-", stdin=rows)
     assert "stdin: read as chats: examples 1, targets 3\n" in said
@@ -65,7 +61,7 @@ def test_standard_input_trains_and_is_resumed(model: str, tmp_path: Path) -> Non
     assert "1 examples of -" in out
 
 
-def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model: str, tmp_path: Path) -> None:
+def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model, tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text(
         "".join(json.dumps({"text": f"{number} the pub is near the river " * 40}) + "\n" for number in range(4))

@@ -1,32 +1,26 @@
 """`prefixtune jobs` with a real server and its worker: a training from the file to the answer of its result."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx2
 import openai
 import pytest
 
 from command_line import run
-from live_server import MODEL, LiveServer, fill_folder, serve
+from live_server import MODEL, fill_folder, serve
 from prefixtune.prefix.prefix import read_artifact
 from small_document import DOCUMENT
 from training_jobs import wait_until
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Of the model, the prefixes and the data of the server."""
-    made: Path = tmp_path_factory.mktemp("jobs")
-    return made
+    return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LiveServer]:
+def server(folder):
     settings = f'data_folder = "{folder / "data"}"\ntrain_threads = 1'
     fill_folder(folder, settings=settings, keys={"alice": "", "bob": ""})
     server = serve(folder)
@@ -35,15 +29,13 @@ def server(folder: Path) -> Iterator[LiveServer]:
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
+def rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"a {n}", "completion": f"b {n}"}) + "\n" for n in range(6)))
     return path
 
 
-def test_from_a_file_to_an_answer(
-    server: LiveServer, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_file_to_an_answer(server, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_API_KEY", "pt-alice")
     url = ("--url", f"{server.url}/v1")
     steps = ("--option", "max_steps=3", "--option", "prefix_length=2", "--option", "preset=none")
@@ -72,21 +64,21 @@ def test_from_a_file_to_an_answer(
     assert job["training_file"] not in run("jobs", "files", *url)[0]
 
 
-def test_no_path_of_the_server_leaves_it(server: LiveServer, folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_server_leaves_it(server, folder, rows, tmp_path):
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="pt-alice", max_retries=0)
     upload = client.files.create(file=rows, purpose="fine-tune").id
-    text = client.files.create(file=("notes.txt", DOCUMENT.encode()), purpose="document")  # type: ignore[arg-type]
-    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    text = client.files.create(file=("notes.txt", DOCUMENT.encode()), purpose="document")
+    asked = [
         ({"training_file": upload, "validation_file": upload}, {"prefix_length": 2, "eval_every": 1, "preset": "none"}),
         ({"training_file": text.id}, {"prefix_length": 4, "num_questions": 5, "answer_length": 3}),
         # Fails: the document is shorter than that.
         ({"training_file": text.id}, {"prefix_length": 400}),
     ]
-    seen: list[str] = []
+    seen = []
     for number, (files, options) in enumerate(asked):
         extra = {"prefixtune": {"name": f"kept{number}", "max_steps": 2, **options}}
         job = client.fine_tuning.jobs.create(model=MODEL, **files, extra_body=extra)
-        wait_until(lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"))  # type: ignore[misc]
+        wait_until(lambda job=job: client.fine_tuning.jobs.retrieve(job.id).status in ("succeeded", "failed"))
         ended = client.fine_tuning.jobs.retrieve(job.id)
         assert ended.status == ("failed" if number == 2 else "succeeded"), ended.error
         events = client.fine_tuning.jobs.list_events(job.id, limit=100)

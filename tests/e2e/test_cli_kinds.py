@@ -1,10 +1,6 @@
 """The real command line on an encoder-decoder, and with labels and tags, on tiny model folders."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +10,7 @@ from zoo import store_model
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     return {
         "t5": store_model(folder / "t5", "t5", enclosing=True),
@@ -23,12 +19,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def train(model: str, output: Path, *more: str, code: int = 0) -> tuple[str, str]:
+def train(model, output, *more, code=0):
     flags = ("--dtype", "float32", "--max-steps", "4", "--init-text", "a place", "--output", str(output))
     return run("train", "--backbone", model, *flags, *more, code=code)
 
 
-def test_an_encoder_decoder(models: dict[str, str], tmp_path: Path) -> None:
+def test_an_encoder_decoder(models, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in TABLES))
     files = ("--train", str(data), "--source", "{name} is {food}", "--target", "text")
@@ -45,7 +41,7 @@ def test_an_encoder_decoder(models: dict[str, str], tmp_path: Path) -> None:
     assert "cross" in err
 
 
-def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> None:
+def test_labels_with_probabilities(models, tmp_path):
     data = tmp_path / "labels.csv"
     data.write_text("text,label\n" + "".join(f"bag {n},luggage\ntrain {n},timetable\n" for n in range(16)))
     for name, by in (("bert", "head"), ("llama", "words")):
@@ -59,13 +55,13 @@ def test_labels_with_probabilities(models: dict[str, str], tmp_path: Path) -> No
         assert set(scores["scores"]) == {"accuracy", "macro_f1"}
 
 
-def test_tags(models: dict[str, str], tmp_path: Path) -> None:
+def test_tags(models, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [(["The", "Fox", "left"], ["O", "B-TRAIN", "O"]), (["Ask", "Beth"], ["O", "B-NAME"])]
     data.write_text("".join(json.dumps({"tokens": tokens, "tags": tags}) + "\n" for tokens, tags in rows))
     train(models["bert"], tmp_path / "run", "--task", "tagging", "--train", str(data))
     prefix = str(tmp_path / "run" / "prefix.safetensors")
-    row: dict[str, Any] = json.loads(run("generate", "--prefix", prefix, "--json", "The Fox left")[0])
+    row = json.loads(run("generate", "--prefix", prefix, "--json", "The Fox left")[0])
     assert row["tokens"] == ["The", "Fox", "left"]
     assert len(row["tags"]) == len(row["probabilities"]) == 3
     scores = json.loads(run("evaluate", "--prefix", prefix, "--data", str(data), "--json")[0])

@@ -1,14 +1,10 @@
 """Training in two processes, started as users start them: the same losses and the same prefix as in one."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_proc
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     for name in ("llama", "bart"):
         store_model(tmp_path / name, name)
     # Targets of unequal length, and fewer hands in the last batch than there are processes.
@@ -35,8 +31,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def flags(folder: Path) -> Callable[..., list[str]]:
-    def make(output: str, *more: str, model: str = "llama") -> list[str]:
+def flags(folder):
+    def make(output, *more, model="llama"):
         files = [f"--{part}={folder / part}.jsonl" for part in ("train", "dev")]
         return [
             *("train", "--backbone", str(folder / model), *files, "--output", str(folder / output)),
@@ -48,26 +44,26 @@ def flags(folder: Path) -> Callable[..., list[str]]:
     return make
 
 
-def launch(launcher: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen[str]:
+def launch(launcher, arguments):
     """The command in several processes."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "-m", "prefixtune", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process):
     """What it printed."""
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out
 
 
-def events(folder: Path, output: str, kind: str) -> list[float]:
+def events(folder, output, kind):
     lines = (folder / output / "events.jsonl").read_text().splitlines()
     return [event["loss"] for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def same(folder: Path, one: str, other: str) -> None:
+def same(folder, one, other):
     for kind in ("step", "evaluation"):
         assert events(folder, other, kind) == pytest.approx(events(folder, one, kind), rel=1e-5)
     first, second = (load_prefix(folder / name / "prefix.safetensors") for name in (one, other))
@@ -75,16 +71,14 @@ def same(folder: Path, one: str, other: str) -> None:
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_two_processes_give_what_one_gives(folder: Path, flags: Callable[..., list[str]]) -> None:
+def test_two_processes_give_what_one_gives(folder, flags):
     run(*flags("one", model="bart"))
     out = finish(launch(TORCHRUN, flags("two", model="bart")))
     same(folder, "one", "two")
     assert out.count("prefix.safetensors") == 1, "one process speaks for all"
 
 
-def test_a_decoder_is_split_and_accelerate_launch_needs_no_other_option(
-    folder: Path, flags: Callable[..., list[str]]
-) -> None:
+def test_a_decoder_is_split_and_accelerate_launch_needs_no_other_option(folder, flags):
     # What varies from step to step is drawn for all processes alike.
     varied = ("--nested", "--prefix-dropout", "0.4")
     run(*flags("one", *varied))
@@ -95,7 +89,7 @@ def test_a_decoder_is_split_and_accelerate_launch_needs_no_other_option(
     assert out.count("prefix.safetensors") == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes(folder: Path, flags: Callable[..., list[str]]) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(folder, flags):
     more = ("--max-steps", "16", "--reparameterization", "none")
     run(*flags("one", *more))
     started = launch(TORCHRUN, flags("two", *more, "--json"))

@@ -1,12 +1,7 @@
 """A real server, called as people call it: OpenAI's own client, its types and exceptions, many connections at once."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -16,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel
 
-from live_server import MODEL, LiveServer, fill_folder, generate_alone, serve
+from live_server import MODEL, fill_folder, generate_alone, serve
 from oracles import outputs_of
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import TASKS
@@ -31,20 +26,20 @@ RULES = {
     "busy": "concurrent = 1",
     "rare": "requests_per_minute = 1",
 }
-USER: Any = [{"role": "user", "content": "Aromi: soup"}]
+USER = [{"role": "user", "content": "Aromi: soup"}]
 WITH_USAGE = {"stream": True, "stream_options": {"include_usage": True}}
-GREEDY: dict[str, Any] = {"model": "mine", "max_tokens": 12, "temperature": 0}
-LONG: dict[str, Any] = {"model": "mine", "prompt": "a", "max_tokens": 60, "n": 8, "temperature": 0}
+GREEDY = {"model": "mine", "max_tokens": 12, "temperature": 0}
+LONG = {"model": "mine", "prompt": "a", "max_tokens": 60, "n": 8, "temperature": 0}
 MR = "name[The Vaults], eatType[pub], area[riverside]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("serving")
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: Path) -> Any:
+def backbone(folder):
     framed = {"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"}
     prefixes = {
         "pubs": {"length": 3, "task": "e2e", "text_format": {**FORMAT, "source": ""}},
@@ -61,7 +56,7 @@ def backbone(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
+def server(folder, backbone):
     server = serve(folder)
     server.key = "pt-me"
     yield server
@@ -69,23 +64,23 @@ def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
     assert not [line for line in server.lines if line["level"] == "error"]
 
 
-def client_with(server: LiveServer, key: str, **options: Any) -> openai.OpenAI:
+def client_with(server, key, **options):
     return openai.OpenAI(**{"base_url": f"{server.url}/v1", "api_key": f"pt-{key}", "max_retries": 0, **options})
 
 
 @pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+def client(server):
     with client_with(server, "me") as client:
         yield client
 
 
-def events(text: str) -> list[dict[str, Any]]:
+def events(text):
     *parts, last = [part for part in text.split("\n\n") if part]
     assert last == "data: [DONE]"
     return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
-def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> str:
+def target(backbone, folder, source, name, length):
     """What `prefixtune generate` gives for a source, greedily."""
     prefix = load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
     defaults = {name: TASKS[prefix.header["task"]].decoding.get(name) for name in ("min_new_tokens", "ban_newlines")}
@@ -97,7 +92,7 @@ def target(backbone: Any, folder: Path, source: str, name: str, length: int) -> 
 # --- OpenAI's client --------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_is_the_text_of_the_engine_alone(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
+def test_a_completion_is_the_text_of_the_engine_alone(client, backbone, folder):
     prompt, ids = "Two trains to Oldbridge", backbone.encode("Two trains to Oldbridge")
     # Of a prefix without a text format, of the bare backbone, and of ids, the prompt is what the engine gets.
     for name, given in (("plain", prompt), (MODEL, prompt), ("pubs", ids)):
@@ -114,14 +109,12 @@ def test_a_completion_is_the_text_of_the_engine_alone(client: openai.OpenAI, bac
     assert [choice.text for choice in texts.choices] == expected
 
 
-def test_the_same_source_gives_the_same_text_everywhere(
-    client: openai.OpenAI, server: LiveServer, backbone: Any, folder: Path
-) -> None:
+def test_the_same_source_gives_the_same_text_everywhere(client, server, backbone, folder):
     source = "Aromi: soup"
     for name in ("pubs", "facts", "mine", "worded"):
         expected = target(backbone, folder, source, name, 24)
-        options: dict[str, Any] = {"model": name, "max_tokens": 24, "temperature": 0}
-        messages: Any = [{"role": "user", "content": source}]
+        options = {"model": name, "max_tokens": 24, "temperature": 0}
+        messages = [{"role": "user", "content": source}]
         assert server.post(f"/v1/tasks/{name}", {"source": source, "max_tokens": 24})[1]["output"] == expected
         assert client.completions.create(prompt=source, **options).choices[0].text == expected
         assert client.chat.completions.create(messages=messages, **options).choices[0].message.content == expected
@@ -131,9 +124,9 @@ def test_the_same_source_gives_the_same_text_everywhere(
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
-def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any, folder: Path) -> None:
-    messages: Any = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
-    options: dict[str, Any] = {"model": "plain", "messages": messages, "max_tokens": 30, "temperature": 0}
+def test_a_chat_uses_the_backbones_template(client, backbone, folder):
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "Hello!"}]
+    options = {"model": "plain", "messages": messages, "max_tokens": 30, "temperature": 0}
     whole = client.chat.completions.create(**options)
     prompt = "[system]be kind</s>[user]Hello!</s>[assistant]"
     text = generate_alone(backbone, folder / "prefixes", backbone.encode(prompt), "plain", max_new_tokens=30)
@@ -150,7 +143,7 @@ def test_a_chat_uses_the_backbones_template(client: openai.OpenAI, backbone: Any
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, folder: Path) -> None:
+def test_a_tasks_output_is_that_of_generate(server, backbone, folder):
     prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
     greedy = {"max_new_tokens": 60, "min_new_tokens": 5, "ban_newlines": True}
     (expected,) = generate(backbone, [linearize_e2e(MR)], prefix, **greedy)
@@ -164,7 +157,7 @@ def test_a_tasks_output_is_that_of_generate(server: LiveServer, backbone: Any, f
     assert other["output"] == bare != expected
 
 
-def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone: Any, folder: Path) -> None:
+def test_tasks_stream_and_take_records_and_triples(server, backbone, folder):
     body = {"name": "Aromi", "food": "soup", "max_tokens": 30}
     whole = server.post("/v1/tasks/mine", body)[1]
     assert whole["source"] == "Aromi: soup"
@@ -181,7 +174,7 @@ def test_tasks_stream_and_take_records_and_triples(server: LiveServer, backbone:
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
-def test_responses_have_security_headers_and_a_request_id(server: LiveServer) -> None:
+def test_responses_have_security_headers_and_a_request_id(server):
     for path in ("/v1/models", "/", "/nothing"):
         headers = {name.lower(): value for name, value in server.get(path)[2].items()}
         assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
@@ -191,7 +184,7 @@ def test_responses_have_security_headers_and_a_request_id(server: LiveServer) ->
     assert [server.get(f"/docs/{name}")[0] for name in ("nothing.js", "..%2Fcore.py")] == [404, 404]
 
 
-def test_metrics_can_be_read_by_prometheus(server: LiveServer) -> None:
+def test_metrics_can_be_read_by_prometheus(server):
     # The first request reads the prefix, the next ones find it; and somebody asks for what is not there.
     server.post("/v1/completions", {"model": "facts", "prompt": "abc", "max_tokens": 2, "temperature": 0})
     assert server.get("/nowhere")[0] == 404
@@ -206,10 +199,10 @@ def test_metrics_can_be_read_by_prometheus(server: LiveServer) -> None:
     assert server.metric("prefixtune_requests_total", route="unknown") >= 1
 
 
-def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
+def test_the_log_is_json_and_holds_no_prompts(server):
     server.post("/v1/completions", {"model": "pubs", "prompt": "a most secret word", "max_tokens": 3})
 
-    def completions() -> list[Any]:
+    def completions():
         return [line for line in server.lines if line["event"] == "request" and line["path"] == "/v1/completions"]
 
     server.until(lambda: completions() and completions()[-1]["prompt_tokens"] == len(" a most secret word ") + 1)
@@ -222,14 +215,14 @@ def test_the_log_is_json_and_holds_no_prompts(server: LiveServer) -> None:
 # --- in the client's types --------------------------------------------------------------------------------------------
 
 
-def parsed(kind: type[BaseModel], value: Any, *, extra: tuple[str, ...] = ()) -> Any:
+def parsed(kind, value, *, extra=()):
     """A value as one of the client's types: nothing is missing, of another type, or unknown to it."""
     result = kind.model_validate_json(json.dumps(value), strict=True)
     check_known(result, extra)
     return result
 
 
-def check_known(value: Any, extra: tuple[str, ...]) -> None:
+def check_known(value, extra):
     if isinstance(value, list):
         for item in value:
             check_known(item, extra)
@@ -239,11 +232,11 @@ def check_known(value: Any, extra: tuple[str, ...]) -> None:
             check_known(getattr(value, name), extra)
 
 
-def test_completions_are_of_the_clients_types(server: LiveServer) -> None:
+def test_completions_are_of_the_clients_types(server):
     body = {**GREEDY, "prompt": ["Aromi: soup", "x"], "n": 2, "logprobs": 3, "stop": ["e"], "seed": 3}
     whole = parsed(Completion, server.post("/v1/completions", body)[1])
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
-    pieces: dict[int, str] = {}
+    pieces = {}
     *chunks, last = events(server.post("/v1/completions", {**body, **WITH_USAGE})[1])
     for event in chunks:
         assert event["usage"] is None
@@ -260,9 +253,7 @@ def test_completions_are_of_the_clients_types(server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [("Aromi: soup", 3), ([5, 6, 7, 8], 0)])
-def test_an_echo_has_the_logprobs_of_the_prompt(
-    server: LiveServer, backbone: Any, folder: Path, prompt: Any, max_tokens: int
-) -> None:
+def test_an_echo_has_the_logprobs_of_the_prompt(server, backbone, folder, prompt, max_tokens):
     """As lm-eval's `local-completions` asks; the whole equals the model run on all tokens at once."""
     prefix, ids = load_prefix(folder / "prefixes" / "mine.safetensors", backbone), prompt
     if isinstance(prompt, str):
@@ -289,7 +280,7 @@ def test_an_echo_has_the_logprobs_of_the_prompt(
     assert (whole["usage"]["prompt_tokens"], whole["usage"]["completion_tokens"]) == (len(ids), 2 * max_tokens)
 
 
-def test_chats_are_of_the_clients_types(server: LiveServer) -> None:
+def test_chats_are_of_the_clients_types(server):
     options = {"n": 3, "logprobs": True, "top_logprobs": 2, "stop": "e", "seed": 3}
     body = {**GREEDY, "model": MODEL, "messages": USER, **options}
     whole = parsed(ChatCompletion, server.post("/v1/chat/completions", body)[1])
@@ -308,7 +299,7 @@ def test_chats_are_of_the_clients_types(server: LiveServer) -> None:
     assert pieces == [choice.message.content for choice in whole.choices]
 
 
-def test_models_are_of_the_clients_types(server: LiveServer) -> None:
+def test_models_are_of_the_clients_types(server):
     extra = ("root", "parent", "max_model_len", "kind", "description", "task", "license", "prefix_length")
     listed = server.get("/v1/models")[1]
     models = [parsed(Model, model, extra=extra) for model in listed["data"]]
@@ -321,7 +312,7 @@ def test_models_are_of_the_clients_types(server: LiveServer) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], str | None, str | None]] = [
+ERRORS = [
     ("me", {**GREEDY, "prompt": ""}, openai.BadRequestError, "prompt", None),
     ("nobody", {**GREEDY, "prompt": "a"}, openai.AuthenticationError, None, "invalid_api_key"),
     ("me", {**GREEDY, "prompt": "a", "model": "yours"}, openai.PermissionDeniedError, None, "model_not_allowed"),
@@ -331,7 +322,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[openai.APIStatusError], str | None,
 ]
 
 
-def test_errors_are_the_clients_exceptions(server: LiveServer) -> None:
+def test_errors_are_the_clients_exceptions(server):
     for key, body, kind, param, code in ERRORS:
         with client_with(server, key) as caller, pytest.raises(kind) as caught:
             caller.completions.create(**body)
@@ -340,7 +331,7 @@ def test_errors_are_the_clients_exceptions(server: LiveServer) -> None:
         assert caught.value.request_id
 
 
-def test_a_client_that_retries_waits_for_its_turn(server: LiveServer) -> None:
+def test_a_client_that_retries_waits_for_its_turn(server):
     with client_with(server, "busy", max_retries=9) as patient, ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: patient.completions.create(**LONG), range(3)))
     assert [len(answer.choices) for answer in answers] == [8, 8, 8]

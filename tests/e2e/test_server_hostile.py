@@ -1,19 +1,14 @@
 """A real server under attack, over sockets on this machine: texts that take long, and clients that break off."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from live_server import LiveServer, fill_folder, serve
+from live_server import fill_folder, serve
 
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 DEADLINE = 4.0
@@ -21,8 +16,8 @@ HEAD = b"Host: x\r\nAuthorization: Bearer pt-me\r\nContent-Type: application/jso
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("hostile")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
     prefixes = {"mine": {"task": "records", "text_format": FORMAT}, "pubs": {"task": "e2e"}}
     settings = f"max_tokens = 6\ndefault_max_tokens = 6\nmax_upload_mib = 1\ndeadline = {DEADLINE}"
     fill_folder(folder, prefixes, settings, {"me": "admin = true"})
@@ -30,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[LiveServer]:
+def server(folder):
     server = serve(folder)
     yield server
     assert server.stop() == 0
@@ -38,12 +33,12 @@ def server(folder: Path) -> Iterator[LiveServer]:
     assert not [line for line in server.lines if line["level"] == "error"]
 
 
-def connect(server: LiveServer) -> socket.socket:
+def connect(server):
     host, _, port = server.url.removeprefix("http://").partition(":")
     return socket.create_connection((host, int(port)), timeout=10)
 
 
-def is_served(server: LiveServer) -> bool:
+def is_served(server):
     body = {"model": "mine", "prompt": "a", "max_tokens": 2}
     return server.post("/v1/completions", body, key="pt-me")[0] == 200
 
@@ -62,7 +57,7 @@ def is_served(server: LiveServer) -> bool:
     ],
     ids=lambda value: value if isinstance(value, str) else next(reversed(value))[:9],
 )
-def test_a_hostile_text_does_not_delay_others(server: LiveServer, path: str, body: dict[str, Any]) -> None:
+def test_a_hostile_text_does_not_delay_others(server, path, body):
     with ThreadPoolExecutor(1) as pool:
         started, waits = time.monotonic(), []
         hostile = pool.submit(server.post, path, body, key="pt-me")
@@ -80,7 +75,7 @@ def test_a_hostile_text_does_not_delay_others(server: LiveServer, path: str, bod
     assert max(waits) < 1
 
 
-def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:
+def test_abandoned_streams_leave_nothing_behind(server):
     body = json.dumps({"model": "mine", "prompt": "a", "max_tokens": 6, "n": 4, "stream": True}).encode()
     request = b"POST /v1/completions HTTP/1.1\r\n" + HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     for index in range(24):
@@ -90,15 +85,15 @@ def test_abandoned_streams_leave_nothing_behind(server: LiveServer) -> None:
                 connection.recv(100)
     idle = {"running": [], "waiting": 0}
 
-    def is_idle() -> bool:
-        status: dict[str, Any] = server.get("/v1/status", key="pt-me")[1]
+    def is_idle():
+        status = server.get("/v1/status", key="pt-me")[1]
         return {name: status[name] for name in idle} == idle
 
     server.until(is_idle, 10)
     assert is_served(server)
 
 
-def test_an_upload_is_bounded_and_one_that_breaks_off_leaves_nothing(server: LiveServer, folder: Path) -> None:
+def test_an_upload_is_bounded_and_one_that_breaks_off_leaves_nothing(server, folder):
     prefixes = folder / "prefixes"
     before = sorted(prefixes.iterdir())
     with connect(server) as untold:

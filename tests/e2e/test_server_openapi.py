@@ -1,10 +1,6 @@
 """A real server against its own document: random requests that try to break it."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import schemathesis
@@ -13,7 +9,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi import checks as openapi_checks
 
-from live_server import MODEL, LiveServer, fill_folder, serve
+from live_server import MODEL, fill_folder, serve
 from prefixtune.server.app import with_routes
 
 KEY = "pt-me"
@@ -32,7 +28,7 @@ CHECKS = [schemathesis.checks.not_a_server_error, openapi_checks.negative_data_r
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interface")
     prefixes = {name: {"task": "records", "text_format": FORMAT} for name in ("mine", "spare")}
     prefixes["pubs"] = {"task": "e2e", "text_format": {**FORMAT, "source": ""}}
@@ -46,14 +42,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(scope="module")
-def document(server: LiveServer) -> dict[str, Any]:
+def document(server):
     status, document, headers = server.get("/openapi.json", key=KEY)
     assert (status, headers["content-type"]) == (200, "application/json")
     return document
 
 
 @pytest.fixture(scope="module")
-def hostile(document: dict[str, Any]) -> Any:
+def hostile(document):
     """The document, narrowed to names that there are."""
     narrow = copy.deepcopy(document)
     schemas = narrow["components"]["schemas"]
@@ -78,17 +74,15 @@ def hostile(document: dict[str, Any]) -> Any:
     return schemathesis.openapi.from_dict(narrow, config=config)
 
 
-def test_the_document_is_openapi(document: dict[str, Any]) -> None:
+def test_the_document_is_openapi(document):
     OpenAPIV31SpecValidator(document).validate()
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES)
-def test_random_requests_are_no_fault_of_the_server(
-    hostile: Any, server: LiveServer, method: str, path: str, mode: schemathesis.GenerationMode
-) -> None:
+def test_random_requests_are_no_fault_of_the_server(hostile, server, method, path, mode):
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck)
     @given(case=hostile[path][method].as_strategy(generation_mode=mode))
-    def one(case: schemathesis.Case) -> None:
+    def one(case):
         response = case.call(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"})
         case.validate_response(response, checks=CHECKS)
 

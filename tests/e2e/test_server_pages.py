@@ -1,16 +1,12 @@
 """The pages in a real browser, on a real server with a real worker: the playground, `/train` and `/docs`."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from browser import CHROMIUM, NO_CHROMIUM, Browser
+from browser import CHROMIUM, NO_CHROMIUM
 from contrast import contrast
-from live_server import MODEL, LiveServer, fill_folder, serve
+from live_server import MODEL, fill_folder, serve
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 
@@ -31,7 +27,7 @@ SECONDS = 120
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     tasks = {"pubs": "e2e", "other-pubs": "e2e", "facts": "webnlg"}
     prefixes = {name: {"task": task, "text_format": FORMAT} for name, task in tasks.items()}
@@ -51,7 +47,7 @@ READY = {
 """What is true once a page has its contents."""
 
 
-def open_page(browser: Browser, server: LiveServer, path: str, key: str = "pt-me", **options: Any) -> Browser:
+def open_page(browser, server, path, key="pt-me", **options):
     """A page with a key, its contents shown."""
     browser.open(f"{server.url}/healthz")
     browser.value(f"sessionStorage.setItem('key', '{key}')")
@@ -61,27 +57,27 @@ def open_page(browser: Browser, server: LiveServer, path: str, key: str = "pt-me
 
 
 @pytest.fixture
-def playground(browser: Browser, server: LiveServer) -> Browser:
+def playground(browser, server):
     return open_page(browser, server, "/")
 
 
 @pytest.fixture
-def train(browser: Browser, server: LiveServer) -> Browser:
+def train(browser, server):
     page = open_page(browser, server, "/train")
     page.value("window.confirm = () => true")
     return page
 
 
-def text(page: Browser, element: str) -> str:
+def text(page, element):
     return str(page.value(f"document.getElementById('{element}').textContent"))
 
 
-def says(page: Browser, element: str, words: str) -> None:
+def says(page, element, words):
     """Wait until an element says something."""
     page.until(f"document.getElementById('{element}').textContent.includes({json.dumps(words)})", SECONDS)
 
 
-def click(page: Browser, element: str, words: str = "") -> None:
+def click(page, element, words=""):
     """Click on an element, or on the button in it that says something, as soon as it is there and can be used."""
     found = f"document.getElementById('{element}')"
     if words:
@@ -90,7 +86,7 @@ def click(page: Browser, element: str, words: str = "") -> None:
     page.until(f"((one) => Boolean(one && !one.disabled && (one.click(), true)))({found})", SECONDS)
 
 
-def fill(page: Browser, **values: str) -> None:
+def fill(page, **values):
     for name, value in values.items():
         page.value(f"document.getElementById('{name.replace('_', '-')}').value = {json.dumps(value)}")
 
@@ -99,7 +95,7 @@ def fill(page: Browser, **values: str) -> None:
 
 
 @pytest.mark.parametrize("path", READY)
-def test_a_key_is_asked_for(browser: Browser, server: LiveServer, path: str) -> None:
+def test_a_key_is_asked_for(browser, server, path):
     browser.open(f"{server.url}/healthz")
     browser.value("sessionStorage.clear()")
     browser.open(f"{server.url}{path}")
@@ -117,7 +113,7 @@ def test_a_key_is_asked_for(browser: Browser, server: LiveServer, path: str) -> 
 
 
 @pytest.mark.parametrize(("path", "scheme"), [("/", "dark"), ("/train", "light")])
-def test_fits_and_is_legible_and_labelled(browser: Browser, server: LiveServer, path: str, scheme: str) -> None:
+def test_fits_and_is_legible_and_labelled(browser, server, path, scheme):
     page = open_page(browser, server, path, scheme=scheme, width=360)
     if path == "/train":
         give(page, f"{'long' * 30}.md", f"{'word' * 50} " * 20)
@@ -141,7 +137,7 @@ def test_fits_and_is_legible_and_labelled(browser: Browser, server: LiveServer, 
 # --- the playground ---------------------------------------------------------------------------------------------------
 
 
-def choose(page: Browser, *names: str) -> None:
+def choose(page, *names):
     """Have exactly these models chosen."""
     page.value("document.querySelectorAll('#models input:checked').forEach((box) => box.click())")
     for name in names:
@@ -149,22 +145,21 @@ def choose(page: Browser, *names: str) -> None:
     page.until(f"document.getElementById('count').textContent.startsWith('{len(names)} of')")
 
 
-def write(page: Browser) -> dict[str, str]:
+def write(page):
     """The text of each output."""
     click(page, "run")
     page.until("/Done|failed/.test(document.getElementById('said').textContent)")
-    outputs: dict[str, str] = page.value(
+    return page.value(
         "Object.fromEntries([...document.querySelectorAll('.output')].map((each) => "
         "[each.querySelector('h3').textContent, each.querySelector('.text').textContent]))"
     )
-    return outputs
 
 
-def field_is(page: Browser, words: str) -> None:
+def field_is(page, words):
     page.until(f"document.getElementById('inputs').textContent.startsWith('{words}')")
 
 
-def test_outputs_are_side_by_side_and_the_servers(playground: Browser, server: LiveServer) -> None:
+def test_outputs_are_side_by_side_and_the_servers(playground, server):
     choose(playground, "pubs", "other-pubs", MODEL)
     field_is(playground, "mr")
     playground.value("document.getElementById('max_tokens').value = '30'")
@@ -184,7 +179,7 @@ def test_outputs_are_side_by_side_and_the_servers(playground: Browser, server: L
     assert playground.complaints() == []
 
 
-def test_fields_of_a_task_and_an_error_in_place_of_an_output(playground: Browser, server: LiveServer) -> None:
+def test_fields_of_a_task_and_an_error_in_place_of_an_output(playground, server):
     choose(playground, "facts", "pubs")
     field_is(playground, "triples")
     playground.value("document.getElementById('max_tokens').value = '20'")
@@ -196,7 +191,7 @@ def test_fields_of_a_task_and_an_error_in_place_of_an_output(playground: Browser
     assert text(playground, "said") == "1 of 2 failed."
 
 
-def test_the_batch_is_seen_while_it_runs_and_can_be_stopped(playground: Browser, server: LiveServer) -> None:
+def test_the_batch_is_seen_while_it_runs_and_can_be_stopped(playground, server):
     choose(playground, "pubs", "facts")
     playground.value("document.querySelector('[name=mode][value=prompt]').click()")
     field_is(playground, "Prompt")
@@ -211,7 +206,7 @@ def test_the_batch_is_seen_while_it_runs_and_can_be_stopped(playground: Browser,
     assert server.get("/v1/status", key="pt-me")[1]["running"] == []
 
 
-def test_generated_text_is_never_executed(playground: Browser) -> None:
+def test_generated_text_is_never_executed(playground):
     # And the connection is lost after it.
     stream = f"data: {json.dumps({'delta': ATTACK})}\n\n"
     playground.value(f"window.fetch = async () => new Response({json.dumps(stream)})")
@@ -225,7 +220,7 @@ def test_generated_text_is_never_executed(playground: Browser) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def give(page: Browser, name: str, content: str, field: str = "file") -> None:
+def give(page, name, content, field="file"):
     """Choose a file, as its field's dialog does."""
     page.value(
         "{ const files = new DataTransfer(); "
@@ -235,7 +230,7 @@ def give(page: Browser, name: str, content: str, field: str = "file") -> None:
     )
 
 
-def begin(page: Browser, **settings: str) -> None:
+def begin(page, **settings):
     """Start a job on the file that was chosen."""
     page.until("!document.getElementById('start').disabled", SECONDS)
     fill(page, **{"prefix_length": "4", **settings})
@@ -243,7 +238,7 @@ def begin(page: Browser, **settings: str) -> None:
     says(page, "job-title", settings["name"])
 
 
-def test_from_a_file_to_an_answer(train: Browser, server: LiveServer) -> None:
+def test_from_a_file_to_an_answer(train, server):
     give(train, f"{ATTACK}.jsonl", ROWS)
     train.until("!document.getElementById('start').disabled", SECONDS)
     assert "12" in text(train, "facts")
@@ -273,7 +268,7 @@ def test_from_a_file_to_an_answer(train: Browser, server: LiveServer) -> None:
     assert train.complaints() == []
 
 
-def test_a_result_is_tried_downloaded_and_deleted(train: Browser, server: LiveServer) -> None:
+def test_a_result_is_tried_downloaded_and_deleted(train, server):
     train.until("document.querySelector('#actions a') !== null", SECONDS)
     link = train.value("document.querySelector('#actions a').href")
     train.value("URL.createObjectURL = (blob) => { window.size = blob.size; return '#'; }")
@@ -303,7 +298,7 @@ def test_a_result_is_tried_downloaded_and_deleted(train: Browser, server: LiveSe
     assert server.get("/v1/models/clerk", key="pt-me")[0] == 404
 
 
-def test_a_job_is_paused_resumed_and_cancelled(train: Browser) -> None:
+def test_a_job_is_paused_resumed_and_cancelled(train):
     give(train, "lasting.jsonl", LASTING_ROWS)
     begin(train, name="long", epochs="1000")
     says(train, "bar-text", "Step")
@@ -316,7 +311,7 @@ def test_a_job_is_paused_resumed_and_cancelled(train: Browser) -> None:
     assert train.value("document.querySelector('#jobs [aria-current=true]').textContent").startswith("longcancelled")
 
 
-def test_a_lost_connection_recovers(train: Browser) -> None:
+def test_a_lost_connection_recovers(train):
     train.value("window.real = window.fetch; window.fetch = async () => { throw new TypeError('gone'); }")
     train.value("document.dispatchEvent(new Event('visibilitychange'))")
     says(train, "server", "does not respond")
@@ -324,7 +319,7 @@ def test_a_lost_connection_recovers(train: Browser) -> None:
     says(train, "server", f"on {MODEL}")
 
 
-def test_what_is_refused_is_explained(train: Browser) -> None:
+def test_what_is_refused_is_explained(train):
     give(train, "chats.jsonl", ROWS + '{"messages": "nothing"}\n')
     says(train, "file-said", "line 13")
     assert train.value("document.getElementById('file-said').className") == "error"
@@ -344,7 +339,7 @@ def test_what_is_refused_is_explained(train: Browser) -> None:
     train.until("document.getElementById('settings').open && document.activeElement.id === 'prefix-length'")
 
 
-def test_pasted_examples_a_document_and_its_questions_are_asked_for(train: Browser, server: LiveServer) -> None:
+def test_pasted_examples_a_document_and_its_questions_are_asked_for(train, server):
     train.value(
         "window.real = window.fetch; window.fetch = async (path, options = {}) => { "
         "if (path === '/v1/fine_tuning/jobs' && options.method === 'POST') { window.asked = options.body; "
@@ -371,7 +366,7 @@ def test_pasted_examples_a_document_and_its_questions_are_asked_for(train: Brows
     assert server.get(f"/v1/files/{questions}", key="pt-me")[1]["filename"] == "questions.csv"
 
 
-def test_the_keyboard_is_enough(train: Browser) -> None:
+def test_the_keyboard_is_enough(train):
     give(train, "lasting.jsonl", LASTING_ROWS)
     train.until("!document.getElementById('start').disabled", SECONDS)
     train.value("document.getElementById('key').focus()")

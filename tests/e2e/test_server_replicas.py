@@ -1,7 +1,5 @@
 """Two replicas over one folder, behind nginx with the configuration in deploy/."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import shutil
@@ -9,17 +7,15 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import openai
 import pytest
 
-from live_server import MODEL, HttpClient, LiveServer, fill_folder, make_prefix, serve
+from live_server import MODEL, HttpClient, fill_folder, make_prefix, serve
 
 NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="no nginx on the PATH; on Debian: apt install nginx-light")
@@ -28,17 +24,17 @@ CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "nginx.conf"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("replicas")
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: Path) -> Any:
+def backbone(folder):
     return fill_folder(folder, keys={"me": "admin = true"})
 
 
 @pytest.fixture(scope="module")
-def replicas(folder: Path, backbone: Any) -> Iterator[list[LiveServer]]:
+def replicas(folder, backbone):
     replicas = [serve(folder) for _ in range(2)]
     yield replicas
     for replica in replicas:
@@ -46,13 +42,13 @@ def replicas(folder: Path, backbone: Any) -> Iterator[list[LiveServer]]:
 
 
 @pytest.fixture(scope="module")
-def proxy(folder: Path, replicas: list[LiveServer]) -> Iterator[HttpClient]:
+def proxy(folder, replicas):
     with nginx(folder, replicas) as proxy:
         yield proxy
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
+def nginx(folder, replicas):
     """The configuration of deploy/ with other ports, and nothing but this test's folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -69,7 +65,7 @@ def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
     process = subprocess.Popen([str(NGINX), "-e", str(folder / "log"), "-p", str(folder), "-c", str(path)])
     proxy = HttpClient(f"http://{address}")
 
-    def answers() -> bool:
+    def answers():
         try:
             return proxy.get("/healthz")[0] == 200
         except OSError:
@@ -83,7 +79,7 @@ def nginx(folder: Path, replicas: Sequence[Any]) -> Iterator[HttpClient]:
         process.wait(10)
 
 
-def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Path, backbone: Any) -> None:
+def test_two_replicas(proxy, replicas, folder, backbone):
     file = make_prefix(backbone, folder / "one.safetensors", 1).read_bytes()
     a_prefix_uploaded_to_one_is_served_by_both(proxy, replicas, file)
     pieces_arrive_as_they_are_generated(proxy, replicas)
@@ -91,21 +87,21 @@ def test_two_replicas(proxy: HttpClient, replicas: list[LiveServer], folder: Pat
     no_request_is_refused_while_one_replica_stops(proxy, replicas)
 
 
-def test_a_request_to_train_reaches_one_replica_alone(tmp_path: Path) -> None:
+def test_a_request_to_train_reaches_one_replica_alone(tmp_path):
     """A replica that breaks off may have taken the job: the other one must not get it as well."""
-    posts: list[str] = []
+    posts = []
 
     class Replica(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_):
             pass
 
-        def do_GET(self) -> None:
+        def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Length", "2")
             self.end_headers()
             self.wfile.write(b"{}")
 
-        def do_POST(self) -> None:
+        def do_POST(self):
             posts.append(self.path)
             self.close_connection = True
 
@@ -125,12 +121,12 @@ def test_a_request_to_train_reaches_one_replica_alone(tmp_path: Path) -> None:
             assert posts == [path] * sent
 
 
-def complete(proxy: HttpClient, model: str = MODEL, **more: Any) -> tuple[int, Any, dict[str, str]]:
+def complete(proxy, model=MODEL, **more):
     body = {"model": model, "prompt": "abc", "max_tokens": 10, "temperature": 0, **more}
     return proxy.post("/v1/completions", body, key="pt-me")
 
 
-def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list[LiveServer], file: bytes) -> None:
+def a_prefix_uploaded_to_one_is_served_by_both(proxy, replicas, file):
     kind = {"Content-Type": "application/octet-stream"}
     assert proxy.request("PUT", "/v1/models/one", file, key="pt-me", headers=kind)[0] == 201
     for replica in replicas:
@@ -143,7 +139,7 @@ def a_prefix_uploaded_to_one_is_served_by_both(proxy: HttpClient, replicas: list
         assert replica.metric("prefixtune_texts_total", key="pt-me", prefix="one") > 5
 
 
-def pieces_arrive_as_they_are_generated(proxy: HttpClient, replicas: list[LiveServer]) -> None:
+def pieces_arrive_as_they_are_generated(proxy, replicas):
     with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="pt-me", max_retries=0) as client:
         stream = client.completions.create(model=MODEL, prompt="a", max_tokens=500, temperature=0, stream=True)
         next(iter(stream))
@@ -154,7 +150,7 @@ def pieces_arrive_as_they_are_generated(proxy: HttpClient, replicas: list[LiveSe
             replica.until(lambda replica=replica: not replica.get("/v1/status", key="pt-me")[1]["running"], 5)
 
 
-def no_request_is_refused_while_one_replica_stops(proxy: HttpClient, replicas: list[LiveServer]) -> None:
+def no_request_is_refused_while_one_replica_stops(proxy, replicas):
     with ThreadPoolExecutor(8) as pool:
         futures = [pool.submit(complete, proxy, max_tokens=60) for _ in range(80)]
         replicas[0].until(lambda: futures[10].done(), 20)

@@ -1,14 +1,9 @@
 """How a real server starts, refuses to start, and stops."""
 
-from __future__ import annotations
-
 import json
 import signal
 import socket
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,17 +12,17 @@ from live_server import MODEL, LiveServer, fill_folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("stopping")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopping")
     fill_folder(folder, {"one": {}}, "drain_seconds = 60.0", {"me": "admin = true"}, positions=2048)
     return folder
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
-    started: list[LiveServer] = []
+def start(folder):
+    started = []
 
-    def make(*flags: str, **options: Any) -> LiveServer:
+    def make(*flags, **options):
         started.append(LiveServer(folder / MODEL, folder / "prefixes", *flags, **options).wait())
         return started[-1]
 
@@ -38,19 +33,19 @@ def start(folder: Path) -> Iterator[Callable[..., LiveServer]]:
             server.stop()
 
 
-def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start: Callable[..., LiveServer]) -> None:
+def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start):
     server = start("--num-slots", "8")
     # So long that the first ones do not end before the last ones are there.
     tokens = 300
     body = {"model": "one", "prompt": "abc", "max_tokens": tokens, "temperature": 0, "n": 1}
 
-    def whole(index: int) -> Any:
+    def whole(index):
         return server.post("/v1/completions", {**body, "prompt": f"text {index}"})
 
-    def streamed(index: int) -> Any:
+    def streamed(index):
         return server.post("/v1/completions", {**body, "prompt": f"text {index}", "stream": True})
 
-    def all_are_there() -> bool:
+    def all_are_there():
         # Those that have ended first: one that ends in between is missing, and counted the next time.
         ended = sum(each.done() for each in (*wholes, *streams))
         status = server.get("/v1/status")[1]
@@ -83,7 +78,7 @@ def test_sigterm_under_load_finishes_running_requests_and_accepts_no_more(start:
     assert "Traceback" not in "".join(server.errors)
 
 
-def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[..., LiveServer], folder: Path) -> None:
+def test_killed_during_an_upload_then_stopped_within_a_limit(start, folder):
     keyed = ("--config", str(folder / "serve.toml"))
     server, prefixes = start(*keyed), folder / "prefixes"
     file = (prefixes / "one.safetensors").read_bytes()
@@ -110,7 +105,7 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start: Callable[...
     unfinished_requests_are_cancelled_and_reported(server)
 
 
-def unfinished_requests_are_cancelled_and_reported(server: LiveServer) -> None:
+def unfinished_requests_are_cancelled_and_reported(server):
     body = {"model": MODEL, "prompt": "abc", "max_tokens": 1000, "temperature": 0, "n": 16}
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
@@ -125,7 +120,7 @@ def unfinished_requests_are_cancelled_and_reported(server: LiveServer) -> None:
     assert "gave_up" in [line["event"] for line in server.lines]
 
 
-def test_it_does_not_start_without_its_folder_or_port(folder: Path) -> None:
+def test_it_does_not_start_without_its_folder_or_port(folder):
     missing = ("--prefixes", str(folder / "none"), "--prefill-tokens", "8")
     assert "the folder of prefixes" in run("serve", *missing, code=2)[1]
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -1,12 +1,7 @@
 """`prefixtune worker` in processes of its own: killed, doubled, paused, and gone with its parent."""
 
-from __future__ import annotations
-
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,9 +9,6 @@ import live_server
 from forked_command import ForkedCommand
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.jobs.events import JobEvents
-from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job
-from prefixtune.jobs.queue import JobQueue
 from prefixtune.prefix.prefix import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
@@ -27,16 +19,16 @@ Worker = ForkedCommand
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     return live_server.make_model(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture
-def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+def start(data, model, tmp_path):
     """A factory of workers, which are killed when the test ends."""
-    workers: list[Worker] = []
+    workers = []
 
-    def make(*options: str, **settings: Any) -> Worker:
+    def make(*options, **settings):
         settings = {"stdout": subprocess.DEVNULL, **settings}
         (tmp_path / "prefixes").mkdir(exist_ok=True)
         workers.append(start_worker(data, model, tmp_path / "prefixes", *options, **settings))
@@ -49,10 +41,10 @@ def start(data: DataFolder, model: Path, tmp_path: Path) -> Iterator[Callable[..
 
 
 @pytest.fixture
-def add(data: DataFolder, model: Path, queue: JobQueue) -> Callable[..., Job]:
+def add(data, model, queue):
     """A function that queues a job of `STEPS` steps."""
 
-    def make(name: str, **fields: Any) -> Job:
+    def make(name, **fields):
         fields = {"backbone": backbone_identity(str(model)), **fields}
         job = make_job(data, name, **{**fields, "config": {"max_steps": STEPS, **fields.get("config", {})}})
         queue.add(job)
@@ -61,37 +53,35 @@ def add(data: DataFolder, model: Path, queue: JobQueue) -> Callable[..., Job]:
     return make
 
 
-def step(data: DataFolder, job: Job) -> int:
+def step(data, job):
     progress = JobEvents(data.job(job.id)).progress()
     return progress.step if progress else 0
 
 
-def logged_steps(data: DataFolder, job: Job) -> list[int]:
+def logged_steps(data, job):
     """The steps that the job's owner was told of: each as soon as it is taken, where progress is told now and then."""
     events = JobEvents(data.job(job.id)).read()
     return [event.data["step"] for event in events if "train_loss" in event.data]
 
 
-def wait_for_step(data: DataFolder, job: Job, reached: int) -> None:
+def wait_for_step(data, job, reached):
     wait_until(lambda: max(logged_steps(data, job), default=0) >= reached)
 
 
-def is_free(data: DataFolder, job: Job) -> bool:
+def is_free(data, job):
     with data.job(job.id).hold() as held:
         return held
 
 
-def result(tmp_path: Path, name: str) -> tuple[Any, Any]:
+def result(tmp_path, name):
     """The tensors of what is served, as bytes, and its header without whose it is."""
     prefix = read_artifact(tmp_path / "prefixes" / f"{name}.safetensors")
     header = {key: value for key, value in prefix.header.items() if key != "job"}
     return [tensor.numpy().tobytes() for tensor in prefix.stored_tensors()], header
 
 
-def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
-    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue, tmp_path: Path
-) -> None:
-    fields: dict[str, Any] = {"dev": ROWS[:2], "config": {"max_steps": KILLED_STEPS, "eval_every": 25}}
+def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(start, add, data, queue, tmp_path):
+    fields = {"dev": ROWS[:2], "config": {"max_steps": KILLED_STEPS, "eval_every": 25}}
     whole = add("whole", **fields)
     worker = start()
     wait_for(queue, whole, "succeeded")
@@ -110,9 +100,7 @@ def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(
     assert sorted(logged_steps(data, job)) == list(range(1, KILLED_STEPS + 1))
 
 
-def test_pausing_resuming_and_cancelling_until_the_parent_ends(
-    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue, tmp_path: Path
-) -> None:
+def test_pausing_resuming_and_cancelling_until_the_parent_ends(start, add, data, queue, tmp_path):
     worker = start("--with-parent", stdin=subprocess.PIPE)
     paused = add("paused")
     wait_until(lambda: step(data, paused) > 2)
@@ -135,9 +123,7 @@ def test_pausing_resuming_and_cancelling_until_the_parent_ends(
     assert worker.wait(20) == 0
 
 
-def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_when_it_is_idle(
-    start: Callable[..., Worker], add: Callable[..., Job], data: DataFolder, queue: JobQueue
-) -> None:
+def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_when_it_is_idle(start, add, data, queue):
     worker = start("--name", "first", stdout=subprocess.PIPE)
     job = add("left")
     wait_until(lambda: step(data, job) > 2)
@@ -158,9 +144,7 @@ def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_whe
     assert f"Training goes on at step {reached}/{STEPS}." in told
 
 
-def test_what_is_wrong_is_said_in_one_line_and_leaves_jobs_for_others(
-    start: Callable[..., Worker], add: Callable[..., Job], queue: JobQueue, model: Path, tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_said_in_one_line_and_leaves_jobs_for_others(start, add, queue, model, tmp_path):
     # Of the same name, which makes it the same backbone.
     broken = tmp_path / "broken" / model.name
     broken.mkdir(parents=True)

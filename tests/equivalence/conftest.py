@@ -1,26 +1,21 @@
 """Fixtures of several equivalence tests."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.engine.request import Request, SamplingParams
 
 
 @pytest.fixture(scope="module")
-def made(tiny_backbone: Callable[..., Any]) -> Callable[[str], Backbone]:
+def made(tiny_backbone):
     """Tiny backbones by name, each made once: leave them as they are."""
     return functools.cache(tiny_backbone)
 
 
 @pytest.fixture
-def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
+def examples(random_ids):
     """Sources shared by several targets, of one token and of more than a window."""
     shapes = [(7, (3, 6, 1)), (1, (4,)), (12, (5, 2)), (3, (9,))]
     return [
@@ -32,17 +27,17 @@ def examples(random_ids: Callable[..., list[int]]) -> list[TokenizedExample]:
     ]
 
 
-PREFIXES: dict[str, tuple[Any, ...]] = {
+PREFIXES = {
     "decoder": (6, 6, 3, None, None, 1, 1),
     "encoder-decoder": ({"encoder": 4, "decoder": 3, "cross": 5}, {"decoder": 6}, {"encoder": 2}, {"cross": 7}, None),
 }
 
 
 @pytest.fixture
-def requests(random_ids: Callable[..., list[int]], random_prefix: Callable[..., Any]) -> Callable[..., list[Request]]:
+def requests(random_ids, random_prefix):
     """Requests with prompts of 1 to 30 tokens, and prefixes of several lengths and sites, some shared, and none."""
 
-    def make(backbone: Backbone, n: int = 1, **rules: Any) -> list[Request]:
+    def make(backbone, n=1, **rules):
         lengths = PREFIXES[backbone.kind]
         made = {repr(one): one and random_prefix(backbone, one, seed).detach() for seed, one in enumerate(lengths)}
         prefixes = [made[repr(one)] for one in lengths]

@@ -1,7 +1,5 @@
 """Fused and spelled-out attention give the same logits, gradients and texts, with prefixes in front."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +18,15 @@ LENGTHS = (3, None, 5)
 
 
 @pytest.fixture
-def with_kernel(tiny_models: Make, tiny_tokenizer: Any) -> Make:
-    def make(name: str, attention: str) -> Backbone:
+def with_kernel(tiny_models, tiny_tokenizer):
+    def make(name, attention):
         return Backbone.from_model(tiny_models(name), tiny_tokenizer, name, attention=attention)
 
     return make
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_kernels_agree(name: str, with_kernel: Make, random_prefix: Make, random_ids: Make, assert_same: Make) -> None:
+def test_kernels_agree(name, with_kernel, random_prefix, random_ids, assert_same):
     usual, other = with_kernel(name, "sdpa"), with_kernel(name, "eager")
     prefixes = [None if length is None else random_prefix(usual, length, seed=n) for n, length in enumerate(LENGTHS)]
     tensors = [tensor for prefix in prefixes if prefix is not None for tensor in prefix.tensors()]
@@ -44,9 +42,7 @@ def test_kernels_agree(name: str, with_kernel: Make, random_prefix: Make, random
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_kernels_generate_the_same(
-    name: str, beams: int, with_kernel: Make, random_prefix: Make, random_ids: Make
-) -> None:
+def test_kernels_generate_the_same(name, beams, with_kernel, random_prefix, random_ids):
     usual, other = with_kernel(name, "sdpa"), with_kernel(name, "eager")
     prompts = [random_ids(7, 1), random_ids(4, 2), random_ids(11, 3)]
     prefixes = [random_prefix(usual, 4, 5), None, random_prefix(usual, 6, 6)]
@@ -56,13 +52,13 @@ def test_kernels_generate_the_same(
         assert generate_ids(other, prompts, prefixes, config=config) == expected
 
 
-def test_an_unknown_kernel_is_refused(with_kernel: Make) -> None:
+def test_an_unknown_kernel_is_refused(with_kernel):
     with pytest.raises(ConfigError, match="flash_attention_2") as error:
         with_kernel("llama", "flash_attention_2")
     assert "sdpa" in error.value.hint
 
 
-def test_a_static_cache_without_a_mask_is_refused(with_kernel: Make, random_ids: Make) -> None:
+def test_a_static_cache_without_a_mask_is_refused(with_kernel, random_ids):
     backbone = with_kernel("llama", "sdpa")
     with pytest.raises(BackboneError):
         backbone.model.generate(torch.tensor([random_ids(7, 1)]), cache_implementation="static", max_new_tokens=3)

@@ -1,13 +1,10 @@
 """Attention to the prefix against transformers' own eager attention over a cache that holds the prefix."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from oracles import behind_cache, cache_of
 from prefixtune.attention import record
@@ -15,21 +12,20 @@ from prefixtune.attention.injection import observe_attention
 from prefixtune.attention.record import PrefixMass
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
-from prefixtune.prefix.prefix import Prefix
 
 Make = Callable[..., Any]
 WITHOUT_WINDOW = ("gpt2", "llama", "opt", "gpt_neox", "qwen3")
 P = 4
 
 
-def examples_of(random_ids: Make) -> list[TokenizedExample]:
+def examples_of(random_ids):
     return [
         TokenizedExample(tuple(random_ids(6, 1)), (tuple(random_ids(5, 2)), tuple(random_ids(3, 3)))),
         TokenizedExample(tuple(random_ids(2, 4)), (tuple(random_ids(4, 5)),)),
     ]
 
 
-def weights_of(model: Any, ids: list[int], prefix: Prefix) -> list[Tensor]:
+def weights_of(model, ids, prefix):
     """transformers' attention at the prefix by layer, (Hq, T, P)."""
     mask = torch.ones(1, P + len(ids), dtype=torch.long)
     options = {"attention_mask": mask, "output_attentions": True}
@@ -41,20 +37,13 @@ def weights_of(model: Any, ids: list[int], prefix: Prefix) -> list[Tensor]:
 @pytest.mark.parametrize("make_batch", [pack, lambda examples: pad(examples, pad_id=0)], ids=["packed", "padded"])
 @pytest.mark.parametrize("name", WITHOUT_WINDOW)
 def test_mass_is_transformers_own(
-    name: str,
-    make_batch: Make,
-    tiny_backbone: Make,
-    tiny_models: Make,
-    random_prefix: Make,
-    random_ids: Make,
-    assert_same: Make,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    name, make_batch, tiny_backbone, tiny_models, random_prefix, random_ids, assert_same, monkeypatch
+):
     backbone, oracle = tiny_backbone(name), tiny_models(name).requires_grad_(False)
     oracle.set_attn_implementation("eager")
     prefix = random_prefix(backbone, P).detach()
     examples = examples_of(random_ids)
-    expected: list[list[Tensor]] = []
+    expected = []
     for example in examples:
         for target in example.targets:
             whole = weights_of(oracle, [*example.prompt, *target], prefix)
@@ -79,9 +68,7 @@ def test_mass_is_transformers_own(
 
 
 @torch.no_grad()
-def test_mass_at_an_encoder_is_the_first_layer_by_hand(
-    tiny_backbone: Make, random_prefix: Make, random_ids: Make, assert_same: Make
-) -> None:
+def test_mass_at_an_encoder_is_the_first_layer_by_hand(tiny_backbone, random_prefix, random_ids, assert_same):
     backbone = tiny_backbone("bert")
     prefix = random_prefix(backbone, P).detach()
     ids, real = torch.tensor([random_ids(6, 1), random_ids(6, 2)]), torch.ones(2, 6, dtype=torch.long)
@@ -103,7 +90,7 @@ def test_mass_at_an_encoder_is_the_first_layer_by_hand(
 
 
 @torch.no_grad()
-def test_nothing_is_seen_without_a_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: Make) -> None:
+def test_nothing_is_seen_without_a_prefix(tiny_backbone, random_prefix, random_ids):
     backbone = tiny_backbone("llama")
     batch = pack(examples_of(random_ids)[:1])
     mass = PrefixMass({"decoder": torch.ones_like(batch.input_ids, dtype=torch.bool)})

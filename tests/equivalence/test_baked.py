@@ -1,10 +1,5 @@
 """Baking keeps the prefix and drops the MLP, which is in no file."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,7 +8,7 @@ from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import save_prefix
 
 
-def build(backbone: Any, kind: str, start: Any = None) -> PrefixEncoder:
+def build(backbone, kind, start=None):
     torch.manual_seed(0)
     return PrefixEncoder(
         kind, backbone.geometry, 5, embedding_size=backbone.hidden_size, bottleneck_size=16, start=start
@@ -21,7 +16,7 @@ def build(backbone: Any, kind: str, start: Any = None) -> PrefixEncoder:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "none", "scaled"])
-def test_baked_is_the_module(kind: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_baked_is_the_module(kind, tiny_backbone, random_prefix, random_ids):
     backbone = tiny_backbone("qwen3")
     start = None if kind == "mlp" else random_prefix(backbone, 5)
     module = build(backbone, kind, start)
@@ -41,7 +36,7 @@ def test_baked_is_the_module(kind: str, tiny_backbone: Any, random_prefix: Any, 
     assert baked.equal(kept), "a baked prefix must not move with its module"
 
 
-def test_a_prefix_for_gpt2_medium_takes_two_megabytes(tmp_path: Path):
+def test_a_prefix_for_gpt2_medium_takes_two_megabytes(tmp_path):
     module = PrefixEncoder(
         "mlp", {"decoder": (LayerShape(16, 64, 64),) * 24}, 10, embedding_size=1024, bottleneck_size=512
     )

@@ -1,17 +1,11 @@
 """Training with others beside: the losses and gradients of prefixes joined by hand, sample by sample."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import prefixtune as pt
 from oracles import behind_cache, cache_of
@@ -21,7 +15,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import Beside
 from prefixtune.training.data import tokenize
-from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
+from prefixtune.training.loop import TrainLoop, forward_backward
 from prefixtune.training.prepare import prepare
 from prefixtune.training.schedule import optimizer_steps, vary
 from prefixtune.training.starts.build import build_encoder
@@ -33,7 +27,7 @@ EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", f"it is {le
 LENGTHS = (3, 2, 4)
 
 
-def moved_on(backbone: Any, prefix: Prefix, offset: int) -> Prefix:
+def moved_on(backbone, prefix, offset):
     """Keys turned by the model's own rotary embedding at position `offset`; others as they are."""
     if not hasattr(backbone.model.base_model, "rotary_emb"):
         return prefix
@@ -41,7 +35,7 @@ def moved_on(backbone: Any, prefix: Prefix, offset: int) -> Prefix:
     cos, sin = (part[0, 0] for part in rotary(torch.zeros(1, 1, 8), torch.tensor([[offset]])))
     size = cos.shape[0]
 
-    def turn(key: Tensor) -> Tensor:
+    def turn(key):
         first, rest = key[..., :size], key[..., size:]
         half = torch.cat([-first[..., size // 2 :], first[..., : size // 2]], dim=-1)
         return torch.cat([first * cos + half * sin, rest], dim=-1)
@@ -49,7 +43,7 @@ def moved_on(backbone: Any, prefix: Prefix, offset: int) -> Prefix:
     return Prefix({"decoder": tuple((turn(key), value) for key, value in prefix.layers["decoder"])})
 
 
-def right_before_the_text(backbone: Any, parts: list[Prefix]) -> Prefix:
+def right_before_the_text(backbone, parts):
     """One behind the other, each moved on so that it ends where the text begins."""
     total = sum(part.length("decoder") for part in parts)
     offsets = [total - part.length("decoder") for part in parts]
@@ -65,7 +59,7 @@ def right_before_the_text(backbone: Any, parts: list[Prefix]) -> Prefix:
     )
 
 
-def loop_of(backbone: Any, others: list[Prefix], tmp_path: Path, **options: Any) -> TrainLoop:
+def loop_of(backbone, others, tmp_path, **options):
     config = pt.TrainConfig(
         prefix_length=5, init_text="ab", beside="others", output=str(tmp_path), batch_size=8, **options
     )
@@ -76,12 +70,12 @@ def loop_of(backbone: Any, others: list[Prefix], tmp_path: Path, **options: Any)
     return loop
 
 
-def front_of(backbone: Any, company: tuple[int, ...], own: Prefix, others: Sequence[Prefix]) -> Prefix:
+def front_of(backbone, company, own, others):
     """What is in front of a sample, joined by hand."""
     return right_before_the_text(backbone, [own, *(others[number] for number in company)])
 
 
-def samples_of(loop: TrainLoop, step: int) -> list[tuple[tuple[int, ...], TokenizedExample]]:
+def samples_of(loop, step):
     """The samples of a step, and who is in front of each."""
     assert loop.beside is not None
     (raw,) = next(iter(optimizer_steps(loop.config, loop.data.train.examples, epoch=step - 1)))
@@ -91,7 +85,7 @@ def samples_of(loop: TrainLoop, step: int) -> list[tuple[tuple[int, ...], Tokeni
     return sorted(drawn, key=lambda sample: sample[0])
 
 
-def loss_by_hand(loop: TrainLoop, step: int, own: Prefix, others: Sequence[Prefix]) -> Tensor:
+def loss_by_hand(loop, step, own, others):
     """The loss of a step, each sample by itself: sums over targets, and their mean over the step."""
     backbone, samples = loop.backbone, samples_of(loop, step)
     losses = [
@@ -102,9 +96,7 @@ def loss_by_hand(loop: TrainLoop, step: int, own: Prefix, others: Sequence[Prefi
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "gpt2", "bart", "t5", "m2m_100"])
-def test_a_step_is_that_of_prefixes_joined_by_hand(
-    name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
-) -> None:
+def test_a_step_is_that_of_prefixes_joined_by_hand(name, tiny_backbone, random_prefix, tmp_path, assert_same):
     backbone = tiny_backbone(name)
     others = [random_prefix(backbone, length, seed, 0.3).detach() for seed, length in enumerate(LENGTHS)]
     loop = loop_of(backbone, others, tmp_path, seed=3)
@@ -127,7 +119,7 @@ def test_a_step_is_that_of_prefixes_joined_by_hand(
     assert {len(company) for company in seen} >= {0, 3}
 
 
-def open_group(stack: contextlib.ExitStack, backbone: Any, tmp_path: Path) -> tuple[RunGroup, list[TrainLoop]]:
+def open_group(stack, backbone, tmp_path):
     """Three runs beside each other, of unequal lengths."""
     configs = [
         pt.TrainConfig(prefix_length=length, init_text=text, batch_size=8, beside="self", output=str(tmp_path / text))
@@ -142,14 +134,12 @@ def open_group(stack: contextlib.ExitStack, backbone: Any, tmp_path: Path) -> tu
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_the_joined_gradient_is_the_sum_of_one_sided_ones(
-    name: str, tiny_backbone: Callable[..., Any], tmp_path: Path, assert_same: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_joined_gradient_is_the_sum_of_one_sided_ones(name, tiny_backbone, tmp_path, assert_same, monkeypatch):
     """Of each run: the gradients that each run's loss has at it, while all others are constants."""
     backbone = tiny_backbone(name)
     checked = []
 
-    def check(loop: TrainLoop, step: PendingStep, stop: threading.Event, apply: Any = TrainLoop.apply) -> Any:
+    def check(loop, step, stop, apply=TrainLoop.apply):
         leaf = step.prefix_leaf
         assert leaf is not None
         index, number = loops.index(loop), loop.state.step + 1
@@ -176,8 +166,8 @@ def test_the_joined_gradient_is_the_sum_of_one_sided_ones(
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_hidden_positions_and_lengths_are_those_of_the_own_part(
-    name: str, tiny_backbone: Callable[..., Any], random_prefix: Any, tmp_path: Path, assert_same: Any
-) -> None:
+    name, tiny_backbone, random_prefix, tmp_path, assert_same
+):
     """Nested, dropped and joined at once: against a prefix of the visible rows, with the text where it was."""
     backbone = tiny_backbone(name)
     others = [random_prefix(backbone, length, seed, 0.3).detach() for seed, length in enumerate(LENGTHS)]
@@ -204,7 +194,7 @@ def test_hidden_positions_and_lengths_are_those_of_the_own_part(
 
 
 @torch.no_grad()
-def visible_losses(backbone: Any, whole: Prefix, kept: list[int], group: TokenizedExample) -> Tensor:
+def visible_losses(backbone, whole, kept, group):
     """Losses of a group with some rows of a prefix alone; a decoder-only model's text begins after all of them."""
     start = backbone.decoder_start_id if backbone.kind == "encoder-decoder" else None
     plain = TokenizedExample(group.prompt, group.targets)
@@ -225,7 +215,7 @@ def visible_losses(backbone: Any, whole: Prefix, kept: list[int], group: Tokeniz
     return torch.cat(losses)
 
 
-def test_who_stands_beside_is_drawn_by_seed_step_and_sample(tiny_backbone: Any, random_prefix: Any) -> None:
+def test_who_stands_beside_is_drawn_by_seed_step_and_sample(tiny_backbone, random_prefix):
     backbone = tiny_backbone("gpt2")
     beside = Beside.of_prefixes([random_prefix(backbone, 1).detach()] * 4, backbone.rotation)
     config = pt.TrainConfig(beside="x", beside_most=3)

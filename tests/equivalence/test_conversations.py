@@ -1,10 +1,7 @@
 """A conversation computed once against its turns one by one, and its token ids against `apply_chat_template`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,13 +43,13 @@ ANSWER = "Since the last moon."
 
 
 @pytest.fixture
-def conversation(random_ids: Any) -> TokenizedExample:
+def conversation(random_ids):
     """Three turns with other tokens between them."""
     ids = tuple(random_ids(23, seed=5))
     return TokenizedExample(tuple(random_ids(6, seed=6)), (ids,), turns=((0, 4), (9, 14), (20, 23)))
 
 
-def turn_by_turn(example: TokenizedExample) -> list[TokenizedExample]:
+def turn_by_turn(example):
     (target,) = example.targets
     return [
         replace(example, prompt=(*example.prompt, *target[:first]), targets=(target[first:stop],), turns=())
@@ -62,22 +59,14 @@ def turn_by_turn(example: TokenizedExample) -> list[TokenizedExample]:
 
 @pytest.mark.parametrize("reduction", ["sentence", "token"])
 @pytest.mark.parametrize("hidden", [(), (1, 3)])
-def test_packed_is_one_by_one(
-    reduction: str,
-    hidden: tuple[int, ...],
-    backbone: Any,
-    random_prefix: Any,
-    random_ids: Any,
-    conversation: TokenizedExample,
-    assert_same: Any,
-) -> None:
+def test_packed_is_one_by_one(reduction, hidden, backbone, random_prefix, random_ids, conversation, assert_same):
     plain = TokenizedExample(tuple(random_ids(5)), (tuple(random_ids(3, seed=2)), tuple(random_ids(6, seed=3))))
     prefix = random_prefix(backbone, 5)
     tensors = prefix.tensors()
     for tensor in tensors:
         tensor.requires_grad_(True)
 
-    def loss_and_gradients(examples: list[TokenizedExample]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def loss_and_gradients(examples):
         batch = collate(backbone, examples)
         assert batch.num_targets == 5
         weights = batch.weights(reduction, batch.num_targets, len(batch.labels))
@@ -93,9 +82,7 @@ def test_packed_is_one_by_one(
         assert_same(gradient, other)
 
 
-def test_padded_rows_and_soft_labels(
-    tiny_backbone: Any, random_prefix: Any, conversation: TokenizedExample, assert_same: Any
-) -> None:
+def test_padded_rows_and_soft_labels(tiny_backbone, random_prefix, conversation, assert_same):
     backbone = tiny_backbone("llama")
     prefix, labels = random_prefix(backbone, 4), sum(stop - first for first, stop in conversation.turns)
     size = int(backbone.model.get_output_embeddings().weight.shape[0])
@@ -113,7 +100,7 @@ def test_padded_rows_and_soft_labels(
     assert pad([whole], pad_id=0).target_index.tolist() == pack([whole]).target_index.tolist()
 
 
-def test_batches_count_turns_and_keep_conversations_whole(conversation: TokenizedExample) -> None:
+def test_batches_count_turns_and_keep_conversations_whole(conversation):
     single = TokenizedExample((1, 2), ((3,),))
     examples = [conversation, single, single, conversation, single]
     batches = list(epoch_batches(examples, batch_size=4, targets_per_source=4, seed=None))
@@ -124,19 +111,18 @@ def test_batches_count_turns_and_keep_conversations_whole(conversation: Tokenize
 # --- token ids = apply_chat_template ----------------------------------------------------------------------------------
 
 
-def by_transformers(tokenizer: Any, messages: list[Message], template: str | None, *, opens: bool) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
+def by_transformers(tokenizer, messages, template, *, opens):
+    return tokenizer.apply_chat_template(
         [message._asdict() for message in messages],
         chat_template=template,
         add_generation_prompt=opens,
         tokenize=True,
         return_dict=False,
     )
-    return ids
 
 
 @pytest.mark.parametrize("template", ["model", CHATML, LLAMA_3, THINKING, NO_END], ids=lambda text: text[:20])
-def test_ids_are_those_of_transformers(template: str, default_backbone: Any) -> None:
+def test_ids_are_those_of_transformers(template, default_backbone):
     form = chat_format(default_backbone, template)
     own = None if template == "model" else template
     tokenizer = default_backbone.tokenizer
@@ -163,7 +149,7 @@ def test_ids_are_those_of_transformers(template: str, default_backbone: Any) -> 
     assert found.is_packed == (template not in (THINKING, NO_END))
 
 
-def long_conversation(num_answers: int) -> list[Message]:
+def long_conversation(num_answers):
     pairs = [
         (
             Message("user", f"What is {number}?"),
@@ -175,16 +161,13 @@ def long_conversation(num_answers: int) -> list[Message]:
 
 
 @pytest.mark.parametrize("template", ["model", CHATML, LLAMA_3, THINKING], ids=lambda text: text[:20])
-def test_the_work_for_a_conversation_grows_with_its_length(
-    template: str, default_backbone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_work_for_a_conversation_grows_with_its_length(template, default_backbone, monkeypatch):
     form, messages = chat_format(default_backbone, template), long_conversation(40)
     encode, encoded = type(default_backbone).encode, [0]
 
-    def counted(backbone: Any, text: str) -> list[int]:
+    def counted(backbone, text):
         encoded[0] += len(text)
-        ids: list[int] = encode(backbone, text)
-        return ids
+        return encode(backbone, text)
 
     monkeypatch.setattr(type(default_backbone), "encode", counted)
     found = encode_conversation(default_backbone, form, messages, [ANSWER])
@@ -196,7 +179,7 @@ def test_the_work_for_a_conversation_grows_with_its_length(
         assert list(turn.prompt) == by_transformers(default_backbone.tokenizer, messages[:stop], own, opens=True)
 
 
-def test_what_follows_a_turn_that_is_too_long_is_dropped(default_backbone: Any) -> None:
+def test_what_follows_a_turn_that_is_too_long_is_dropped(default_backbone):
     form, messages = chat_format(default_backbone, "model"), long_conversation(12)
     whole = encode_conversation(default_backbone, form, messages, [ANSWER])
     limit = whole.turns[4].length
@@ -205,7 +188,7 @@ def test_what_follows_a_turn_that_is_too_long_is_dropped(default_backbone: Any) 
     assert (dataset.num_dropped_turns, len(dataset.examples[0].turns)) == (13 - 5, 5)
 
 
-def test_turns_that_are_rewritten_are_examples_of_their_own(default_backbone: Any) -> None:
+def test_turns_that_are_rewritten_are_examples_of_their_own(default_backbone):
     form = chat_format(default_backbone, THINKING)
     messages = tuple(CHAT)
     examples = [Example("plain", ("target",)), Example(CHAT[-1].content, (ANSWER, "Ages."), messages=messages)]
@@ -217,7 +200,7 @@ def test_turns_that_are_rewritten_are_examples_of_their_own(default_backbone: An
     assert "<think>" not in default_backbone.tokenizer.decode(dataset.examples[3].prompt)
 
 
-def test_tokens_that_join_at_a_border(default_backbone: Any) -> None:
+def test_tokens_that_join_at_a_border(default_backbone):
     """Generation begins after the tokens of what was asked, so an answer is learned from there."""
     form, tokenizer = chat_format(default_backbone, "model"), default_backbone.tokenizer
     messages = [Message("user", "Hi"), Message("assistant", "  Hello."), Message("user", "Again")]

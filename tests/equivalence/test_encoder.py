@@ -1,13 +1,7 @@
 """Encoders: windows, special tokens, and what an encoder does not do."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from prefixtune.backbone.load import load_backbone
 from prefixtune.errors import BackboneError, RequestError
@@ -16,11 +10,11 @@ from prefixtune.inference.generate import generate, stream
 P = 5
 
 
-def states(backbone: Any, ids: Tensor, mask: Tensor | None = None, prefixes: Any = None) -> Tensor:
+def states(backbone, ids, mask=None, prefixes=None):
     return backbone.forward(ids, mask, prefixes=prefixes).last_hidden_state
 
 
-def test_a_local_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_a_local_window_does_not_hide_the_prefix(tiny_backbone, random_prefix, random_ids):
     """ModernBERT's local attention: four tokens on either side, and the whole prefix."""
     backbone = tiny_backbone("modernbert", num_hidden_layers=1, layer_types=["sliding_attention"], local_attention=8)
     ids, one, other = torch.tensor([random_ids(20)]), random_prefix(backbone, 3, 1), random_prefix(backbone, 3, 2)
@@ -39,7 +33,7 @@ def test_a_local_window_does_not_hide_the_prefix(tiny_backbone: Any, random_pref
     assert moved.nonzero().flatten().tolist() == list(range(6, 15))
 
 
-def test_an_encoder_reads_a_text_within_its_special_tokens(encoder: Any):
+def test_an_encoder_reads_a_text_within_its_special_tokens(encoder):
     ids = encoder.encode("ab")
     assert len(ids) == 2
     assert encoder.encode_sources(["ab", ""]) == [
@@ -49,9 +43,7 @@ def test_an_encoder_reads_a_text_within_its_special_tokens(encoder: Any):
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_a_folder_is_loaded_as_an_encoder(
-    family: str, tmp_path: Path, tiny_models: Any, enclosing_tokenizer: Any, random_ids: Any, assert_same: Any
-):
+def test_a_folder_is_loaded_as_an_encoder(family, tmp_path, tiny_models, enclosing_tokenizer, random_ids, assert_same):
     model = tiny_models(family)
     model.save_pretrained(tmp_path)
     enclosing_tokenizer.save_pretrained(tmp_path)
@@ -62,13 +54,13 @@ def test_a_folder_is_loaded_as_an_encoder(
     assert_same(states(backbone, ids), model(input_ids=ids).last_hidden_state)
 
 
-def test_the_width_is_that_of_the_layers(tiny_backbone: Any):
+def test_the_width_is_that_of_the_layers(tiny_backbone):
     """The MLP is as wide as the model; ELECTRA's embeddings are narrower."""
     backbone = tiny_backbone("electra")
     assert backbone.hidden_size == backbone.model.config.hidden_size == 32
 
 
-def test_an_encoder_writes_nothing(encoder: Any, tiny_backbone: Any, random_prefix: Any):
+def test_an_encoder_writes_nothing(encoder, tiny_backbone, random_prefix):
     for prefix in (None, random_prefix(encoder, 3)):
         with pytest.raises(RequestError, match=r"is an encoder, which reads text and writes none") as error:
             generate(encoder, ["some text"], prefix)

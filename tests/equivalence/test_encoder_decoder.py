@@ -1,13 +1,8 @@
 """Encoder-decoders: where texts begin and end, windows, lengths, and what is refused."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from tokenizers import processors
-from torch import Tensor
 
 from oracles import greedy_by_recomputation, pad_rows
 from prefixtune.backbone.backbone import Backbone
@@ -31,7 +26,7 @@ GREEDY = GenerateConfig(max_new_tokens=NEW)
 # --- where texts begin and end, and windows --------------------------------------------------------------------------
 
 
-def test_what_a_tokenizer_adds_is_learned_and_not_shown(tiny_models: Any, enclosing_tokenizer: Any):
+def test_what_a_tokenizer_adds_is_learned_and_not_shown(tiny_models, enclosing_tokenizer):
     """BART's tokenizer puts <s> and </s> around a target; the decoder reads its start token before both."""
     backbone = Backbone.from_model(tiny_models("bart"), enclosing_tokenizer, "tiny")
     begin, end = enclosing_tokenizer.bos_token_id, backbone.eos_id
@@ -42,7 +37,7 @@ def test_what_a_tokenizer_adds_is_learned_and_not_shown(tiny_models: Any, enclos
     assert backbone.decode([begin, *ids, end]) == "ab"
 
 
-def test_where_none_is_configured_a_language_token_comes_first(tiny_models: Any, random_ids: Any):
+def test_where_none_is_configured_a_language_token_comes_first(tiny_models, random_ids):
     """mBART's tokenizer puts the language after the end of a text: the decoder begins with it, and learns to end."""
     tokenizer = make_tokenizer()
     language = tokenizer.convert_tokens_to_ids("@")
@@ -59,7 +54,7 @@ def test_where_none_is_configured_a_language_token_comes_first(tiny_models: Any,
     assert found == greedy_by_recomputation(backbone, prompt, None, NEW)
 
 
-def test_a_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_a_window_does_not_hide_the_prefix(tiny_backbone, random_prefix, random_ids):
     """T5Gemma has windows in encoder and decoder."""
     part = {
         "num_attention_heads": 4,
@@ -76,7 +71,7 @@ def test_a_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: An
     ids, read = torch.tensor([random_ids(20, 1)]), torch.tensor([random_ids(20, 2)])
     for site in ("encoder", "decoder"):
         prefix = random_prefix(backbone, {site: 3})
-        hidden: list[Tensor] = []
+        hidden = []
         layer = getattr(backbone.model.model, site).layers[0].self_attn
         handle = layer.register_forward_hook(lambda _, __, output, into=hidden: into.append(output[0][0]))
         logits = backbone.forward(ids, decoder_input_ids=read, prefixes=prefix).logits
@@ -107,7 +102,7 @@ def test_a_window_does_not_hide_the_prefix(tiny_backbone: Any, random_prefix: An
 # --- other layers, and what is refused -------------------------------------------------------------------------------
 
 
-def test_a_model_without_an_encoder_site_has_the_others(tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_a_model_without_an_encoder_site_has_the_others(tiny_backbone, random_prefix, random_ids):
     backbone = tiny_backbone("longt5-local")
     assert tuple(backbone.geometry) == ("decoder", "cross")
     prefix, prompt = random_prefix(backbone, 4), random_ids(9)
@@ -117,7 +112,7 @@ def test_a_model_without_an_encoder_site_has_the_others(tiny_backbone: Any, rand
 
 @pytest.mark.parametrize("name", ["longt5-local", "longt5-global", "pegasus_x", "bigbird_pegasus"])
 def test_layers_that_attend_by_themselves_go_on_as_before_or_the_model_is_refused(
-    name: str, tiny_backbone: Any, tiny_models: Any, random_ids: Any, assert_same: Any
+    name, tiny_backbone, tiny_models, random_ids, assert_same
 ):
     """Their masks must not change with the attention function of the other layers."""
     try:
@@ -131,19 +126,19 @@ def test_layers_that_attend_by_themselves_go_on_as_before_or_the_model_is_refuse
 
 
 @pytest.mark.parametrize("sites", ["decodr", "encoder,encoder=3", "encoder=0", "encoder=x", "encoder=", "encoder=3=4"])
-def test_sites_that_mean_nothing(sites: str):
+def test_sites_that_mean_nothing(sites):
     with pytest.raises(ConfigError, match="sites"):
         TrainConfig(sites=sites)
 
 
-def test_what_the_decoder_reads_must_come_with_an_encoder_decoder_only(tiny_backbone: Any, random_ids: Any):
+def test_what_the_decoder_reads_must_come_with_an_encoder_decoder_only(tiny_backbone, random_ids):
     ids = torch.tensor([random_ids(5)])
     for name, more in (("gpt2", {"decoder_input_ids": ids}), ("bart", {}), ("bert", {"decoder_input_ids": ids})):
         with pytest.raises(ConfigError, match="decoder_input_ids"):
             tiny_backbone(name).forward(ids, **more)
 
 
-def test_what_is_longer_than_the_position_table(tiny_backbone: Any):
+def test_what_is_longer_than_the_position_table(tiny_backbone):
     """A source is cut and counted, or refused; a target is refused; a request is refused before any work."""
     backbone, limit, plain = tiny_backbone("bart"), 160, TextFormat("{source}", "{target}")
     assert backbone.max_positions == limit
@@ -165,7 +160,7 @@ def test_what_is_longer_than_the_position_table(tiny_backbone: Any):
     assert generate(backbone, ["s" * limit], max_new_tokens=limit)
 
 
-def test_a_cut_source_keeps_the_closing_token(tiny_models: Any, enclosing_tokenizer: Any):
+def test_a_cut_source_keeps_the_closing_token(tiny_models, enclosing_tokenizer):
     backbone = Backbone.from_model(tiny_models("t5"), enclosing_tokenizer, "tiny")
     assert backbone.max_positions is None
     plain = TextFormat("{source}", "{target}")

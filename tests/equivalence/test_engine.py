@@ -1,10 +1,6 @@
 """The engine's running batch against generating one text at a time: the same tokens, whatever else runs beside."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.engine.attention import StepAttention
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import Request, SamplingParams, SequenceOutput
+from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.prompts import newline_tokens
 from prefixtune.prefix.prefix import Prefix
@@ -30,19 +26,19 @@ NEW = 10
 
 
 @pytest.fixture
-def llama(made: Callable[[str], Backbone]) -> Backbone:
+def llama(made):
     return made("llama")
 
 
-def finish(engine: Engine) -> list[SequenceOutput]:
+def finish(engine):
     outputs = []
     while engine.busy:
         outputs += engine.step()
     return outputs
 
 
-def by_text(outputs: list[SequenceOutput]) -> dict[tuple[str, int], list[int]]:
-    found: dict[tuple[str, int], list[int]] = {}
+def by_text(outputs):
+    found = {}
     for output in outputs:
         found.setdefault((output.request_id, output.index), []).extend(ids(output))
     return found
@@ -58,7 +54,7 @@ def by_text(outputs: list[SequenceOutput]) -> dict[tuple[str, int], list[int]]:
         *("bart", "pegasus", "t5", "t5_gated", *ENCODER_DECODERS_OF_THE_ZOO),
     ],
 )
-def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests: Any):
+def test_a_mixed_running_batch_is_each_text_alone(name, made, requests):
     backbone = made(name)
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
@@ -71,20 +67,20 @@ def test_a_mixed_running_batch_is_each_text_alone(name: str, made: Any, requests
 
 
 def by_brute_force(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    first_queries: torch.Tensor,
-    first_keys: torch.Tensor,
-    most_queries: int,
-    most_keys: int,
+    query,
+    key,
+    value,
+    first_queries,
+    first_keys,
+    most_queries,
+    most_keys,
     *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-) -> torch.Tensor:
+    scale,
+    window_size,
+    enable_gqa,
+    seqused_k,
+    block_table,
+):
     """What FlashAttention's function for many texts says that it computes, number by number."""
     assert enable_gqa
     assert {tensor.dtype for tensor in (first_queries, first_keys, seqused_k, block_table)} == {torch.int32}
@@ -106,9 +102,7 @@ def by_brute_force(
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "bart"])
-def test_attention_by_pages_is_attention_text_by_text(
-    name: str, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_attention_by_pages_is_attention_text_by_text(name, made, requests, monkeypatch):
     """The road of a GPU, on a CPU: tables of pages, and places in them."""
     backbone = made(name)
     # In a window, a prefix would be hidden: these go text by text.
@@ -117,7 +111,7 @@ def test_attention_by_pages_is_attention_text_by_text(
     expected = [alone(backbone, request) for request in asked]
     calls = 0
 
-    def watch(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def watch(*args, **kwargs):
         nonlocal calls
         calls += 1
         return by_brute_force(*args, **kwargs)
@@ -137,9 +131,7 @@ def test_attention_by_pages_is_attention_text_by_text(
 @pytest.mark.parametrize(
     ("name", "overhead"), [("llama", -10_000), *((name, 10_000) for name in ("llama", "mistral", "gemma2", "bart"))]
 )
-def test_texts_side_by_side_are_attended_to_together_or_alone(
-    name: str, overhead: int, made: Any, requests: Any, random_ids: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_texts_side_by_side_are_attended_to_together_or_alone(name, overhead, made, requests, random_ids, monkeypatch):
     monkeypatch.setattr("prefixtune.engine.attention._CALL_OVERHEAD", overhead)
     monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 8)
     backbone = made(name)
@@ -149,7 +141,7 @@ def test_texts_side_by_side_are_attended_to_together_or_alone(
     together = 0
     original = StepAttention.__post_init__
 
-    def spy(step: StepAttention) -> None:
+    def spy(step):
         nonlocal together
         original(step)
         together += len(step.together)
@@ -160,7 +152,7 @@ def test_texts_side_by_side_are_attended_to_together_or_alone(
     assert (together > 0) == (overhead > 0)
 
 
-PREFIXES: dict[str, tuple[dict[str, int], ...]] = {
+PREFIXES = {
     "decoder": ({}, {"decoder": 1}, {"decoder": 4}, {"decoder": 9}),
     "encoder-decoder": ({}, {"encoder": 4, "decoder": 3, "cross": 5}, {"decoder": 6}, {"encoder": 2, "cross": 7}),
 }
@@ -193,15 +185,7 @@ one_request = st.fixed_dictionaries(
     page=st.sampled_from([4, 256]),
 )
 def test_any_schedule_gives_what_each_text_gives_alone(
-    name: str,
-    asked: list[dict[str, Any]],
-    num_slots: int,
-    prefill_tokens: int,
-    positions: int,
-    page: int,
-    made: Any,
-    random_ids: Any,
-    random_prefix: Any,
+    name, asked, num_slots, prefill_tokens, positions, page, made, random_ids, random_prefix
 ):
     backbone = made(name)
     each = sum(shape.size for shape in backbone.geometry["decoder"]) * backbone.dtype.itemsize
@@ -243,7 +227,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
 
 
-def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
+def test_bfloat16_differs_by_rounding_only(tiny_models, tiny_tokenizer, requests):
     backbone = Backbone.from_model(tiny_models("llama").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
     asked = requests(backbone, logprobs=0)
     for request, (output,) in zip(asked, Engine(backbone).run(asked), strict=True):
@@ -261,16 +245,15 @@ def test_bfloat16_differs_by_rounding_only(tiny_models: Any, tiny_tokenizer: Any
 
 
 @torch.no_grad()
-def recomputed(backbone: Backbone, request: Request, written: list[int]) -> torch.Tensor:
+def recomputed(backbone, request, written):
     """Log-probabilities at every place of a text, by running all of it at once with the prefix injected."""
     whole = torch.tensor([[*request.prompt, *written]])
     logits = backbone.forward(whole, prefixes=request.prefix).logits[0]
     start = len(request.prompt) - 1
-    found: torch.Tensor = logits[start : start + len(written)].float().log_softmax(-1)
-    return found
+    return logits[start : start + len(written)].float().log_softmax(-1)
 
 
-def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, requests: Any):
+def test_logprobs_are_those_of_the_whole_text_recomputed(llama, requests):
     asked = requests(llama, logprobs=3)
     for request, (output,) in zip(asked, Engine(llama, EngineConfig(num_slots=3)).run(asked), strict=True):
         expected = recomputed(llama, request, ids(output))
@@ -282,7 +265,7 @@ def test_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, reques
             assert token.id == token.top_logprobs[0][0]
 
 
-def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbone, requests: Any, random_ids: Any):
+def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama, requests, random_ids):
     asked = requests(llama, prompt_logprobs=3) + requests(llama, prompt_logprobs=0, max_new_tokens=0)
     asked += [
         *requests(llama),
@@ -307,7 +290,7 @@ def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama: Backbo
                 assert [id for id, _ in token.top_logprobs] == row.topk(params.prompt_logprobs).indices.tolist()
 
 
-def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama: Backbone, random_ids: Any):
+def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama, random_ids):
     engine = Engine(llama)
     engine.scheduler.max_prompt_logits = 16
     sampling = SamplingParams(prompt_logprobs=1, max_new_tokens=0)
@@ -316,18 +299,18 @@ def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama: Bac
     rows = []
     forward = engine.runner.forward
 
-    def count(*scheduled: Any) -> torch.Tensor:
+    def count(*scheduled):
         logits = forward(*scheduled)
         rows.append(len(logits))
         return logits
 
-    engine.runner.forward = count  # type: ignore[method-assign]
+    engine.runner.forward = count
     finish(engine)
     assert max(rows) == 16
     assert sum(rows) >= 3 * 99
 
 
-def test_texts_of_a_prompt_with_nan_fail_and_no_others(llama: Backbone, random_ids: Any, random_prefix: Any):
+def test_texts_of_a_prompt_with_nan_fail_and_no_others(llama, random_ids, random_prefix):
     bad = broken(random_prefix(llama, 2, 5).detach(), float("nan"))
     sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
     asked = [Request(tuple(random_ids(6)), prefix, sampling, n=2) for prefix in (bad, None)]
@@ -336,7 +319,7 @@ def test_texts_of_a_prompt_with_nan_fail_and_no_others(llama: Backbone, random_i
     assert [(output.finish_reason, len(output.prompt_tokens)) for output in good] == [("length", 6)] * 2
 
 
-def test_the_longest_prompt_without_new_tokens(llama: Backbone):
+def test_the_longest_prompt_without_new_tokens(llama):
     engine = Engine(llama, max_length=8)
     sampling = SamplingParams(prompt_logprobs=0, max_new_tokens=0)
     ((output,),) = engine.run([Request((1,) * 8, None, sampling)])
@@ -346,7 +329,7 @@ def test_the_longest_prompt_without_new_tokens(llama: Backbone):
 
 
 @pytest.fixture(scope="module")
-def ending(made: Any, random_ids: Any) -> Request:
+def ending(made, random_ids):
     """A request whose text the model ends by itself."""
     backbone = made("llama")
     for seed in range(200):
@@ -357,9 +340,9 @@ def ending(made: Any, random_ids: Any) -> Request:
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
-def test_rules_give_what_generate_gives_with_them(name: str, made: Any, ending: Request, requests: Any):
+def test_rules_give_what_generate_gives_with_them(name, made, ending, requests):
     backbone = made(name)
-    rules: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    rules = [
         ({}, {}),
         ({"min_new_tokens": NEW}, {"min_new_tokens": NEW}),
         ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
@@ -380,7 +363,7 @@ def test_rules_give_what_generate_gives_with_them(name: str, made: Any, ending: 
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 20, "top_p": 0.9}])
-def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], llama: Backbone, requests: Any):
+def test_a_seed_gives_one_text_whatever_runs_beside(options, llama, requests):
     rules = {"temperature": 1.0, "seed": 11, **options}
     drawn = requests(llama, **rules)[0]
     drawn = Request(drawn.prompt, drawn.prefix, drawn.sampling, n=3)
@@ -395,19 +378,17 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options: dict[str, Any], lla
 
 
 @pytest.mark.parametrize("new", [0, 1, NEW])
-def test_texts_of_one_request_compute_its_prompt_once(
-    new: int, llama: Backbone, random_ids: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_texts_of_one_request_compute_its_prompt_once(new, llama, random_ids, random_prefix, monkeypatch):
     scored = None if new else 0
     rules = SamplingParams(max_new_tokens=new, min_new_tokens=new, temperature=1.0, seed=3, prompt_logprobs=scored)
     prefix = random_prefix(llama, 5, 5).detach()
     prompt = tuple(random_ids(40, 40))
 
-    def computed(n: int) -> tuple[list[list[int]], int]:
+    def computed(n):
         count = 0
         serve = forward_with_backend
 
-        def watch(model: Any, layout: Any, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def watch(model, layout, input_ids, *rest):
             nonlocal count
             count += input_ids.shape[1]
             return serve(model, layout, input_ids, *rest)
@@ -431,14 +412,12 @@ def test_texts_of_one_request_compute_its_prompt_once(
 # --- several texts, leaving, failing ---------------------------------------------------------------------------------
 
 
-def test_a_text_whose_token_cannot_be_decoded_fails_alone(
-    llama: Backbone, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_text_whose_token_cannot_be_decoded_fails_alone(llama, requests, monkeypatch):
     asked = requests(llama)
     add = Detokenizer.add
     bad = asked[0]
 
-    def decode(self: Detokenizer, *tokens: int) -> str:
+    def decode(self, *tokens):
         sequences = engine.scheduler.running
         if any(one.detokenizer is self and one.request is bad and one.num_new_tokens == 2 for one in sequences):
             raise ValueError("no such token")
@@ -452,7 +431,7 @@ def test_a_text_whose_token_cannot_be_decoded_fails_alone(
         assert ids(output) == alone(llama, request)
 
 
-def broken(prefix: Prefix, value: float) -> Prefix:
+def broken(prefix, value):
     layers = [(key.clone(), part.clone()) for key, part in prefix.layers["decoder"]]
     layers[1][0][0, 0] = value
     layers[1][1][0, 0] = value
@@ -460,7 +439,7 @@ def broken(prefix: Prefix, value: float) -> Prefix:
 
 
 @pytest.mark.parametrize(("value", "num_slots"), [(float("nan"), 1), (float("inf"), 3), (3e38, 8)])
-def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: int, llama: Backbone, requests: Any):
+def test_a_broken_prefix_fails_its_own_request_alone(value, num_slots, llama, requests):
     asked = requests(llama)
     bad = Request(asked[0].prompt, broken(asked[0].prefix, value), asked[0].sampling)
     mixed = [asked[0], bad, *asked[1:]]
@@ -473,7 +452,7 @@ def test_a_broken_prefix_fails_its_own_request_alone(value: float, num_slots: in
     assert [ids(output) for (output,) in found] == [alone(llama, request) for request in asked]
 
 
-def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama: Backbone, requests: Any):
+def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama, requests):
     long, short, beside = (requests(llama)[n] for n in (1, 4, 6))
     engine = Engine(llama, EngineConfig(num_slots=2, prefill_tokens=4))
     bad = Request(long.prompt, broken(long.prefix, float("nan")), long.sampling)
@@ -489,7 +468,7 @@ def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama: Backbone, req
     assert found[beside.id, 0] == alone(llama, beside)
 
 
-def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests: Any):
+def test_no_token_left_to_choose_fails_that_text_alone(llama, requests):
     one, two = requests(llama)[:2]
     everything = tuple(range(llama.model.get_input_embeddings().weight.shape[0]))
     none = Request(one.prompt, None, SamplingParams(banned=everything))
@@ -501,14 +480,12 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama: Backbone, requests
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_served_is_refused_before_any_work(
-    llama: Backbone, made: Any, random_prefix: Any, tiny_backbone: Any
-):
+def test_what_cannot_be_served_is_refused_before_any_work(llama, made, random_prefix, tiny_backbone):
     engine = Engine(llama, EngineConfig(max_length=40))
     few = SamplingParams(max_new_tokens=3)
     last = Request((1,) * 20, random_prefix(llama, 5), SamplingParams(max_new_tokens=16))
     engine.add(last)
-    wrong: list[Callable[[], Request]] = [
+    wrong = [
         lambda: Request((1,) * 20, random_prefix(llama, 5), SamplingParams(max_new_tokens=17)),
         lambda: Request((1, 10_000), sampling=few),
         lambda: Request((1, -1), sampling=few),
@@ -516,7 +493,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         lambda: Request((1,), id=last.id, sampling=few),
         lambda: Request(()),
         lambda: Request((1,), n=0),
-        lambda: Request((1,), "prefix.safetensors"),  # type: ignore[arg-type]
+        lambda: Request((1,), "prefix.safetensors"),
         lambda: Request((1,), sampling=SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0)),
     ]
     for make in wrong:
@@ -532,7 +509,7 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         EngineConfig(num_slots=0, prefill_tokens=-1)
 
 
-def test_a_run_is_all_or_nothing(llama: Backbone, requests: Any):
+def test_a_run_is_all_or_nothing(llama, requests):
     first, second = requests(llama)[:2]
     engine = Engine(llama)
     with pytest.raises(PrefixError):
@@ -546,7 +523,7 @@ def test_a_run_is_all_or_nothing(llama: Backbone, requests: Any):
     assert ids(engine.run([second])[0][0]) == alone(llama, second)
 
 
-def test_a_prefix_of_other_weights_is_refused(llama: Backbone, tiny_backbone: Any, random_prefix: Any):
+def test_a_prefix_of_other_weights_is_refused(llama, tiny_backbone, random_prefix):
     other = tiny_backbone("llama", seed=1)
     prefix = Prefix(random_prefix(other, 3).layers, make_header(other))
     with pytest.raises(BackboneError, match="other weights"):
@@ -557,7 +534,7 @@ def test_a_prefix_of_other_weights_is_refused(llama: Backbone, tiny_backbone: An
     assert Engine(other).run([Request((1,), prefix, few)])
 
 
-def test_a_model_on_several_devices_is_refused(tiny_models: Any, tiny_tokenizer: Any):
+def test_a_model_on_several_devices_is_refused(tiny_models, tiny_tokenizer):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "spread")
     backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
     with pytest.raises(BackboneError, match="'spread' is on 2 devices") as error:
@@ -569,7 +546,7 @@ def test_a_model_on_several_devices_is_refused(tiny_models: Any, tiny_tokenizer:
     assert Engine(backbone).run([Request((1,), sampling=SamplingParams(max_new_tokens=2))])
 
 
-def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer: Any):
+def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer):
     backbone = Backbone.from_model(make_tiny("hrm_text", tiny_tokenizer), tiny_tokenizer, "tiny-looped")
     assert backbone.layout.repeats
     with pytest.raises(BackboneError, match="runs a layer several times in one pass"):

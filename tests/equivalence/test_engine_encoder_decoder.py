@@ -1,9 +1,5 @@
 """The engine with encoder-decoders: what a source, a bias by distance and a forced token ask of it."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -20,13 +16,12 @@ from prefixtune.engine.request import ContextLengthError, Request, SamplingParam
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
-from prefixtune.prefix.prefix import Prefix
 from zoo import make_model
 
 NEW = 10
 
 
-def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made: Any, requests: Any):
+def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made, requests):
     backbone = made("t5")
     farthest = backbone.model.config.relative_attention_max_distance
     new = farthest + 20
@@ -36,7 +31,7 @@ def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made: Any, requ
         assert ids(output) == alone(backbone, request, min_new_tokens=new)
 
 
-def test_the_bias_at_each_distance_is_the_models_own(made: Any):
+def test_the_bias_at_each_distance_is_the_models_own(made):
     backbone = made("t5")
     with torch.no_grad():
         found = relative_bias(backbone.model, backbone.layout, 40)
@@ -49,9 +44,7 @@ def test_the_bias_at_each_distance_is_the_models_own(made: Any):
 
 
 @pytest.mark.parametrize(("name", "num_slots"), [("bart", 28), ("t5", 2)])
-def test_the_encoder_reads_a_request_of_many_texts_once(
-    name: str, num_slots: int, made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_encoder_reads_a_request_of_many_texts_once(name, num_slots, made, requests, monkeypatch):
     backbone = made(name)
     # With two slots, texts of a request get theirs one after the other, as the first one is short.
     short = Request((5, 6), sampling=SamplingParams(max_new_tokens=2))
@@ -60,7 +53,7 @@ def test_the_encoder_reads_a_request_of_many_texts_once(
     read = []
     encode = run_encoder
 
-    def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
+    def watch(model, layout, input_ids, prefix):
         read.append(input_ids.shape[1])
         return encode(model, layout, input_ids, prefix)
 
@@ -70,7 +63,7 @@ def test_the_encoder_reads_a_request_of_many_texts_once(
     assert sorted(read) == sorted(len(request.prompt) for request in asked)
 
 
-def test_a_forced_first_token_comes_first(tiny_backbone: Any, requests: Any):
+def test_a_forced_first_token_comes_first(tiny_backbone, requests):
     backbone = tiny_backbone("mbart")
     backbone.model.generation_config.forced_bos_token_id = 7
     for request in requests(backbone)[:3]:
@@ -79,13 +72,13 @@ def test_a_forced_first_token_comes_first(tiny_backbone: Any, requests: Any):
         assert ids(output) == alone(backbone, request)
 
 
-def test_bfloat16_runs(tiny_models: Any, tiny_tokenizer: Any, requests: Any):
+def test_bfloat16_runs(tiny_models, tiny_tokenizer, requests):
     backbone = Backbone.from_model(tiny_models("t5").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
     for texts in Engine(backbone).run(requests(backbone)):
         assert texts[0].finish_reason in ("stop", "length")
 
 
-def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random_prefix: Any):
+def test_too_long_a_source_or_text_is_refused(made, random_ids, random_prefix):
     backbone = made("bart")
     limit = backbone.max_positions
     engine = Engine(backbone)
@@ -100,13 +93,13 @@ def test_too_long_a_source_or_text_is_refused(made: Any, random_ids: Any, random
     assert (len(found), found) == (limit, alone(backbone, request, min_new_tokens=limit))
 
 
-def test_a_source_that_cannot_be_read_fails_its_step_alone(made: Any, requests: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_source_that_cannot_be_read_fails_its_step_alone(made, requests, monkeypatch):
     backbone = made("bart")
     asked = requests(backbone)
     expected = [alone(backbone, request) for request in asked]
     encode = run_encoder
 
-    def watch(model: Any, layout: Any, input_ids: torch.Tensor, prefix: Prefix | None) -> torch.Tensor:
+    def watch(model, layout, input_ids, prefix):
         if input_ids.shape[1] == 30:
             raise MemoryError("no room")
         return encode(model, layout, input_ids, prefix)
@@ -121,7 +114,7 @@ def test_a_source_that_cannot_be_read_fails_its_step_alone(made: Any, requests: 
     assert all(ids(output) == row for output, row in pairs if output not in failed)
 
 
-def test_what_cannot_write_side_by_side_is_refused(tiny_backbone: Any):
+def test_what_cannot_write_side_by_side_is_refused(tiny_backbone):
     with pytest.raises(BackboneError, match="is an encoder"):
         Engine(tiny_backbone("bert"))
     # Its decoder works positions out from the row.
@@ -132,7 +125,7 @@ def test_what_cannot_write_side_by_side_is_refused(tiny_backbone: Any):
         Engine(tiny_backbone("switch_transformers"))
 
 
-def test_texts_do_not_compete_for_experts(tiny_tokenizer: Any, random_ids: Any) -> None:
+def test_texts_do_not_compete_for_experts(tiny_tokenizer, random_ids):
     """Switch Transformers' experts take so many tokens of a row, and what is beyond passes them by."""
     model = make_model("switch_transformers", tiny_tokenizer, expert_capacity=12, num_experts=2)
     backbone = Backbone.from_model(model, tiny_tokenizer, "tiny-switch")

@@ -1,10 +1,7 @@
 """What holds of every kind of model alike: of decoders, of encoder-decoders with three sites, and of encoders."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +10,9 @@ from torch import Tensor
 
 from oracles import outputs_of, outputs_together
 from prefixtune.attention.forward import gradient_checkpointing
-from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.data.batching import collate, pad
-from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
@@ -36,17 +31,17 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def prefix_at(random_prefix: Make) -> Make:
+def prefix_at(random_prefix):
     """A factory: `prefix_at(backbone, lengths)` makes a prefix at those of the sites that the backbone has."""
 
-    def make(backbone: Any, lengths: dict[str, int], seed: int = 0) -> Prefix | None:
+    def make(backbone, lengths, seed=0):
         there = {site: lengths[site] for site in backbone.geometry if site in lengths}
         return random_prefix(backbone, there, seed) if there else None
 
     return make
 
 
-def inputs_of(backbone: Any, ids: list[int]) -> dict[str, Tensor]:
+def inputs_of(backbone, ids):
     """What a model is called with."""
     row = torch.tensor([ids])
     return {"input_ids": row} | ({"decoder_input_ids": row.flip(1)} if backbone.kind == "encoder-decoder" else {})
@@ -54,9 +49,7 @@ def inputs_of(backbone: Any, ids: list[int]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_without_a_prefix_it_is_the_bare_model(
-    name: str, made: Make, tiny_models: Make, random_ids: Make, assert_same: Make
-) -> None:
+def test_without_a_prefix_it_is_the_bare_model(name, made, tiny_models, random_ids, assert_same):
     backbone, bare = made(name), tiny_models(name)
     bare.set_attn_implementation("eager")
     given = inputs_of(backbone, random_ids(14))
@@ -68,16 +61,14 @@ def test_without_a_prefix_it_is_the_bare_model(
 
 
 @pytest.mark.parametrize("name", ["whisper", "funnel"])
-def test_a_model_that_reads_no_text_or_shortens_its_rows_is_refused(name: str, tiny_backbone: Make) -> None:
+def test_a_model_that_reads_no_text_or_shortens_its_rows_is_refused(name, tiny_backbone):
     with pytest.raises(BackboneError, match=name[1:]) as error:
         tiny_backbone(name)
     assert error.value.hint
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_slot_of_every_site_and_layer_gets_a_gradient(
-    name: str, made: Make, prefix_at: Make, random_ids: Make
-) -> None:
+def test_every_slot_of_every_site_and_layer_gets_a_gradient(name, made, prefix_at, random_ids):
     backbone = made(name)
     assert list(backbone.geometry) == SITES_OF[backbone.kind]
     prefix = prefix_at(backbone, SITES)
@@ -90,12 +81,10 @@ def test_every_slot_of_every_site_and_layer_gets_a_gradient(
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_every_slot_of_every_site_and_layer_changes_every_token(
-    name: str, made: Make, prefix_at: Make, random_ids: Make
-) -> None:
+def test_every_slot_of_every_site_and_layer_changes_every_token(name, made, prefix_at, random_ids):
     backbone = made(name)
     prefix = prefix_at(backbone, SITES).detach()
-    changed: list[Prefix] = []
+    changed = []
     for number, tensor in enumerate(prefix.tensors()):
         for slot in range(tensor.shape[1]):
             copy = prefix.detach()
@@ -112,9 +101,7 @@ def test_every_slot_of_every_site_and_layer_changes_every_token(
     ("name", "side"),
     [*((name, "right") for name in ALL), *((name, "left") for name in (*DECODERS, "roberta", "modernbert"))],
 )
-def test_a_padded_batch_of_mixed_prefixes_is_each_row_alone(
-    name: str, side: str, made: Make, prefix_at: Make, random_ids: Make, assert_same: Make
-) -> None:
+def test_a_padded_batch_of_mixed_prefixes_is_each_row_alone(name, side, made, prefix_at, random_ids, assert_same):
     """RoBERTa counts real tokens only; rotary positions tell distances, but to a prefix's keys they are absolute."""
     backbone = made(name)
     lengths = (SITES, {"encoder": 1, "decoder": 6, "cross": 2}, {}, {"cross": 3}, {"decoder": 2, "encoder": 7})
@@ -134,7 +121,7 @@ def test_a_padded_batch_of_mixed_prefixes_is_each_row_alone(
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_what_is_in_the_padding_does_not_matter(name: str, made: Make, prefix_at: Make, random_ids: Make) -> None:
+def test_what_is_in_the_padding_does_not_matter(name, made, prefix_at, random_ids):
     backbone = made(name)
     prefix, side = prefix_at(backbone, SITES), "left" if backbone.kind == "decoder" else "right"
     texts = [random_ids(3, 1), random_ids(8, 2)], [random_ids(2, 3), random_ids(4, 4)]
@@ -146,9 +133,9 @@ KEYS, VALUES = ("k", "k_proj", "key", "k_lin"), ("v", "v_proj", "value", "v_lin"
 
 
 @torch.no_grad()
-def projections_of(model: Any, given: dict[str, Tensor]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+def projections_of(model, given):
     """What the layers' key and value projections give for a text, by site."""
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    seen = {}
     for name, module in model.named_modules():
         *path, last = name.split(".")
         if last in (*KEYS, *VALUES):
@@ -162,9 +149,7 @@ def projections_of(model: Any, given: dict[str, Tensor]) -> dict[str, tuple[list
 
 @pytest.mark.parametrize("lengths", [6, {"encoder": 4, "decoder": 11, "cross": 7}, {"cross": 5, "encoder": 3}])
 @pytest.mark.parametrize("name", [*ENCODER_DECODERS, "bert", "roberta", "distilbert", "electra"])
-def test_words_give_the_keys_and_values_of_their_forward(
-    name: str, lengths: Any, made: Make, tiny_models: Make, assert_same: Make
-) -> None:
+def test_words_give_the_keys_and_values_of_their_forward(name, lengths, made, tiny_models, assert_same):
     backbone, text = made(name), "some wds"
     by_site = dict.fromkeys(SITES, lengths) if isinstance(lengths, int) else lengths
     by_site = {site: by_site[site] for site in backbone.geometry if site in by_site}
@@ -181,14 +166,14 @@ def test_words_give_the_keys_and_values_of_their_forward(
 # --- training, storing, and all other uses ----------------------------------------------------------------------------
 
 
-def losses_of(backbone: Any, prefix: Any, batch: Batch | None) -> Tensor:
+def losses_of(backbone, prefix, batch):
     """The losses of a batch; an encoder's states."""
     if batch is None:
         return outputs_of(backbone, range(14), (), prefix)
     return batch_loss(backbone, prefix, batch)
 
 
-def batches_of(backbone: Any, examples: list[TokenizedExample]) -> list[Batch | None]:
+def batches_of(backbone, examples):
     """What training makes of the examples, and padded rows."""
     if backbone.kind == "encoder":
         return [None]
@@ -197,9 +182,7 @@ def batches_of(backbone: Any, examples: list[TokenizedExample]) -> list[Batch | 
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_checkpointing_changes_no_number(
-    name: str, made: Make, prefix_at: Make, examples: list[TokenizedExample]
-) -> None:
+def test_checkpointing_changes_no_number(name, made, prefix_at, examples):
     backbone = made(name)
     prefix, calls = prefix_at(backbone, SITES), list[int]()
     # Found once, by calls of its own.
@@ -207,7 +190,7 @@ def test_checkpointing_changes_no_number(
     firsts = [module for module, (_, layer) in backbone.layout.layer_of.items() if layer == 0]
     handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in firsts]
 
-    def numbers(batch: Batch | None) -> list[Tensor]:
+    def numbers(batch):
         losses = losses_of(backbone, prefix, batch)
         # A LayerNorm's states have the same sum whatever the prefix.
         weights = torch.randn(losses.shape, generator=torch.Generator().manual_seed(1))
@@ -234,15 +217,7 @@ def test_checkpointing_changes_no_number(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "lengths"), [*((name, SITES) for name in ALL), ("bart", {"cross": 2, "encoder": 5})])
-def test_saved_is_loaded_bit_for_bit(
-    name: str,
-    lengths: dict[str, int],
-    dtype: torch.dtype,
-    made: Make,
-    prefix_at: Make,
-    random_ids: Make,
-    tmp_path: Path,
-) -> None:
+def test_saved_is_loaded_bit_for_bit(name, lengths, dtype, made, prefix_at, random_ids, tmp_path):
     backbone = made(name)
     layers = prefix_at(backbone, lengths).detach().layers
     prefix = Prefix(layers, make_header(backbone, task="toy", license="CC0: as you like, é"))
@@ -258,9 +233,7 @@ def test_saved_is_loaded_bit_for_bit(
 
 @pytest.mark.parametrize("name", SOME)
 @torch.no_grad()
-def test_train_mode_does_not_turn_dropout_on(
-    name: str, tiny_models: Make, tiny_backbone: Make, prefix_at: Make, random_ids: Make
-) -> None:
+def test_train_mode_does_not_turn_dropout_on(name, tiny_models, tiny_backbone, prefix_at, random_ids):
     """These models' rates are 0.1 to 0.3."""
     backbone, bare = tiny_backbone(name), tiny_models(name).train()
     given, prefix = inputs_of(backbone, random_ids(9)), prefix_at(backbone, SITES)
@@ -272,14 +245,7 @@ def test_train_mode_does_not_turn_dropout_on(
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_nothing_stays_behind_on_the_model(
-    name: str,
-    tiny_backbone: Make,
-    tiny_models: Make,
-    prefix_at: Make,
-    random_ids: Make,
-    examples: list[TokenizedExample],
-) -> None:
+def test_nothing_stays_behind_on_the_model(name, tiny_backbone, tiny_models, prefix_at, random_ids, examples):
     backbone, before = tiny_backbone(name), tiny_models(name).state_dict()
     prefix = prefix_at(backbone, SITES)
     for batch in batches_of(backbone, examples):
@@ -298,23 +264,21 @@ def test_nothing_stays_behind_on_the_model(
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "t5"])
-def test_another_thread_may_use_the_model_meanwhile(
-    name: str, made: Make, prefix_at: Make, random_ids: Make, examples: list[TokenizedExample], assert_same: Make
-) -> None:
+def test_another_thread_may_use_the_model_meanwhile(name, made, prefix_at, random_ids, examples, assert_same):
     """While a packed row is trained on, the same model serves: each call keeps its own positions and prefix."""
     backbone = made(name)
     given, batch = inputs_of(backbone, random_ids(9)), collate(backbone, examples)
     packed, other = prefix_at(backbone, SITES, 1), prefix_at(backbone, SITES, 2)
     expected, losses = backbone.forward(**given, prefixes=other).logits, batch_loss(backbone, packed, batch)
-    answers: list[Any] = []
+    answers = []
 
-    def serve() -> None:
+    def serve():
         try:
             answers.append(backbone.forward(**given, prefixes=other).logits)
         except Exception as error:
             answers.append(error)
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_):
         if threading.current_thread() is threading.main_thread():
             thread = threading.Thread(target=serve)
             thread.start()

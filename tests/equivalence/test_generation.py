@@ -1,10 +1,6 @@
 """Mixed batches with a cache against recomputing each row, greedy and with beams; and what users set."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +23,7 @@ DECODERS = ("gpt2", "llama", "mistral", "opt")
 """Learned positions, rotary ones, a window, and positions that come from the mask."""
 ENCODER_DECODERS = ("bart", "mbart", "pegasus", "t5", "t5_gated", "m2m_100")
 SITES = {"encoder": 4, "decoder": 3, "cross": 5}
-LENGTHS: dict[str, tuple[Any, ...]] = {
+LENGTHS = {
     "decoder": (6, 3, None, 1, 6),
     "encoder-decoder": (
         SITES,
@@ -40,10 +36,10 @@ LENGTHS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.fixture
-def requests(random_prefix: Any, random_ids: Any) -> Callable[[Any], list[tuple[list[int], Any]]]:
+def requests(random_prefix, random_ids):
     """Prompts, some longer than Mistral's window; prefixes of several lengths and sites, and none."""
 
-    def make(backbone: Any) -> list[tuple[list[int], Any]]:
+    def make(backbone):
         return [
             (random_ids(count, count), None if length is None else random_prefix(backbone, length, seed))
             for seed, (count, length) in enumerate(zip((7, 2, 12, 5, 1), LENGTHS[backbone.kind], strict=True), 1)
@@ -53,7 +49,7 @@ def requests(random_prefix: Any, random_ids: Any) -> Callable[[Any], list[tuple[
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
-def test_greedy_is_recomputation(name: str, tiny_backbone: Any, requests: Any):
+def test_greedy_is_recomputation(name, tiny_backbone, requests):
     backbone = tiny_backbone(name)
     asked = requests(backbone)
     prompts, prefixes = ([request[part] for request in asked] for part in (0, 1))
@@ -65,9 +61,7 @@ def test_greedy_is_recomputation(name: str, tiny_backbone: Any, requests: Any):
 
 @pytest.mark.parametrize("length_penalty", [1.0, -1.0])
 @pytest.mark.parametrize("name", [*DECODERS, "bart", "pegasus", "t5", "m2m_100"])
-def test_beams_are_recomputation(
-    name: str, length_penalty: float, tiny_backbone: Any, requests: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_beams_are_recomputation(name, length_penalty, tiny_backbone, requests, monkeypatch):
     backbone = tiny_backbone(name)
     make_end_likely(backbone)
     asked, options = requests(backbone), {"max_new_tokens": 8, "num_beams": 3, "length_penalty": length_penalty}
@@ -77,13 +71,13 @@ def test_beams_are_recomputation(
 
 
 @pytest.mark.parametrize("name", ["lfm2", "jamba"])
-def test_models_that_the_engine_cannot_run(name: str, tiny_backbone: Any, random_prefix: Any, random_ids: Any):
+def test_models_that_the_engine_cannot_run(name, tiny_backbone, random_prefix, random_ids):
     backbone = tiny_backbone(name)
     prompts, prefixes = [random_ids(count, count) for count in (7, 3)], [random_prefix(backbone, 4, 1), None]
     config = GenerateConfig(max_new_tokens=6)
     outputs = generate_ids(backbone, prompts, prefixes, config=config)
     assert outputs == [greedy_by_recomputation(backbone, *one, 6) for one in zip(prompts, prefixes, strict=True)]
-    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3}
+    options = {"max_new_tokens": 12, "temperature": 2.0, "seed": 3}
     (drawn,) = generate(backbone, ["some text"], prefixes[0], **options)
     assert "".join(stream(backbone, "some text", prefixes[0], **options)) == drawn
     assert generate(backbone, ["some text"], prefixes[0], **{**options, "seed": 4}) != [drawn]
@@ -100,14 +94,14 @@ def test_models_that_the_engine_cannot_run(name: str, tiny_backbone: Any, random
 
 
 @pytest.fixture
-def llama(tiny_backbone: Any) -> Any:
+def llama(tiny_backbone):
     return tiny_backbone("llama")
 
 
 TEXTS = ["name : Aromi", "x", "a longer text, with more in it"]
 
 
-def test_sampling_with_a_seed_is_reproducible(llama: Any, random_prefix: Any):
+def test_sampling_with_a_seed_is_reproducible(llama, random_prefix):
     prefix = random_prefix(llama, 4)
     options = {"temperature": 1.0, "max_new_tokens": 20}
     torch.manual_seed(5)
@@ -123,7 +117,7 @@ def test_sampling_with_a_seed_is_reproducible(llama: Any, random_prefix: Any):
     assert generate(llama, TEXTS[:1] * 3, prefix, seed=7, batch_size=1, **options) == same
 
 
-def test_sampling_from_the_likeliest_alone_is_greedy(llama: Any, random_prefix: Any):
+def test_sampling_from_the_likeliest_alone_is_greedy(llama, random_prefix):
     prefix = random_prefix(llama, 4)
     greedy = generate(llama, TEXTS, prefix, max_new_tokens=20)
     assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, top_k=1, seed=0) == greedy
@@ -131,12 +125,12 @@ def test_sampling_from_the_likeliest_alone_is_greedy(llama: Any, random_prefix: 
     assert generate(llama, TEXTS, prefix, max_new_tokens=20, temperature=3.0, seed=0) != greedy
 
 
-def plain_pieces(text: str, size: int) -> list[str]:
+def plain_pieces(text, size):
     """Pieces of a text, all of visible ASCII."""
     return re.findall(rf"[!-~]{{{size}}}", text)
 
 
-def test_stop_strings_end_an_output_and_are_left_out(llama: Any, random_prefix: Any):
+def test_stop_strings_end_an_output_and_are_left_out(llama, random_prefix):
     prefixes = [random_prefix(llama, 4, seed) for seed in range(3)]
     options = {"max_new_tokens": 30, "temperature": 1.5, "seed": 0}
     whole = generate(llama, TEXTS, prefixes, **options)
@@ -147,7 +141,7 @@ def test_stop_strings_end_an_output_and_are_left_out(llama: Any, random_prefix: 
     assert all(len(one) < len(other) for one, other in zip(stopped[:2], whole[:2], strict=True))
 
 
-def test_a_stop_string_ends_beams(llama: Any, random_prefix: Any, random_ids: Any):
+def test_a_stop_string_ends_beams(llama, random_prefix, random_ids):
     prompts, prefixes = [random_ids(5, n) for n in range(3)], [random_prefix(llama, 4, seed) for seed in range(3)]
     free = generate_ids(llama, prompts, prefixes, config=GenerateConfig(max_new_tokens=12, num_beams=3))
     stop = plain_pieces(llama.decode(free[0]), 1)[2]
@@ -159,7 +153,7 @@ def test_a_stop_string_ends_beams(llama: Any, random_prefix: Any, random_ids: An
     assert all(stop not in text[:-1] for text in texts)
 
 
-def test_a_stop_string_counts_in_the_output_alone(llama: Any, random_prefix: Any):
+def test_a_stop_string_counts_in_the_output_alone(llama, random_prefix):
     """The prompt's end and the output's first token together make the stop string: that must not stop anything."""
     text_format, prefix = TextFormat("{source}=", "{target}"), random_prefix(llama, 4, 5)
     options = {"text_format": text_format, "max_new_tokens": 12, "temperature": 1.0, "seed": 1}
@@ -167,12 +161,12 @@ def test_a_stop_string_counts_in_the_output_alone(llama: Any, random_prefix: Any
     assert generate(llama, ["name"], prefix, stop=("=" + whole[0],), **options) == [whole]
 
 
-def test_a_stop_string_that_the_tokenizer_cannot_write_stops_nothing(llama: Any):
+def test_a_stop_string_that_the_tokenizer_cannot_write_stops_nothing(llama):
     whole = generate(llama, TEXTS, max_new_tokens=8)
     assert generate(llama, TEXTS, max_new_tokens=8, stop=("日",)) == whole
 
 
-def test_line_breaks_can_be_banned(llama: Any, random_prefix: Any):
+def test_line_breaks_can_be_banned(llama, random_prefix):
     prefix = random_prefix(llama, 4)
     options = {"max_new_tokens": 80, "temperature": 8.0, "seed": 3}
     free = generate(llama, TEXTS, prefix, **options)
@@ -184,7 +178,7 @@ def test_line_breaks_can_be_banned(llama: Any, random_prefix: Any):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "seed": 4}, {"stop": ("e", "0")}, {"min_new_tokens": 30}])
 @pytest.mark.parametrize("number", range(2))
-def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, Any], llama: Any, random_prefix: Any):
+def test_streamed_pieces_joined_are_the_whole(number, options, llama, random_prefix):
     prefix = None if number == 0 else random_prefix(llama, 4, number)
     (whole,) = generate(llama, [TEXTS[0]], prefix, max_new_tokens=40, **options)
     pieces = list(stream(llama, TEXTS[0], prefix, max_new_tokens=40, **options))
@@ -192,7 +186,7 @@ def test_streamed_pieces_joined_are_the_whole(number: int, options: dict[str, An
     assert len(pieces) > 1 or len(whole) < 2
 
 
-def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any):
+def test_stops_are_streamed_as_they_are_generated(llama, random_prefix):
     """Stop strings at many places, some after a space or a line break."""
     tried = 0
     for seed in range(2):
@@ -209,45 +203,45 @@ def test_stops_are_streamed_as_they_are_generated(llama: Any, random_prefix: Any
     assert tried > 6
 
 
-def test_space_before_a_stop_string_is_not_streamed(llama: Any, monkeypatch: pytest.MonkeyPatch):
+def test_space_before_a_stop_string_is_not_streamed(llama, monkeypatch):
     scripted(monkeypatch, llama, " one two \n<end> three")
     assert generate(llama, ["x"], stop=("<end>",)) == ["one two"]
     assert "".join(stream(llama, "x", stop=("<end>",))) == "one two"
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, backbone: Any, text: str) -> None:
+def scripted(monkeypatch, backbone, text):
     """Let the engine pick the tokens of a given text."""
     ids = [*backbone.encode(text), backbone.eos_id]
 
-    def scripted_sample(logits: Any, sequences: Any, *_: Any) -> list[Token]:
+    def scripted_sample(logits, sequences, *_):
         return [Token(ids[sequence.num_new_tokens]) for sequence in sequences]
 
     replace_everywhere(monkeypatch, sample, scripted_sample)
 
 
-def test_a_character_over_several_tokens_is_streamed_whole(llama: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_character_over_several_tokens_is_streamed_whole(llama, monkeypatch):
     scripted(monkeypatch, llama, " ab€é c€ ")
     assert list(stream(llama, "x")) == ["a", "b", "€", "é", " c", "€"]
     assert generate(llama, ["x"]) == ["ab€é c€"]
 
 
-def test_a_reader_may_leave_a_stream(llama: Any, random_prefix: Any):
-    pieces: Iterator[str] = stream(llama, "x", random_prefix(llama, 4), max_new_tokens=100)
+def test_a_reader_may_leave_a_stream(llama, random_prefix):
+    pieces = stream(llama, "x", random_prefix(llama, 4), max_new_tokens=100)
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert generate(llama, ["x"], max_new_tokens=3)
 
 
-def test_beams_cannot_stream(llama: Any):
+def test_beams_cannot_stream(llama):
     with pytest.raises(ConfigError, match="beam search cannot stream"):
         next(stream(llama, "x", num_beams=2))
 
 
-def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch):
+def test_an_overflow_is_refused_before_any_work(llama, random_prefix, monkeypatch):
     prefix = random_prefix(llama, 10)
     limit = llama.max_positions
     fits = limit - 10 - 100
-    done: list[int] = []
+    done = []
     config = GenerateConfig(max_new_tokens=100, batch_size=1)
     monkeypatch.setattr(llama.model, "forward", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(RequestError, match=rf"text 2\D+10 \D+{fits + 1} \D+100 ") as error:
@@ -259,7 +253,7 @@ def test_an_overflow_is_refused_before_any_work(llama: Any, random_prefix: Any, 
     assert done == []
 
 
-def test_the_last_position_can_be_used(llama: Any, random_prefix: Any, random_ids: Any):
+def test_the_last_position_can_be_used(llama, random_prefix, random_ids):
     prefix = random_prefix(llama, 10)
     prompt = random_ids(llama.max_positions - 10 - 4)
     config = GenerateConfig(max_new_tokens=4, min_new_tokens=4)
@@ -270,7 +264,7 @@ def test_the_last_position_can_be_used(llama: Any, random_prefix: Any, random_id
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_batch_may_hold_more_slots_than_a_row_has_positions(
-    name: str, num_beams: int, tiny_backbone: Any, random_prefix: Any, random_ids: Any
+    name, num_beams, tiny_backbone, random_prefix, random_ids
 ):
     backbone = tiny_backbone(name)
     prompts, prefixes = [random_ids(5, 1), random_ids(140, 2)], [random_prefix(backbone, 100), None]
@@ -281,11 +275,11 @@ def test_a_batch_may_hold_more_slots_than_a_row_has_positions(
         assert generate_ids(backbone, [prompt], [prefix], config=config) == [output]
 
 
-def test_no_text_gives_no_output(llama: Any):
+def test_no_text_gives_no_output(llama):
     assert generate(llama, []) == []
 
 
-def test_a_wrong_prefix_is_refused(llama: Any, tiny_backbone: Any, random_prefix: Any):
+def test_a_wrong_prefix_is_refused(llama, tiny_backbone, random_prefix):
     foreign = random_prefix(tiny_backbone("qwen3"), 4)
     with pytest.raises(BackboneError, match=r"2 KV heads x 16.*'tiny-llama'.*2 KV heads x 8"):
         generate(llama, ["x", "y"], [None, foreign])
@@ -295,7 +289,7 @@ def test_a_wrong_prefix_is_refused(llama: Any, tiny_backbone: Any, random_prefix
         generate_ids(llama, [[]], [None], config=GenerateConfig())
 
 
-def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
+def test_the_text_format_comes_from_each_prefix(llama, random_prefix):
     plain = random_prefix(llama, 3)
     shaped = Prefix(plain.layers, {"text_format": {"prompt": "{source} =>", "target": "{target}", "end": "</s>"}})
     config = GenerateConfig(max_new_tokens=10)
@@ -306,10 +300,10 @@ def test_the_text_format_comes_from_each_prefix(llama: Any, random_prefix: Any):
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_results_keep_the_order_and_progress_is_reported(num_beams: int, llama: Any, random_prefix: Any):
+def test_results_keep_the_order_and_progress_is_reported(num_beams, llama, random_prefix):
     prefix = random_prefix(llama, 3)
     texts = ["long text " * 3, "a", "middle text", "b", "another long text here"]
-    done: list[int] = []
+    done = []
     options = {"max_new_tokens": 8, "num_beams": num_beams}
     outputs = generate(llama, texts, prefix, batch_size=2, on_batch=done.append, **options)
     assert outputs == [generate(llama, [text], prefix, **options)[0] for text in texts]

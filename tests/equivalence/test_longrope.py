@@ -1,10 +1,5 @@
 """LongRoPE: a text beyond the model's original length is not computed with shorter ones."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -20,7 +15,6 @@ from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 from zoo import make_model
 
@@ -28,7 +22,7 @@ LIMIT = 40
 
 
 @pytest.fixture(scope="module")
-def phi3(tiny_tokenizer: Any) -> Backbone:
+def phi3(tiny_tokenizer):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": LIMIT, **factors}
     model = make_model("phi3", tiny_tokenizer, rope_parameters=rope, original_max_position_embeddings=LIMIT)
@@ -36,11 +30,11 @@ def phi3(tiny_tokenizer: Any) -> Backbone:
 
 
 @pytest.fixture
-def prefix(phi3: Backbone, random_prefix: Callable[..., Prefix]) -> Prefix:
+def prefix(phi3, random_prefix):
     return random_prefix(phi3, 5, 3).detach()
 
 
-def test_generated_texts(phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]) -> None:
+def test_generated_texts(phi3, prefix, random_ids):
     config = GenerateConfig(max_new_tokens=8, min_new_tokens=8)
     # The second one becomes too long on the way.
     prompts = [random_ids(count, seed=count) for count in (20, 36, 12, 60, 50)]
@@ -50,9 +44,7 @@ def test_generated_texts(phi3: Backbone, prefix: Prefix, random_ids: Callable[..
 
 
 @pytest.mark.parametrize("collate", [pack, lambda examples: pad(examples, pad_id=0)], ids=["packed", "padded"])
-def test_losses(
-    collate: Callable[..., Any], phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]], assert_same: Any
-) -> None:
+def test_losses(collate, phi3, prefix, random_ids, assert_same):
     short, long = (
         [TokenizedExample(tuple(random_ids(n, seed=n)), (tuple(random_ids(4, seed=n + 100)),) * 2) for n in counts]
         for counts in ((20, 3), (60, 50))
@@ -66,9 +58,7 @@ def test_losses(
 
 
 @pytest.mark.parametrize("task", ["classify", "evaluate"])
-def test_labels_of_texts_on_both_sides_are_refused_before_any_work(
-    task: str, phi3: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_of_texts_on_both_sides_are_refused_before_any_work(task, phi3, monkeypatch):
     texts = ["x" * 10, "x" * 60]
     examples = [Example(text, (name,)) for text, name in zip(texts, ("yes", "no"), strict=True)]
     work = {
@@ -80,15 +70,13 @@ def test_labels_of_texts_on_both_sides_are_refused_before_any_work(
         work[task]()
 
 
-def test_texts_alone_are_read_in_windows_of_the_original_length(phi3: Backbone) -> None:
+def test_texts_alone_are_read_in_windows_of_the_original_length(phi3):
     texts = [Example("", ("x" * count,)) for count in (10, 3 * LIMIT)]
     whole = evaluate(phi3, texts, max_total_length=2 * LIMIT)
     assert whole.scores == evaluate(phi3, texts, max_total_length=LIMIT).scores
 
 
-def test_a_prefix_is_for_the_original_length(
-    phi3: Backbone, prefix: Prefix, random_ids: Callable[..., list[int]]
-) -> None:
+def test_a_prefix_is_for_the_original_length(phi3, prefix, random_ids):
     ids = random_ids(30)
     assert len(generate_ids(phi3, [ids], [prefix], config=GenerateConfig(max_new_tokens=5))[0]) == 5
     with pytest.raises(RequestError, match=r"5 \D+30 \D+6 .* 40\b"):
@@ -99,7 +87,7 @@ def test_a_prefix_is_for_the_original_length(
         generate(phi3, ["x" * 60], prefix, text_format=form, max_new_tokens=5)
 
 
-def test_the_engine_is_for_the_original_length(phi3: Backbone, random_ids: Callable[..., list[int]]) -> None:
+def test_the_engine_is_for_the_original_length(phi3, random_ids):
     engine = Engine(phi3)
     assert engine.max_length == LIMIT
     with pytest.raises(ContextLengthError):

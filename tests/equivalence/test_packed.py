@@ -1,10 +1,6 @@
 """Packed and padded rows against a row for each pair, the fused loss against PyTorch's, and the plan of an epoch."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from oracles import losses_one_by_one
-from prefixtune.backbone.batch import Batch
 from prefixtune.backbone.loss import batch_loss, token_losses
 from prefixtune.data.batching import collate, pack, pad
 from prefixtune.data.encoding import TokenizedExample
@@ -22,13 +17,13 @@ from prefixtune.training.score import evaluation_loss
 
 DECODERS = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 ENCODER_DECODERS = ("bart", "mbart", "pegasus", "t5", "t5_gated", "m2m_100")
-SITES: list[dict[str, int]] = [
+SITES = [
     {"encoder": 4, "decoder": 3, "cross": 5},
     *({site: 3} for site in ("encoder", "decoder", "cross")),
 ]
 
 
-def batches(backbone: Any, examples: list[TokenizedExample]) -> Iterator[Batch]:
+def batches(backbone, examples):
     """What training makes of the examples, and padded rows."""
     chosen = collate(backbone, examples)
     assert (chosen.packing is not None) == backbone.layout.packable == ("m2m" not in backbone.name)
@@ -41,14 +36,7 @@ def batches(backbone: Any, examples: list[TokenizedExample]) -> Iterator[Batch]:
     ("name", "lengths"),
     [*((name, 5) for name in DECODERS), *((name, lengths) for name in ENCODER_DECODERS for lengths in SITES)],
 )
-def test_packed_and_padded_rows_are_one_pair_at_a_time(
-    name: str,
-    lengths: Any,
-    made: Callable[..., Any],
-    random_prefix: Any,
-    examples: list[TokenizedExample],
-    assert_same: Any,
-):
+def test_packed_and_padded_rows_are_one_pair_at_a_time(name, lengths, made, random_prefix, examples, assert_same):
     backbone = made(name)
     prefix = random_prefix(backbone, lengths)
     expected = losses_one_by_one(backbone, prefix, examples)
@@ -63,9 +51,7 @@ def test_packed_and_padded_rows_are_one_pair_at_a_time(
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
 @torch.no_grad()
-def test_evaluation_with_and_without_a_prefix(
-    name: str, made: Callable[..., Any], random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-):
+def test_evaluation_with_and_without_a_prefix(name, made, random_prefix, examples, assert_same):
     backbone = made(name)
     for prefix in (None, random_prefix(backbone, 4)):
         expected = losses_one_by_one(backbone, prefix, examples)
@@ -76,7 +62,7 @@ def test_evaluation_with_and_without_a_prefix(
             assert loss == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
-def test_a_source_is_read_once_for_all_of_its_targets(made: Callable[..., Any], examples: list[TokenizedExample]):
+def test_a_source_is_read_once_for_all_of_its_targets(made, examples):
     packed, padded = batches(made("llama"), examples)
     # The last token of a source opens each of its targets.
     assert packed.input_ids.shape == (1, sum(len(example.prompt) - 1 for example in examples) + len(packed.labels))
@@ -88,9 +74,7 @@ def test_a_source_is_read_once_for_all_of_its_targets(made: Callable[..., Any], 
     assert padded.source_rows.tolist() == [0, 0, 0, 1, 2, 2, 3]
 
 
-def test_a_loss_counts_targets_or_tokens_alike(
-    made: Callable[..., Any], random_prefix: Any, examples: list[TokenizedExample], assert_same: Any
-):
+def test_a_loss_counts_targets_or_tokens_alike(made, random_prefix, examples, assert_same):
     backbone, batch = made("llama"), pack(examples)
     losses = batch_loss(backbone, random_prefix(backbone, 5), batch)
     parts = losses.split([3, 6, 1, 4, 5, 2, 9])
@@ -104,14 +88,7 @@ def test_a_loss_counts_targets_or_tokens_alike(
     ("name", "tolerance"),
     [*((name, 0.2) for name in ("llama", "mistral", "gpt2")), *((name, 0.35) for name in ("bart", "t5", "m2m_100"))],
 )
-def test_bfloat16_is_float32_up_to_rounding(
-    name: str,
-    tolerance: float,
-    tiny_backbone: Any,
-    random_prefix: Any,
-    examples: list[TokenizedExample],
-    assert_same: Any,
-):
+def test_bfloat16_is_float32_up_to_rounding(name, tolerance, tiny_backbone, random_prefix, examples, assert_same):
     backbone = tiny_backbone(name)
     prefix = random_prefix(backbone, 5 if backbone.kind == "decoder" else SITES[0])
     exact = losses_one_by_one(backbone, prefix, examples)
@@ -130,12 +107,7 @@ def test_bfloat16_is_float32_up_to_rounding(
     ids=["phimoe", "qwen2_moe"],
 )
 def test_a_window_that_is_in_the_mask_alone_is_kept(
-    name: str,
-    settings: dict[str, Any],
-    tiny_backbone: Any,
-    random_prefix: Any,
-    examples: list[TokenizedExample],
-    assert_same: Any,
+    name, settings, tiny_backbone, random_prefix, examples, assert_same
 ):
     backbone = tiny_backbone(name, **settings)
     prefix = random_prefix(backbone, 5)
@@ -148,7 +120,7 @@ def test_a_window_that_is_in_the_mask_alone_is_kept(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 150])
-def test_token_losses_are_cross_entropy(rows: int, dtype: torch.dtype, assert_same: Any):
+def test_token_losses_are_cross_entropy(rows, dtype, assert_same):
     generator = torch.Generator().manual_seed(rows)
     logits = (torch.randn(rows, 50, generator=generator) * 8).to(dtype).requires_grad_()
     labels = torch.randint(0, 50, (rows,), generator=generator)
@@ -174,15 +146,13 @@ def test_token_losses_are_cross_entropy(rows: int, dtype: torch.dtype, assert_sa
     seed=st.one_of(st.none(), st.integers(0, 3)),
     epoch=st.integers(0, 3),
 )
-def test_an_epoch_yields_every_target_once(
-    counts: list[int], batch_size: int, targets_per_source: int, seed: int | None, epoch: int
-):
+def test_an_epoch_yields_every_target_once(counts, batch_size, targets_per_source, seed, epoch):
     examples = [
         TokenizedExample((source,), tuple((source, number) for number in range(count)))
         for source, count in enumerate(counts)
     ]
 
-    def plan() -> list[list[TokenizedExample]]:
+    def plan():
         return list(
             epoch_batches(
                 examples, batch_size=batch_size, targets_per_source=targets_per_source, seed=seed, epoch=epoch
@@ -202,7 +172,7 @@ def test_an_epoch_yields_every_target_once(
 def test_the_order_is_a_function_of_seed_and_epoch():
     examples = [TokenizedExample((source,), ((source, 0), (source, 1))) for source in range(20)]
 
-    def order(seed: int | None, epoch: int) -> list[list[TokenizedExample]]:
+    def order(seed, epoch):
         return list(epoch_batches(examples, batch_size=4, targets_per_source=1, seed=seed, epoch=epoch))
 
     torch.manual_seed(1)

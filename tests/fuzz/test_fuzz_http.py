@@ -6,20 +6,16 @@ PREFIXTUNE_FUZZ_SECONDS (600) is the time of all fuzzing, half of it this file's
 time, and printed) makes a run again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
-from live_server import MODEL, LiveServer, fill_folder, serve
+from live_server import MODEL, fill_folder, serve
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600")) / 2
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
@@ -28,11 +24,11 @@ MOST = 100_000
 KEY = "pt-fuzz"
 FORMAT = {"prompt": " {source} {separator}", "target": " {target} ", "source": "{name}: {food}"}
 TASKS = {"mine": "records", "spare": "records", "pubs": "e2e", "facts": "webnlg", "doc": "summarization"}
-ATTACKS: list[Callable[[random.Random, LiveServer], None]] = []
+ATTACKS = []
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     plain = {key: FORMAT[key] for key in ("prompt", "target")}
     prefixes = {
@@ -52,19 +48,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 # --- byte by byte -----------------------------------------------------------------------------------------------------
 
 
-def attack(make: Callable[[random.Random, LiveServer], None]) -> Callable[[random.Random, LiveServer], None]:
+def attack(make):
     """Add a kind of attack: one call is one connection."""
     ATTACKS.append(make)
     return make
 
 
-def head(method: str, path: str, *headers: tuple[str, str]) -> bytes:
+def head(method, path, *headers):
     """The lines of a request's header; after the answer the server ends the connection."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {KEY}", "Connection: close"]
     return "\r\n".join([*lines, *(f"{name}: {value}" for name, value in headers), "", ""]).encode("utf-8")
 
 
-def say(server: LiveServer, *pieces: bytes, pause: float = 0.0, answer: bool = True) -> bytes:
+def say(server, *pieces, pause=0.0, answer=True):
     """Send pieces over one connection, and hear what comes of it; whatever the server says, it is no 5xx."""
     host, _, port = server.url.removeprefix("http://").partition(":")
     reported = b""
@@ -80,7 +76,7 @@ def say(server: LiveServer, *pieces: bytes, pause: float = 0.0, answer: bool = T
     return reported
 
 
-def some_json(random: random.Random, depth: int = 0) -> Any:
+def some_json(random, depth=0):
     """A value of any kind, with a taste for edges."""
     kind = random.randrange(9 if depth < 4 else 6)
     if kind == 0:
@@ -109,7 +105,7 @@ FIELDS = (
     *("triples", "document", "suffix", "user", "metadata", "logit_bias", "max_completion_tokens", "x"),
     *("min_p", "presence_penalty", "frequency_penalty", "json_schema", "schema", "strict", "input", "labels"),
 )
-BODIES: dict[str, dict[str, Any]] = {
+BODIES = {
     "/v1/completions": {"model": "mine", "prompt": "a"},
     "/v1/chat/completions": {"model": "pubs", "messages": [{"role": "user", "content": "name[a]"}]},
     "/classify": {"model": MODEL, "input": "a", "labels": ["a", "b"]},
@@ -121,7 +117,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-def body_of(random: random.Random, path: str) -> bytes:
+def body_of(random, path):
     value = dict(BODIES[path])
     for _ in range(random.randrange(3)):
         value[random.choice(FIELDS)] = some_json(random)
@@ -136,7 +132,7 @@ def body_of(random: random.Random, path: str) -> bytes:
 
 
 @attack
-def bodies(random: random.Random, server: LiveServer) -> None:
+def bodies(random, server):
     path = random.choice(list(BODIES))
     data = bytearray(body_of(random, path))
     for _ in range(random.choice([0, 0, 1, 5])):
@@ -163,7 +159,7 @@ VALUES = (
 
 
 @attack
-def methods_paths_and_headers(random: random.Random, server: LiveServer) -> None:
+def methods_paths_and_headers(random, server):
     method = random.choice([*METHODS, "X" * 300])
     path = random.choice(["/", "", "http://localhost/", "//", "*"]) + "/".join(
         random.choices(PARTS, k=random.randrange(5))
@@ -173,7 +169,7 @@ def methods_paths_and_headers(random: random.Random, server: LiveServer) -> None
 
 
 @attack
-def broken_off(random: random.Random, server: LiveServer) -> None:
+def broken_off(random, server):
     path = random.choice(list(BODIES))
     data = json.dumps({**BODIES[path], "stream": random.random() < 0.7, "max_tokens": 4}).encode()
     whole = head("POST", path, ("Content-Type", "application/json"), ("Content-Length", str(len(data)))) + data
@@ -182,7 +178,7 @@ def broken_off(random: random.Random, server: LiveServer) -> None:
 
 
 @attack
-def uploads(random: random.Random, server: LiveServer) -> None:
+def uploads(random, server):
     lengths = [0, 2, 10, 2**18 + 1, 2**40, 2**64 - 1]
     stored = [
         "{}",
@@ -206,7 +202,7 @@ def uploads(random: random.Random, server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("kind", ATTACKS, ids=lambda kind: kind.__name__)
-def test_no_bytes_are_a_fault_of_the_server(server: LiveServer, kind: Any) -> None:
+def test_no_bytes_are_a_fault_of_the_server(server, kind):
     made = random.Random(f"{SEED} {kind.__name__}")
     end, count = time.monotonic() + SECONDS / len(ATTACKS), 0
     while time.monotonic() < end and count < MOST:
@@ -221,7 +217,7 @@ def test_no_bytes_are_a_fault_of_the_server(server: LiveServer, kind: Any) -> No
     body = {"model": "mine", "prompt": "a", "max_tokens": 2, "temperature": 0}
     assert server.post("/v1/completions", body, key=KEY)[0] == 200
 
-    def is_idle() -> bool:
+    def is_idle():
         reported = server.get("/v1/status", key=KEY)[1]
         return not reported["running"] and not reported["waiting"]
 

@@ -1,7 +1,5 @@
 """Write what a golden test computes today: `python -m tests.golden.write PART ...`."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys
@@ -10,7 +8,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def main() -> None:
+def main():
     """Write `PART.json` for each part, from `test_PART.compute()`."""
     sys.path[:0] = [str(FOLDER.parent)]
     for part in sys.argv[1:]:

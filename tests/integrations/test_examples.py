@@ -1,9 +1,5 @@
 """Every script of examples/ runs on a tiny model with two steps."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from live_server import MODEL, make_model
@@ -26,26 +22,26 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / MODEL
     make_model(folder)
     return folder
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_it_runs(name: str, model: Path, tmp_path: Path) -> None:
+def test_it_runs(name, model, tmp_path):
     file, words = EXPECTED[name]
     printed = run_example(name, tmp_path, STEPS="2", BACKBONE=str(model))
     assert words in printed
     assert (tmp_path / file).stat().st_size > 0
 
 
-def test_one_folder_is_enough_for_two_that_learn_capitals(model: Path, tmp_path: Path) -> None:
+def test_one_folder_is_enough_for_two_that_learn_capitals(model, tmp_path):
     for name in ("serve_and_ask", "to_llama_cpp"):
         assert EXPECTED[name][1] in run_example(name, tmp_path, STEPS="2", BACKBONE=str(model))
 
 
-def test_every_script_is_short_and_tested() -> None:
+def test_every_script_is_short_and_tested():
     for name in NAMES:
         script = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
         assert len(script.splitlines()) <= 60, name

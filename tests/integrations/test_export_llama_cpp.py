@@ -3,22 +3,18 @@
 Tiny random models, written as float GGUF files here, so that nothing but the prefix can differ.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import struct
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.engine.llama_state import KV_TYPES, encode_file, placeholders_for, rows_of
@@ -35,13 +31,13 @@ Make = Callable[..., Any]
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 """Model type -> what llama.cpp calls it."""
 
-CHANGES: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": None}}
+CHANGES = {"mistral": {"sliding_window": None}}
 
 GELU = 5e-3
 """llama.cpp looks GPT-2's GELU up in a table of half precision: its logits are so far off without a prefix, too."""
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
+def write_gguf(path, model, tokenizer):
     """A float GGUF file of a tiny model, as llama.cpp's converter would write it."""
     import gguf
 
@@ -94,21 +90,19 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
     return path
 
 
-def interleave(weight: Tensor, heads: int) -> Tensor:
+def interleave(weight, heads):
     """Rows of each head: first half and second half alternate."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return torch.stack([halves[:, 0], halves[:, 1]], dim=2).reshape(weight.shape)
 
 
-_kept: list[Any] = []
+_kept = []
 
 
 class Runtime:
     """A context of llama.cpp through its C interface."""
 
-    def __init__(
-        self, path: Path, *, kv_type: int = 0, flash: bool = False, sequences: int = 1, unified: bool = False
-    ) -> None:
+    def __init__(self, path, *, kv_type=0, flash=False, sequences=1, unified=False):
         bindings = pytest.importorskip(
             "llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is installed on Linux (x86_64) only"
         )
@@ -128,24 +122,24 @@ class Runtime:
         assert self.context != self.ffi.NULL
         self.vocabulary = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
 
-    def close(self) -> None:
+    def close(self):
         self.lib.llama_free(self.context)
         self.lib.llama_model_free(self.model)
 
-    def clear(self) -> None:
+    def clear(self):
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
-    def copy(self, source: int, sequence: int) -> None:
+    def copy(self, source, sequence):
         """Let a sequence have the positions of another one, too."""
         self.lib.llama_memory_seq_cp(self.lib.llama_get_memory(self.context), source, sequence, -1, -1)
 
-    def drop(self, count: int) -> None:
+    def drop(self, count):
         """Remove the first positions of a sequence, and move the others there."""
         memory = self.lib.llama_get_memory(self.context)
         assert self.lib.llama_memory_seq_rm(memory, 0, 0, count)
         self.lib.llama_memory_seq_add(memory, 0, count, -1, -count)
 
-    def decode(self, ids: list[int], position: int, sequence: int = 0) -> Tensor:
+    def decode(self, ids, position, sequence=0):
         """The logits of tokens from a position on, (T, vocabulary)."""
         batch = self.lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
@@ -158,20 +152,20 @@ class Runtime:
         self.lib.llama_batch_free(batch)
         return logits
 
-    def greedy(self, prompt: list[int], position: int, count: int, end: int) -> list[int]:
-        output: list[int] = []
+    def greedy(self, prompt, position, count, end):
+        output = []
         logits = self.decode(prompt, position)
         while len(output) < count and (token := int(logits[-1].argmax())) != end:
             output.append(token)
             logits = self.decode([token], position + len(prompt) + len(output) - 1)
         return output
 
-    def save(self, path: Path, tokens: list[int], sequence: int = 0) -> bytes:
+    def save(self, path, tokens, sequence=0):
         array = self.ffi.new("llama_token[]", tokens)
         assert self.lib.llama_state_seq_save_file(self.context, str(path).encode(), sequence, array, len(tokens))
         return path.read_bytes()
 
-    def load(self, path: Path, sequence: int = 0) -> list[int] | None:
+    def load(self, path, sequence=0):
         """The tokens of a file that was taken; None: it was refused."""
         tokens, count = self.ffi.new("llama_token[]", MAX_POSITIONS), self.ffi.new("size_t *")
         name = str(path).encode()
@@ -180,16 +174,16 @@ class Runtime:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("llama-cpp")
 
 
 @pytest.fixture(scope="module")
-def make(folder: Path, tiny_backbone: Make) -> Make:
+def make(folder, tiny_backbone):
     """A factory: `make(model_type)` gives a backbone and its GGUF file."""
-    made: dict[str, Any] = {}
+    made = {}
 
-    def one(name: str, **changes: Any) -> tuple[Any, Path]:
+    def one(name, **changes):
         key = f"{name}{changes}"
         if key not in made:
             backbone = tiny_backbone(name, **{**CHANGES.get(name, {}), **changes})
@@ -200,11 +194,11 @@ def make(folder: Path, tiny_backbone: Make) -> Make:
 
 
 @pytest.fixture
-def run() -> Iterator[Make]:
+def run():
     """A factory of runtimes that are closed afterwards."""
-    made: list[Runtime] = []
+    made = []
 
-    def one(*args: Any, **options: Any) -> Runtime:
+    def one(*args, **options):
         made.append(Runtime(*args, **options))
         return made[-1]
 
@@ -213,45 +207,46 @@ def run() -> Iterator[Make]:
         runtime.close()
 
 
-def compute_prefix(backbone: Any, ids: list[int]) -> Prefix:
+def compute_prefix(backbone, ids):
     """The keys and values of a text."""
     cache = backbone.model(torch.tensor([ids]), use_cache=True).past_key_values
     layers = tuple((layer.keys[0], layer.values[0]) for layer in cache.layers)
     return Prefix({"decoder": layers}, make_header(backbone))
 
 
-def version_of(runtime: Runtime, folder: Path) -> int:
+def version_of(runtime, folder):
     """The layout that this build writes."""
+    runtime.clear()
     runtime.decode([1], 0)
     (version,) = struct.unpack_from("<I", runtime.save(folder / "version.bin", [1]), 4)
     runtime.clear()
     return int(version)
 
 
+def restore(runtime, prefix, backbone, folder):
+    """Load a prefix from a file in the layout of this build; without flash attention, values are kept transposed."""
+    file, tokens = folder / "prefix.bin", placeholders_for(prefix, backbone)
+    layout = {"version": version_of(runtime, folder), "kv_type": "f32", "transposed": True}
+    file.write_bytes(encode_file(rows_of(prefix, backbone), tokens, **layout))
+    assert runtime.load(file) == tokens
+
+
 @pytest.mark.deploys("llama.cpp", "tokens, and logits to 1e-4 (GPT-2: to its own GELU)", by="name")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_logits_and_tokens_are_the_backbones(
-    name: str, make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
-) -> None:
+def test_logits_and_tokens_are_the_backbones(name, make, run, random_prefix, random_ids, tmp_path):
     backbone, path = make(name)
     runtime = run(path)
-    version, prefix = version_of(runtime, tmp_path), random_prefix(backbone, 7, seed=1)
-    # Without flash attention, values are kept transposed.
-    file = tmp_path / "prefix.bin"
-    tokens = placeholders_for(prefix, backbone)
-    file.write_bytes(encode_file(rows_of(prefix, backbone), tokens, version=version, kv_type="f32", transposed=True))
+    prefix = random_prefix(backbone, 7, seed=1)
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 5, 14))]
     expected = generate_ids(backbone, prompts, [prefix] * 4, config=GenerateConfig(max_new_tokens=12))
     assert expected != generate_ids(backbone, prompts, [None] * 4, config=GenerateConfig(max_new_tokens=12))
     for prompt, output in zip(prompts, expected, strict=True):
-        runtime.clear()
-        assert runtime.load(file) == tokens
+        restore(runtime, prefix, backbone, tmp_path)
         logits = runtime.decode(prompt, 7)
         wanted = backbone.forward(torch.tensor([prompt]), prefixes=prefix).logits[0]
         torch.testing.assert_close(logits, wanted, rtol=0, atol=GELU if name == "gpt2" else 1e-4)
-        runtime.clear()
-        runtime.load(file)
+        restore(runtime, prefix, backbone, tmp_path)
         assert runtime.greedy(prompt, 7, 12, backbone.eos_id) == output
 
 
@@ -260,9 +255,7 @@ def test_logits_and_tokens_are_the_backbones(
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @torch.no_grad()
-def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(
-    name: str, make: Make, run: Make, random_ids: Make, tmp_path: Path
-) -> None:
+def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(name, make, run, random_ids, tmp_path):
     """llama.cpp computes the second text's keys at the positions that joining turns them to."""
     backbone, path = make(name)
     runtime = run(path, sequences=2, unified=True)
@@ -270,22 +263,16 @@ def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(
     parts = [compute_prefix(backbone, ids) for ids in texts]
     stored = save_prefix(tmp_path / "joined.safetensors", concatenate(parts, backbone.rotation))
     joined = load_prefix(stored, backbone)
-    version = version_of(runtime, tmp_path)
     runtime.decode(texts[0], 0)
     runtime.decode(texts[1], 6, sequence=1)
     runtime.copy(1, 0)
     wanted = runtime.decode(prompt, 10)
-    file, tokens = tmp_path / "prefix.bin", placeholders_for(joined, backbone)
-    rows = rows_of(joined, backbone)
-    file.write_bytes(encode_file(rows, tokens, version=version, kv_type="f32", transposed=True))
-    runtime.clear()
-    assert runtime.load(file) == tokens
+    restore(runtime, joined, backbone, tmp_path)
     torch.testing.assert_close(runtime.decode(prompt, 10), wanted, rtol=0, atol=1e-4)
     torch.testing.assert_close(
         backbone.forward(torch.tensor([prompt]), prefixes=joined).logits[0], wanted, rtol=0, atol=1e-4
     )
-    runtime.clear()
-    runtime.load(file)
+    restore(runtime, joined, backbone, tmp_path)
     (expected,) = generate_ids(backbone, [prompt], [joined], config=GenerateConfig(max_new_tokens=12))
     assert runtime.greedy(prompt, 10, 12, backbone.eos_id) == expected
 
@@ -293,30 +280,24 @@ def test_a_joined_prefix_is_two_texts_that_do_not_see_each_other(
 @pytest.mark.deploys("llama.cpp", "a prefix cut at its start: the logits of its own shifted cache to 1e-4", by="name")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @torch.no_grad()
-def test_a_cut_prefix_is_a_shifted_cache(name: str, make: Make, run: Make, random_ids: Make, tmp_path: Path) -> None:
+def test_a_cut_prefix_is_a_shifted_cache(name, make, run, random_ids, tmp_path):
     """llama.cpp removes the first positions of a text, and moves the others there."""
     backbone, path = make(name)
     runtime = run(path)
     text, prompt = random_ids(9, 1), random_ids(7, 3)
     stored = save_prefix(tmp_path / "cut.safetensors", cut(compute_prefix(backbone, text), 5, end="start"))
     kept = load_prefix(stored, backbone)
-    version = version_of(runtime, tmp_path)
     runtime.decode(text, 0)
     runtime.drop(4)
     wanted = runtime.decode(prompt, 5)
-    file, tokens = tmp_path / "prefix.bin", placeholders_for(kept, backbone)
-    file.write_bytes(encode_file(rows_of(kept, backbone), tokens, version=version, kv_type="f32", transposed=True))
-    runtime.clear()
-    assert runtime.load(file) == tokens
+    restore(runtime, kept, backbone, tmp_path)
     torch.testing.assert_close(runtime.decode(prompt, 5), wanted, rtol=0, atol=1e-4)
     logits = backbone.forward(torch.tensor([prompt]), prefixes=kept).logits[0]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
-def test_half_precision_and_flash_attention(
-    make: Make, run: Make, random_prefix: Make, random_ids: Make, tmp_path: Path
-) -> None:
+def test_half_precision_and_flash_attention(make, run, random_prefix, random_ids, tmp_path):
     backbone, path = make("llama")
     prefix, prompt = random_prefix(backbone, 7, seed=1), random_ids(9)
     rows, tokens = rows_of(prefix, backbone), placeholders_for(prefix, backbone)
@@ -339,12 +320,12 @@ def test_half_precision_and_flash_attention(
 
 
 @pytest.fixture(scope="module")
-def serve(folder: Path) -> Make:
+def serve(folder):
     """A factory: `serve(gguf, slots)` starts llama.cpp's own server in this process, and gives its address."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is installed on Linux (x86_64) only")
-    made: list[Any] = []
+    made = []
 
-    def start(path: Path, slots: Path, parallel: int) -> str:
+    def start(path, slots, parallel):
         slots.mkdir()
         params = xllamacpp.CommonParams()
         params.model.path, params.slot_save_path = str(path), f"{slots}/"
@@ -356,13 +337,13 @@ def serve(folder: Path) -> Make:
     return start
 
 
-def post(url: str, path: str, body: Any) -> Any:
+def post(url, path, body):
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         return json.load(reply)
 
 
-def ask(url: str, facts: Any, text: str, count: int) -> Any:
+def ask(url, facts, text, count):
     prompt = [*facts["placeholders"], facts["text_format"]["prompt"].replace("{source}", text)]
     body = {"prompt": prompt, "id_slot": 0, "cache_prompt": True, "temperature": 0, "n_predict": count}
     return post(url, "/completion", body)
@@ -372,7 +353,7 @@ TEXTS = ["name : Aromi | food : soup", "a", "<s> and </s>"]
 
 
 @pytest.mark.deploys("llama.cpp", "texts of `llama-server`, by the restored slot", model="llama")
-def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
+def test_the_server_writes_what_generate_writes(make, serve, random_prefix, tmp_path):
     backbone, path = make("llama")
     prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
     url = serve(path, slots, 1)
@@ -390,7 +371,7 @@ def test_the_server_writes_what_generate_writes(make: Make, serve: Make, random_
         assert reply["content"].strip() == output
 
 
-def test_a_lost_prefix_is_noticed(make: Make, serve: Make, random_prefix: Make, tmp_path: Path) -> None:
+def test_a_lost_prefix_is_noticed(make, serve, random_prefix, tmp_path):
     backbone, path = make("llama")
     prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
     url = serve(path, slots, 1)

@@ -1,12 +1,9 @@
 """Exported graphs in ONNX Runtime and OpenVINO: logits and tokens are those of `generate`, alone and padded."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
@@ -22,6 +21,7 @@ from prefixtune.interop.onnx import export as target
 from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
+from prefixtune.training.starts.words import from_words
 
 Make = Callable[..., Any]
 
@@ -35,21 +35,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:openvino")
 class Exported:
     """A backbone, a prefix, and the folder that both were exported to."""
 
-    def __init__(self, backbone: Any, prefix: Any, folder: Path) -> None:
+    def __init__(self, backbone, prefix, folder):
         self.backbone, self.prefix, self.folder = backbone, prefix, folder
         self.facts = target.export_onnx(prefix, backbone, folder)
         assert json.loads((folder / "export.json").read_text()) == self.facts
         self.past = load_file(folder / "past.safetensors")
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
-    def run(self, feed: dict[str, Any]) -> Any:
+    def run(self, feed):
         return self.session.run(None, feed)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen2"])
-def exported(
-    request: pytest.FixtureRequest, tiny_backbone: Make, random_prefix: Make, tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
+def exported(request, tiny_backbone, random_prefix, tmp_path_factory):
     name = request.param
     backbone = tiny_backbone(name, **LAYERS[name])
     prefix = random_prefix(backbone, LENGTH, seed=1)
@@ -64,7 +62,7 @@ def exported(
 
 
 @torch.no_grad()
-def test_logits_are_the_backbones(exported: Exported, random_ids: Make) -> None:
+def test_logits_are_the_backbones(exported, random_ids):
     """A padded batch, then more of it: read at once or one after another, with the mask as it grows."""
     prompts = [random_ids(n, seed) for seed, n in enumerate((7, 2, 5))]
     ids, mask = pad(prompts, exported.backbone.pad_id)
@@ -83,7 +81,7 @@ def test_logits_are_the_backbones(exported: Exported, random_ids: Make) -> None:
 
 
 @pytest.mark.deploys("ONNX Runtime", "tokens, alone and padded; logits to 1e-4", by="exported")
-def test_tokens_are_those_of_generate(exported: Exported, random_ids: Make) -> None:
+def test_tokens_are_those_of_generate(exported, random_ids):
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4, 12, 6))]
     backbone, config = exported.backbone, GenerateConfig(max_new_tokens=NEW)
     expected = generate_ids(backbone, prompts, [exported.prefix] * 5, config=config)
@@ -94,7 +92,7 @@ def test_tokens_are_those_of_generate(exported: Exported, random_ids: Make) -> N
 
 
 @pytest.mark.deploys("ONNX Runtime", "tokens of two joined prefixes", model="llama")
-def test_a_joined_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: Make, tmp_path: Path) -> None:
+def test_a_joined_prefix(tiny_backbone, random_prefix, random_ids, tmp_path):
     backbone = tiny_backbone("llama", **LAYERS["llama"])
     parts = [random_prefix(backbone, length, seed=length).detach() for length in (4, 3)]
     stored = save_prefix(tmp_path / "joined.safetensors", concatenate(parts, backbone.rotation))
@@ -105,13 +103,13 @@ def test_a_joined_prefix(tiny_backbone: Make, random_prefix: Make, random_ids: M
     assert generate(exported.run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
-def test_without_its_past_the_graph_is_the_bare_backbone(exported: Exported, random_ids: Make) -> None:
+def test_without_its_past_the_graph_is_the_bare_backbone(exported, random_ids):
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1))]
     expected = generate_ids(exported.backbone, prompts, [None] * 2, config=GenerateConfig(max_new_tokens=NEW))
     assert generate(exported.run, exported.facts, None, prompts, max_new_tokens=NEW) == expected
 
 
-def test_the_script_runs_by_itself(exported: Exported) -> None:
+def test_the_script_runs_by_itself(exported):
     from prefixtune.inference.generate import generate as ours
 
     # As a checkpoint that was saved after training may have it.
@@ -129,7 +127,7 @@ def test_the_script_runs_by_itself(exported: Exported) -> None:
 
 
 @pytest.mark.deploys("OpenVINO", "tokens of the exported graph", by="exported")
-def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
+def test_openvino_reads_the_graph(exported, random_ids):
     import openvino
 
     compiled = openvino.Core().compile_model(exported.folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -137,14 +135,14 @@ def test_openvino_reads_the_graph(exported: Exported, random_ids: Make) -> None:
     config = GenerateConfig(max_new_tokens=NEW)
     expected = generate_ids(exported.backbone, prompts, [exported.prefix] * 3, config=config)
 
-    def run(feed: dict[str, Any]) -> Any:
+    def run(feed):
         return list(compiled(feed).values())
 
     assert generate(run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
 @pytest.mark.deploys("OpenVINO", "tokens, with the prefix as first states", by="exported")
-def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make) -> None:
+def test_openvino_keeps_the_past_as_states(exported, random_ids):
     """The recipe of docs/export.md: the past moves into the model's states, which begin with the prefix."""
     import openvino
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -162,7 +160,7 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
         name = next(name for name in names if variable.name.startswith(name))
         variable.state = openvino.Tensor(state.past[name])
 
-    def run(feed: dict[str, Any]) -> Any:
+    def run(feed):
         inputs = {name: value for name, value in feed.items() if name not in names}
         return [request.infer(inputs)["logits"]]
 
@@ -178,13 +176,19 @@ def test_openvino_keeps_the_past_as_states(exported: Exported, random_ids: Make)
 
 
 @pytest.mark.slow
-@pytest.mark.deploys("ONNX Runtime", "tokens of the real weights, in float32", model="SmolLM2-135M (llama)")
-def test_the_embedded_backbone(default_backbone: Any, tmp_path: Path) -> None:
-    from prefixtune.training.starts.words import from_words
+@pytest.mark.deploys(
+    "ONNX Runtime", "tokens of the first six layers with their real weights, in float32", model="SmolLM2-135M (llama)"
+)
+def test_the_embedded_backbone(default_backbone, tmp_path):
+    """Its vocabulary and its numbers; all thirty layers take torch a minute and a half to trace."""
+    from transformers import AutoModelForCausalLM
 
-    prefix = from_words(default_backbone, "Describe the restaurant in one sentence for a guest:", 10)
-    made = Exported(default_backbone, prefix, tmp_path)
-    prompts = [default_backbone.encode(text) for text in ("The Eagle is", "name : Aromi | food : Chinese", "Once")]
-    expected = generate_ids(default_backbone, prompts, [prefix] * 3, config=GenerateConfig(max_new_tokens=16))
-    assert expected != generate_ids(default_backbone, prompts, [None] * 3, config=GenerateConfig(max_new_tokens=16))
+    folder = checkpoint_folder("smollm2-135m")
+    model = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=6, dtype=torch.float32)
+    backbone = Backbone.from_model(model, default_backbone.tokenizer, "smollm2-135m")
+    prefix = from_words(backbone, "Describe the restaurant in one sentence for a guest:", 10)
+    made = Exported(backbone, prefix, tmp_path)
+    prompts = [backbone.encode(text) for text in ("The Eagle is", "name : Aromi | food : Chinese", "Once")]
+    expected = generate_ids(backbone, prompts, [prefix] * 3, config=GenerateConfig(max_new_tokens=16))
+    assert expected != generate_ids(backbone, prompts, [None] * 3, config=GenerateConfig(max_new_tokens=16))
     assert generate(made.run, made.facts, made.past, prompts, max_new_tokens=16) == expected

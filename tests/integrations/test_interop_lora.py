@@ -1,7 +1,5 @@
 """A folder of a LoRA adapter as a backbone: its base model is found, the adapter counts, other types are refused."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable
@@ -18,25 +16,23 @@ from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.peft import export_peft
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.starts.words import from_words
+from zoo import store_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def base(tiny_models: Make, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    tiny_models("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def base(tmp_path_factory):
+    return Path(store_model(tmp_path_factory.mktemp("models") / "llama", "llama"))
 
 
 @pytest.fixture
-def make_lora(base: Path, tmp_path: Path) -> Make:
+def make_lora(base, tmp_path):
     """Writes an adapter as PEFT does, random in its effect."""
     import transformers
 
-    def make(name: str, **changes: Any) -> Path:
+    def make(name, **changes):
         settings = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **changes}
         with warnings.catch_warnings():
             # PEFT asks transformers by an older name.
@@ -50,13 +46,13 @@ def make_lora(base: Path, tmp_path: Path) -> Make:
     return make
 
 
-def change(folder: Path, **changes: Any) -> Path:
+def change(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
 
 
-def test_the_folder_is_its_base_model_with_the_adapter(make_lora: Make, base: Path) -> None:
+def test_the_folder_is_its_base_model_with_the_adapter(make_lora, base):
     import transformers
 
     folder = make_lora("lora")
@@ -75,7 +71,7 @@ def test_the_folder_is_its_base_model_with_the_adapter(make_lora: Make, base: Pa
     assert load_backbone(base, device="cpu", adapter=folder).fingerprint == tuned.fingerprint
 
 
-def test_a_prefix_belongs_to_the_adapter(make_lora: Make, base: Path, tmp_path: Path) -> None:
+def test_a_prefix_belongs_to_the_adapter(make_lora, base, tmp_path):
     from prefixtune.backbone.prefixes import make_header
 
     tuned = load_backbone(make_lora("lora"), device="cpu")
@@ -87,8 +83,8 @@ def test_a_prefix_belongs_to_the_adapter(make_lora: Make, base: Path, tmp_path: 
         pt.load_prefix(path, load_backbone(base, device="cpu"))
 
 
-def test_the_fingerprint_distinguishes_adapters(make_lora: Make) -> None:
-    def fingerprint(folder: Path) -> str:
+def test_the_fingerprint_distinguishes_adapters(make_lora):
+    def fingerprint(folder):
         return load_backbone(folder, device="cpu").fingerprint
 
     first = fingerprint(make_lora("a"))
@@ -105,7 +101,7 @@ def test_the_fingerprint_distinguishes_adapters(make_lora: Make) -> None:
     assert not fingerprints_match(first, fingerprint(folder))
 
 
-def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
+def test_what_is_refused(make_lora, base, tmp_path):
     folder = make_lora("lora")
     for options in ({"adapter": folder}, {"quantize": "int8"}):
         with pytest.raises(ConfigError):
@@ -117,7 +113,7 @@ def test_what_is_refused(make_lora: Make, base: Path, tmp_path: Path) -> None:
         load_backbone(base, device="cpu", adapter=folder)
 
 
-def test_a_prefix_is_not_ignored_in_silence(base: Path, tmp_path: Path) -> None:
+def test_a_prefix_is_not_ignored_in_silence(base, tmp_path):
     backbone = load_backbone(base, device="cpu")
     adapter = export_peft(from_words(backbone, "some words", 3), tmp_path / "prefix")
     for arguments in ({"name_or_path": adapter}, {"name_or_path": base, "adapter": adapter}):

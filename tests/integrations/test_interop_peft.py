@@ -1,18 +1,13 @@
 """PEFT's own model as an oracle, both ways: what it loads of ours and what we load of its give the same logits."""
 
-from __future__ import annotations
-
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, CheckpointError
@@ -34,18 +29,18 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(params=[name for name in NAMES if exists(name)])
-def name(request: pytest.FixtureRequest) -> str:
+def name(request):
     return str(request.param)
 
 
 @pytest.fixture
-def bare(name: str, tiny_tokenizer: Any) -> Callable[[], Any]:
+def bare(name, tiny_tokenizer):
     """Makes the same random model each time."""
     return lambda: make_model(name, tiny_tokenizer)
 
 
 @pytest.fixture
-def backbone(bare: Callable[[], Any], name: str, tiny_tokenizer: Any) -> Backbone:
+def backbone(bare, name, tiny_tokenizer):
     try:
         return Backbone.from_model(bare(), tiny_tokenizer, name)
     except BackboneError as error:
@@ -53,7 +48,7 @@ def backbone(bare: Callable[[], Any], name: str, tiny_tokenizer: Any) -> Backbon
 
 
 @pytest.fixture
-def batch(random_ids: Make, tiny_tokenizer: Any) -> tuple[Tensor, Tensor]:
+def batch(random_ids, tiny_tokenizer):
     """Texts of unequal length, padded on the right."""
     texts = [random_ids(9, 1), random_ids(6, 2), random_ids(9, 3)]
     ids, mask = torch.full((3, 9), tiny_tokenizer.pad_token_id), torch.zeros(3, 9, dtype=torch.long)
@@ -63,33 +58,31 @@ def batch(random_ids: Make, tiny_tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
-def logits(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+def logits(model, batch):
     """PEFT's, where no token is padding."""
     ids, mask = batch
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
-    return found
+        return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
 
 
-def ours(backbone: Backbone, prefix: Prefix, batch: tuple[Tensor, Tensor]) -> Tensor:
+def ours(backbone, prefix, batch):
     ids, mask = batch
     with torch.no_grad():
-        found: Tensor = backbone.forward(ids, mask, prefixes=prefix).logits[mask.bool()]
-    return found
+        return backbone.forward(ids, mask, prefixes=prefix).logits[mask.bool()]
 
 
-def settings(kind: str, **changes: Any) -> Any:
+def settings(kind, **changes):
     made = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": getattr(peft, "CartridgeConfig", None)}[kind]
     return made(task_type="CAUSAL_LM", num_virtual_tokens=P, **changes)
 
 
-def train_a_step(model: Any, batch: tuple[Tensor, Tensor]) -> None:
+def train_a_step(model, batch):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     ids, mask = batch
     model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
@@ -98,9 +91,7 @@ def train_a_step(model: Any, batch: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.deploys("PEFT", "logits of PEFT's own forward; the file comes back bit for bit", by="name")
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_what_is_exported(
-    kind: str, bare: Make, backbone: Backbone, random_prefix: Make, batch: Any, assert_same: Make, tmp_path: Path
-) -> None:
+def test_peft_loads_what_is_exported(kind, bare, backbone, random_prefix, batch, assert_same, tmp_path):
     prefix = random_prefix(backbone, P).detach()
     with warnings.catch_warnings():
         # A key that this PEFT does not know would be warned of.
@@ -118,9 +109,7 @@ def test_peft_loads_what_is_exported(
 
 @pytest.mark.parametrize(("kind", "projected"), [("PREFIX_TUNING", True), *((kind, False) for kind in KINDS)])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
-def test_what_peft_trained_is_imported(
-    kind: str, projected: bool, bare: Make, backbone: Backbone, batch: Any, assert_same: Make, tmp_path: Path
-) -> None:
+def test_what_peft_trained_is_imported(kind, projected, bare, backbone, batch, assert_same, tmp_path):
     changes = {"prefix_projection": True, "encoder_hidden_size": 12} if projected else {}
     theirs = peft.get_peft_model(bare(), settings(kind, **changes))
     theirs.eval()
@@ -140,9 +129,7 @@ def test_what_peft_trained_is_imported(
 
 
 @pytest.mark.skipif("CARTRIDGE" not in KINDS, reason="this PEFT has no cartridges")
-def test_a_cartridges_frozen_positions_stay_frozen_in_peft(
-    tiny_backbone: Make, tiny_models: Make, random_prefix: Make, batch: Any, tmp_path: Path
-) -> None:
+def test_a_cartridges_frozen_positions_stay_frozen_in_peft(tiny_backbone, tiny_models, random_prefix, batch, tmp_path):
     llama = tiny_backbone("llama")
     prefix = random_prefix(llama, P).detach()
     folder = export_peft(prefix, tmp_path, peft_type="CARTRIDGE", num_frozen_tokens=2)
@@ -160,54 +147,12 @@ def test_a_cartridges_frozen_positions_stay_frozen_in_peft(
     assert trained.header["peft"] == {"peft_type": "CARTRIDGE", "num_frozen_tokens": 2}
 
 
-def test_without_a_header_the_weights_are_pefts_file_to_the_byte(
-    tiny_backbone: Make, tiny_models: Make, tmp_path: Path
-) -> None:
-    theirs = peft.get_peft_model(tiny_models("llama"), settings("PREFIX_TUNING"))
-    theirs.save_pretrained(tmp_path / "theirs")
-    prefix = import_peft(tmp_path / "theirs", tiny_backbone("llama"))
-    export_peft(Prefix(prefix.layers), tmp_path / "ours")
-    one, other = ((tmp_path / part / "adapter_model.safetensors").read_bytes() for part in ("ours", "theirs"))
-    assert one == other
-
-
 @pytest.mark.deploys("PEFT", "its format shares one prefix between the layers' sites", by="name", refused=True)
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_an_encoder_decoders_adapter_would_not_mean_the_same(
-    name: str, tiny_tokenizer: Any, assert_same: Make, tmp_path: Path
-) -> None:
-    """Why it is refused: PEFT shares a prefix between layers, and moves the text on."""
-    changes = {
-        "bart": {"encoder_layers": 2, "decoder_layers": 2, "decoder_attention_heads": 4},
-        "t5": {"num_layers": 2, "num_decoder_layers": 2, "d_kv": 8},
-    }[name]
-
-    def model() -> Any:
-        return make_model(name, tiny_tokenizer, **changes)
-
+def test_an_encoder_decoders_adapter_is_refused(name, tiny_tokenizer, tmp_path):
+    changes = {"bart": {"decoder_attention_heads": 4}, "t5": {"d_kv": 8}}[name]
+    model = make_model(name, tiny_tokenizer, **changes)
     config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
-    theirs = peft.get_peft_model(model(), config).eval()
-    theirs.save_pretrained(tmp_path)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         import_peft(tmp_path)
-    backbone = Backbone.from_model(model(), tiny_tokenizer, name)
-    layers = unflatten(theirs.get_prompt_embedding_to_save("default"), backbone.geometry["decoder"])
-    shared = Prefix({"decoder": (layers[0], layers[0])})
-    ids, written = torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[1, 9, 8, 7]])
-    with torch.no_grad():
-        found = theirs(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            decoder_input_ids=written,
-            decoder_attention_mask=torch.ones_like(written),
-        ).logits
-        here = backbone.forward(ids, prefixes=shared, decoder_input_ids=written).logits
-        assert float((found - here).abs().max()) > 0.1
-        if name == "bart":
-            positions = backbone.model.get_decoder().embed_positions
-            assert "position_ids" in inspect.signature(positions.forward).parameters
-            positions.register_forward_pre_hook(
-                lambda module, args, given: (args, {**given, "position_ids": torch.arange(written.shape[1]) + P}),
-                with_kwargs=True,
-            )
-            assert_same(backbone.forward(ids, prefixes=shared, decoder_input_ids=written).logits, found)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -14,9 +11,8 @@ import torch
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from live_server import MODEL, LiveServer, make_model, make_prefix
+from live_server import MODEL, fill_folder, serve
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
@@ -25,7 +21,7 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.sampling.grammar import compile_json_schema
 
-SCHEMAS: list[dict[str, Any]] = [
+SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"],
      "additionalProperties": False},
     {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
@@ -38,39 +34,33 @@ COMPLEX = [{"type": "object", "properties": {f"p{n}": {"type": "null"} for n in 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("json")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
-    return folder
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("json")
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: Path) -> Any:
-    backbone = load_backbone(folder / MODEL, dtype="float32", device="cpu")
-    for seed, name in enumerate(("pubs", "facts")):
-        make_prefix(backbone, folder / "prefixes" / f"{name}.safetensors", seed, task="e2e")
-    return backbone
+def backbone(folder):
+    return fill_folder(folder, {"pubs": {"task": "e2e"}, "facts": {"task": "e2e"}})
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
-    server = LiveServer(folder / MODEL, folder / "prefixes").wait()
+def server(folder, backbone):
+    server = serve(folder)
     yield server
     assert server.stop() == 0
 
 
 @pytest.fixture
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
 
 
-def valid(text: str, schema: dict[str, Any]) -> bool:
+def valid(text, schema):
     return bool(Draft202012Validator(schema).is_valid(json.loads(text)))
 
 
-def test_a_model_may_have_fewer_scores_than_its_tokenizer_has_tokens(backbone: Any) -> None:
+def test_a_model_may_have_fewer_scores_than_its_tokenizer_has_tokens(backbone):
     state = compile_json_schema(backbone, SCHEMAS[0]).start()
     whole = state.allowed(len(backbone.tokenizer))
     assert whole.any()
@@ -82,7 +72,7 @@ def test_a_model_may_have_fewer_scores_than_its_tokenizer_has_tokens(backbone: A
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=["object", "array", "enum", "text"])
-def test_one_running_batch_follows_every_schema_and_is_generates(backbone: Any, folder: Path, schema: Any) -> None:
+def test_one_running_batch_follows_every_schema_and_is_generates(backbone, folder, schema):
     prefix = load_prefix(folder / "prefixes" / "pubs.safetensors", backbone)
     grammar = compile_json_schema(backbone, schema)
     greedy, drawn = SamplingParams(max_new_tokens=200), SamplingParams(max_new_tokens=200, temperature=1.0, seed=3)
@@ -107,7 +97,7 @@ def test_one_running_batch_follows_every_schema_and_is_generates(backbone: Any, 
     assert ids == [token.id for token in outputs[0][0].tokens]
 
 
-def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone: Any) -> None:
+def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone):
     config = {"max_new_tokens": 100, "temperature": 1.0, "seed": 4, "response_schema": json.dumps(SCHEMAS[1])}
     outputs = generate(backbone, ["a", "bb ccc", "d"], config=config)
     assert all(valid(output, SCHEMAS[1]) for output in outputs)
@@ -116,10 +106,10 @@ def test_a_batch_of_generate_has_a_grammar_for_every_row(backbone: Any) -> None:
     assert all(isinstance(json.loads(output), int) for output in generate(backbone, ["a", "b", "c"] * 4, config=config))
 
 
-def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(tiny_backbone: Any) -> None:
+def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(tiny_backbone):
     llama = tiny_backbone("llama")
     assert llama.pad_id != llama.eos_id
-    config: dict[str, Any] = {"max_new_tokens": 60, "response_schema": json.dumps({"enum": ["red", "green", "blue"]})}
+    config = {"max_new_tokens": 60, "response_schema": json.dumps({"enum": ["red", "green", "blue"]})}
     prompts = [[number] for number in range(12)]
     whole, cut = (
         generate_ids(llama, prompts, [None] * 12, config=GenerateConfig(**config, stop=stop)) for stop in ((), ("re",))
@@ -130,9 +120,7 @@ def test_a_text_that_a_stop_string_ended_leaves_the_others_in_the_batch_alone(ti
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_schema_begins_after_a_first_token_that_is_forced(
-    temperature: float, tiny_models: Any, enclosing_tokenizer: Any
-) -> None:
+def test_a_schema_begins_after_a_first_token_that_is_forced(temperature, tiny_models, enclosing_tokenizer):
     model = tiny_models("mbart")
     model.generation_config.forced_bos_token_id = 65
     backbone = Backbone.from_model(model, enclosing_tokenizer, "tiny-mbart")
@@ -143,13 +131,13 @@ def test_a_schema_begins_after_a_first_token_that_is_forced(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openais_client_gets_json(client: openai.OpenAI, stream: bool) -> None:
+def test_openais_client_gets_json(client, stream):
     class Pub(BaseModel):
         stars: int
         open: bool
 
-    messages: Any = [{"role": "user", "content": "Hello!"}]
-    options: dict[str, Any] = {"model": "facts", "messages": messages, "max_tokens": 400, "seed": 5}
+    messages = [{"role": "user", "content": "Hello!"}]
+    options = {"model": "facts", "messages": messages, "max_tokens": 400, "seed": 5}
     if stream:
         with client.chat.completions.stream(**options, response_format=Pub) as events:
             parsed = events.get_final_completion().choices[0]
@@ -159,14 +147,14 @@ def test_openais_client_gets_json(client: openai.OpenAI, stream: bool) -> None:
     assert isinstance(parsed.message.parsed, Pub)
 
 
-def test_json_objects_and_completions(client: openai.OpenAI) -> None:
+def test_json_objects_and_completions(client):
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMAS[0]}}
     answer = client.completions.create(
         model="pubs", prompt=["a", "b"], n=2, max_tokens=300, seed=1, extra_body={"response_format": schema}
     )
     assert all(valid(choice.text, SCHEMAS[0]) for choice in answer.choices)
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
-    messages: Any = [{"role": "user", "content": "Hello!"}]
+    messages = [{"role": "user", "content": "Hello!"}]
     chat = client.chat.completions.create(
         model=MODEL, messages=messages, max_tokens=20, response_format={"type": "json_object"}
     )
@@ -176,17 +164,17 @@ def test_json_objects_and_completions(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     "schema", [{"type": "nonsense"}, {"$ref": "http://example.com/schema"}, {"$ref": "#"}, {"anyOf": COMPLEX}]
 )
-def test_schemas_that_cannot_be_used(client: openai.OpenAI, backbone: Any, schema: Any) -> None:
+def test_schemas_that_cannot_be_used(client, backbone, schema):
     with pytest.raises(RequestError):
         compile_json_schema(backbone, schema)
-    messages: Any = [{"role": "user", "content": "Hello!"}]
-    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    messages = [{"role": "user", "content": "Hello!"}]
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="facts", messages=messages, response_format=form)
     assert error.value.param == "response_format"
 
 
-def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone: Any) -> None:
+def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone):
     schema = {
         "type": "object",
         "properties": {"p": {"anyOf": COMPLEX}},
@@ -200,7 +188,7 @@ def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone: Any) 
     assert (second[0].finish_reason, second[0].refused) == ("length", False)
 
 
-def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path: Path) -> None:
+def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path):
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     assert GenerateConfig(response_schema=str(tmp_path / "schema.json")).response_schema == '{"type":"object"}'
     (tmp_path / "wrong.json").write_text("[1")
@@ -211,7 +199,7 @@ def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path: Pa
         GenerateConfig(response_schema="{}", num_beams=2)
 
 
-def test_without_the_extra_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, backbone: Any) -> None:
+def test_without_the_extra_the_way_out_is_named(monkeypatch, backbone):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match="llguidance") as error:
         compile_json_schema(backbone, {})

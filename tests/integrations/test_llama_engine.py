@@ -1,7 +1,5 @@
 """llama.cpp as an engine: the default model's weights, written as float16, give the torch engine's tokens."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -9,9 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +16,6 @@ import torch
 from bench.quantized import write_gguf
 from command_line import run as run_command
 from prefixtune.attention.record import prefix_from_tokens
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf
 from prefixtune.backbone.prefixes import load_prefix, make_header
@@ -33,7 +28,6 @@ from prefixtune.engine.request import (
     ContextLengthError,
     Request,
     SamplingParams,
-    SequenceOutput,
     join_outputs,
 )
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
@@ -58,7 +52,7 @@ ASKED = (
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gguf(tmp_path_factory):
     """The default model in float16: 270 MB, written once."""
     source = packaged_gguf(NAME)
     if source is None:
@@ -67,37 +61,37 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Backbone:
+def shapes():
     """The default model without its weights."""
     return load_shapes(NAME)
 
 
 @pytest.fixture(scope="module")
-def torch_backbone() -> Backbone:
+def torch_backbone():
     """The default model in float32."""
     return load_backbone(NAME, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def prefixes(torch_backbone: Backbone) -> list[Prefix]:
+def prefixes(torch_backbone):
     """What two texts leave in the cache."""
     ids = [torch.tensor([torch_backbone.encode(text)]) for text in FACTS]
     return [prefix_from_tokens(torch_backbone.model, torch_backbone.layout, one) for one in ids]
 
 
 @pytest.fixture(scope="module")
-def engine(shapes: Backbone, gguf: Path) -> Iterator[LlamaCppEngine]:
+def engine(shapes, gguf):
     """Four slots."""
     with LlamaCppEngine(shapes, str(gguf), num_slots=4, max_length=256, threads=1) as made:
         yield made
 
 
-def run(engine: LlamaCppEngine, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
+def run(engine, requests):
     """Submit all at once, and wait; per request, its texts."""
-    outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+    outputs = {}
     ended = threading.Semaphore(0)
 
-    def receive(output: SequenceOutput) -> None:
+    def receive(output):
         outputs.setdefault((output.request_id, output.index), []).append(output)
         if output.finish_reason is not None:
             ended.release()
@@ -109,17 +103,15 @@ def run(engine: LlamaCppEngine, requests: Sequence[Request]) -> list[list[Sequen
     return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
 
 
-def test_shapes_are_those_of_the_loaded_model(shapes: Backbone, torch_backbone: Backbone) -> None:
+def test_shapes_are_those_of_the_loaded_model(shapes, torch_backbone):
     assert shapes.fingerprint == torch_backbone.fingerprint
     assert shapes.geometry == torch_backbone.geometry
     assert shapes.rotation == torch_backbone.rotation
     assert shapes.max_positions == torch_backbone.max_positions
 
 
-def test_mixed_prefixes_give_the_torch_engines_tokens(
-    engine: LlamaCppEngine, torch_backbone: Backbone, prefixes: list[Prefix]
-) -> None:
-    def requests() -> list[Request]:
+def test_mixed_prefixes_give_the_torch_engines_tokens(engine, torch_backbone, prefixes):
+    def requests():
         return [
             Request(tuple(torch_backbone.encode(text)), prefix, SamplingParams(max_new_tokens=24))
             for text in ASKED
@@ -137,7 +129,7 @@ def test_mixed_prefixes_give_the_torch_engines_tokens(
         assert {one.finish_reason for one in found} <= {"stop", "length"}
 
 
-def test_generate_and_stream_take_it(engine: LlamaCppEngine, torch_backbone: Backbone, prefixes: list[Prefix]) -> None:
+def test_generate_and_stream_take_it(engine, torch_backbone, prefixes):
     texts, mixed = list(ASKED), [*prefixes, None, None, prefixes[0]]
     wanted = generate(torch_backbone, texts, mixed, max_new_tokens=12)
     found = generate(engine.backbone, texts, mixed, max_new_tokens=12, engine=engine)
@@ -155,23 +147,13 @@ def test_generate_and_stream_take_it(engine: LlamaCppEngine, torch_backbone: Bac
     assert engine.num_unfinished == 0
 
 
-def test_commands_take_it(gguf: Path, torch_backbone: Backbone, prefixes: list[Prefix], tmp_path: Path) -> None:
+def test_commands_take_it(gguf, torch_backbone, prefixes, tmp_path):
     file, data = tmp_path / "p.safetensors", tmp_path / "data.jsonl"
     save_prefix(file, Prefix(prefixes[0].layers, make_header(torch_backbone, task="e2e")))
     data.write_text(json.dumps({"source": ASKED[0], "target": "Rusty"}) + "\n")
     # Beams and a least number of tokens, which are the task's, are left out.
-    llama = (
-        "--engine",
-        "llama.cpp",
-        "--gguf",
-        str(gguf),
-        "--threads",
-        "1",
-        "--max-new-tokens",
-        "8",
-        "--prefix",
-        str(file),
-    )
+    llama = ("--engine", "llama.cpp", "--gguf", str(gguf), "--threads", "1", "--max-new-tokens", "8")
+    llama += ("--prefix", str(file))
     text, _ = run_command("generate", *llama, ASKED[0])
     (wanted,) = generate(torch_backbone, [ASKED[0]], load_prefix(file), max_new_tokens=8, ban_newlines=True)
     assert text.strip() == wanted
@@ -189,7 +171,7 @@ def test_commands_take_it(gguf: Path, torch_backbone: Backbone, prefixes: list[P
     run_command("generate", "--gguf", str(gguf), "x", code=2)
 
 
-def test_logprobs_stops_seeds_and_several_texts(engine: LlamaCppEngine, torch_backbone: Backbone) -> None:
+def test_logprobs_stops_seeds_and_several_texts(engine, torch_backbone):
     prompt = tuple(torch_backbone.encode(ASKED[3]))
     greedy = Request(prompt, None, SamplingParams(max_new_tokens=4, logprobs=2))
     (found,), (wanted,) = run(engine, [greedy])[0], Engine(torch_backbone, num_slots=1).run([greedy])[0]
@@ -205,13 +187,6 @@ def test_logprobs_stops_seeds_and_several_texts(engine: LlamaCppEngine, torch_ba
     assert not any("e" in text for text in several)
 
 
-def test_json_schemas_hold(engine: LlamaCppEngine, shapes: Backbone) -> None:
-    pytest.importorskip("llguidance", reason="needs llguidance")
-    grammar = compile_json_schema(shapes, {"type": "object", "properties": {"n": {"type": "integer"}}})
-    request = Request(tuple(shapes.encode("JSON:")), None, SamplingParams(max_new_tokens=20), grammar=grammar)
-    assert run(engine, [request])[0][0].text.startswith("{")
-
-
 @pytest.mark.parametrize(
     ("sampling", "error"),
     [
@@ -221,19 +196,17 @@ def test_json_schemas_hold(engine: LlamaCppEngine, shapes: Backbone) -> None:
         ({"max_new_tokens": 1000}, ContextLengthError),
     ],
 )
-def test_what_it_does_not_have_is_refused(
-    engine: LlamaCppEngine, shapes: Backbone, sampling: dict[str, float], error: type[Exception]
-) -> None:
+def test_what_it_does_not_have_is_refused(engine, shapes, sampling, error):
     request = Request(tuple(shapes.encode("a")), None, SamplingParams(**sampling))
     with pytest.raises(error):
         engine.submit(request, lambda output: None)
 
 
-def test_deadlines_and_cancelling(engine: LlamaCppEngine, shapes: Backbone) -> None:
-    found: dict[str, str | None] = {}
+def test_deadlines_and_cancelling(engine, shapes):
+    found = {}
     done = threading.Semaphore(0)
 
-    def receive(output: SequenceOutput) -> None:
+    def receive(output):
         if output.finish_reason is not None:
             found[output.request_id] = output.finish_reason
             done.release()
@@ -248,9 +221,7 @@ def test_deadlines_and_cancelling(engine: LlamaCppEngine, shapes: Backbone) -> N
     assert found == {late.id: "timeout", unwanted.id: "cancelled"}
 
 
-def test_prefixes_that_do_not_fit_are_refused_and_hurt_nobody(
-    engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]
-) -> None:
+def test_prefixes_that_do_not_fit_are_refused_and_hurt_nobody(engine, shapes, prefixes):
     prompt, few = tuple(shapes.encode("a")), SamplingParams(max_new_tokens=2)
     large = prefixes[0]._mapped(lambda tensor: tensor * 0 + 1e6)
     foreign = replace(prefixes[0], header={"backbone": {"name": "other", "fingerprint": "1:2:3"}})
@@ -262,9 +233,7 @@ def test_prefixes_that_do_not_fit_are_refused_and_hurt_nobody(
     assert len(run(engine, [Request(prompt, prefixes[0], few) for _ in range(5)])) == 5
 
 
-def test_a_state_that_is_gone_is_written_again(
-    engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]
-) -> None:
+def test_a_state_that_is_gone_is_written_again(engine, shapes, prefixes):
     request = Request(tuple(shapes.encode(ASKED[0])), prefixes[0], SamplingParams(max_new_tokens=4))
     wanted = run(engine, [request])[0][0].text
     for slot in engine._slots:
@@ -274,7 +243,7 @@ def test_a_state_that_is_gone_is_written_again(
     assert run(engine, [replace(request, id="again")])[0][0].text == wanted
 
 
-def test_characters_of_several_tokens(engine: LlamaCppEngine, shapes: Backbone) -> None:
+def test_characters_of_several_tokens(engine, shapes):
     pytest.importorskip("llguidance", reason="needs llguidance")
     schema = {"const": "a \U0001f980 \u65e5\u672c"}
     grammar = compile_json_schema(shapes, schema)
@@ -285,7 +254,7 @@ def test_characters_of_several_tokens(engine: LlamaCppEngine, shapes: Backbone) 
     assert found.finish_reason == "stop"
 
 
-def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix]) -> None:
+def test_lengths(engine, shapes, prefixes):
     prompt = tuple(shapes.encode(ASKED[0]))
     most = engine.available_tokens(len(prompt), prefixes[0].length())
     for length in (0, 1, most):
@@ -296,10 +265,10 @@ def test_lengths(engine: LlamaCppEngine, shapes: Backbone, prefixes: list[Prefix
         assert not any(token.top_logprobs for token in found.tokens)
 
 
-def test_a_callback_that_fails_is_not_called_again(engine: LlamaCppEngine, shapes: Backbone) -> None:
+def test_a_callback_that_fails_is_not_called_again(engine, shapes):
     calls = []
 
-    def receive(output: SequenceOutput) -> None:
+    def receive(output):
         calls.append(output)
         raise ValueError
 
@@ -312,9 +281,7 @@ def test_a_callback_that_fails_is_not_called_again(engine: LlamaCppEngine, shape
     assert calls[0].finish_reason is None
 
 
-def test_what_cannot_start_is_refused(
-    shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_start_is_refused(shapes, gguf, tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         LlamaCppEngine(shapes, str(gguf), num_slots=257)
     with pytest.raises(BackboneError):
@@ -327,23 +294,21 @@ def test_what_cannot_start_is_refused(
         LlamaCppEngine(shapes, str(gguf))
 
 
-def test_states_go_with_their_engine(
-    shapes: Backbone, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_go_with_their_engine(shapes, gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("prefixtune.engine.prefix_files.cache_folder", lambda: tmp_path)
     with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=64, threads=1):
         assert list((tmp_path / "engines").iterdir())
     assert not list((tmp_path / "engines").iterdir())
 
 
-def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) -> None:
+def test_a_server_that_dies_is_started_again_once(shapes, gguf):
     with LlamaCppEngine(shapes, str(gguf), num_slots=1, max_length=128, threads=1) as engine:
         failed = threading.Event()
         engine.on_failure = failed.set
         ended = threading.Event()
-        outputs: list[SequenceOutput] = []
+        outputs = []
 
-        def receive(output: SequenceOutput) -> None:
+        def receive(output):
             outputs.append(output)
             if output.finish_reason is not None:
                 ended.set()
@@ -367,9 +332,7 @@ def test_a_server_that_dies_is_started_again_once(shapes: Backbone, gguf: Path) 
         assert not engine.healthy
 
 
-def test_files_of_other_models_and_no_files_are_refused(
-    shapes: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_other_models_and_no_files_are_refused(shapes, tmp_path, monkeypatch):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF and nothing else")
     for path in (broken, tmp_path / "none.gguf"):
@@ -387,12 +350,10 @@ def test_files_of_other_models_and_no_files_are_refused(
         find_gguf("", shapes)
 
 
-def test_a_build_that_restores_nothing_is_refused(
-    shapes: Backbone, gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_that_restores_nothing_is_refused(shapes, gguf, monkeypatch):
     ask = RemoteServer.ask
 
-    async def no_restore(self: RemoteServer, path: str, body: dict[str, object]) -> object:
+    async def no_restore(self, path, body):
         return None if path.endswith("action=restore") else await ask(self, path, body)
 
     monkeypatch.setattr(RemoteServer, "ask", no_restore)
@@ -400,7 +361,7 @@ def test_a_build_that_restores_nothing_is_refused(
         LlamaCppEngine(shapes, str(gguf), num_slots=2, max_length=128, threads=1)
 
 
-def test_a_window_that_would_hide_the_prefix_is_refused(shapes: Backbone, gguf: Path) -> None:
+def test_a_window_that_would_hide_the_prefix_is_refused(shapes, gguf):
     config = copy.deepcopy(shapes.model.config)
     config.sliding_window = 64
     other = dataclasses.replace(shapes, model=SimpleNamespace(config=config))

@@ -1,12 +1,8 @@
 """lm-eval on tasks made here: without a prefix its own `hf` model's answers, with one those of plain forward passes."""
 
-from __future__ import annotations
-
 import copy
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
@@ -20,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import processors
 
 from lm_eval_tasks import make_tasks
+from oracles import outputs_of
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import encode_examples
@@ -39,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def offline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -47,15 +44,15 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks_folder(tmp_path_factory):
     return make_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
-def measure(tasks_folder: Path) -> Callable[..., dict[str, Any]]:
+def measure(tasks_folder):
     """A function: lm-eval's results of a model, with its answers by task and document."""
 
-    def run(model: Any, *tasks: str, **options: Any) -> dict[str, Any]:
+    def run(model, *tasks, **options):
         manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
         results = simple_evaluate(
             model=model,
@@ -74,7 +71,7 @@ def measure(tasks_folder: Path) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def beginning_tokenizer() -> Any:
+def beginning_tokenizer():
     """A tokenizer that puts <s> before every text, as LLaMA's does."""
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -83,12 +80,12 @@ def beginning_tokenizer() -> Any:
     return tokenizer
 
 
-def flat(answers: dict[int, list[Any]]) -> list[float]:
+def flat(answers):
     """The log-likelihoods of a task's documents, in order."""
     return [one[0] if isinstance(one, tuple | list) else one for _, row in sorted(answers.items()) for one in row]
 
 
-def same_answers(one: dict[str, Any], other: dict[str, Any]) -> None:
+def same_answers(one, other):
     for task in one["answers"]:
         if task == "made_texts":
             assert one["answers"][task] == other["answers"][task]
@@ -107,9 +104,7 @@ def same_answers(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "shots"), [("llama", 0), ("gpt2", 2), ("qwen3", 3), ("bart", 1)])
-def test_without_a_prefix_the_answers_are_those_of_hf(
-    tiny_models: Any, measure: Callable[..., Any], name: str, shots: int
-) -> None:
+def test_without_a_prefix_the_answers_are_those_of_hf(tiny_models, measure, name, shots):
     """Contexts with solved examples, and texts, are longer than the model's positions, and cut as `hf` cuts them."""
     tokenizer = beginning_tokenizer() if name == "llama" else make_tokenizer()
     model = tiny_models(name)
@@ -122,7 +117,7 @@ def test_without_a_prefix_the_answers_are_those_of_hf(
     same_answers(measure(ours, *tasks, num_fewshot=shots), theirs)
 
 
-def test_a_chat_template_is_filled_in_as_by_hf(tiny_models: Any, measure: Callable[..., Any]) -> None:
+def test_a_chat_template_is_filled_in_as_by_hf(tiny_models, measure):
     tokenizer = beginning_tokenizer()
     tokenizer.chat_template = (
         "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
@@ -142,49 +137,14 @@ def test_a_chat_template_is_filled_in_as_by_hf(tiny_models: Any, measure: Callab
 # --- with prefixes: plain forward passes ------------------------------------------------------------------------------
 
 
-def row_of(model: PrefixLM, prefix: Prefix | None, context: list[int], tokens: list[int]) -> float:
+def row_of(backbone, prefix, context, tokens):
     """The log-likelihood of tokens behind a prefix and a context, from a row of its own."""
-    ids = torch.tensor([[*context, *tokens][:-1]])
     with torch.no_grad():
-        logits = model.backbone.forward(ids, prefixes=prefix).logits[0, -len(tokens) :]
+        logits = outputs_of(backbone, context, tokens[:-1], prefix)[-len(tokens) :]
     return float(logits.double().log_softmax(-1)[torch.arange(len(tokens)), tokens].sum())
 
 
-def test_with_a_prefix_the_answers_are_those_of_one_row_each(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
-) -> None:
-    backbone = tiny_backbone("llama", max_position_embeddings=700)
-    prefix = random_prefix(backbone, 5, seed=3)
-    model = PrefixLM(backbone, prefix, batch_size=6)
-    found = measure(model)
-    encode = backbone.encode
-    for task, samples in found["samples"].items():
-        assert len(samples) == 12, task
-        for sample in samples:
-            for arguments, (answer,) in zip(sample["arguments"], sample["resps"], strict=True):
-                if task == "made_choices":
-                    wanted = row_of(model, prefix, encode(arguments[0]), encode(arguments[1]))
-                    assert answer[0] == pytest.approx(wanted, abs=1e-3)
-                elif task == "made_rolling":
-                    wanted = row_of(model, prefix, [backbone.tokenizer.bos_token_id], encode(arguments[0]))
-                    assert answer == pytest.approx(wanted, abs=1e-3)
-                else:
-                    (text,) = generate(
-                        backbone,
-                        [arguments[0]],
-                        prefix,
-                        text_format=TextFormat("{source}", "{target}"),
-                        max_new_tokens=12,
-                        stop=("\n", "ab"),
-                    )
-                    assert answer.strip() == text
-    bare = measure(PrefixLM(backbone))
-    assert flat(bare["answers"]["made_choices"]) != pytest.approx(flat(found["answers"]["made_choices"]), abs=1)
-
-
-def test_texts_longer_than_the_positions_leave_room_for_the_prefix(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
-) -> None:
+def test_texts_longer_than_the_positions_leave_room_for_the_prefix(tiny_backbone, random_prefix, measure):
     """Behind a prefix of 5 a model has 5 positions less: its windows are those of a smaller model without one."""
     backbone = tiny_backbone("llama")
     prefix = random_prefix(backbone, 5, seed=3)
@@ -196,7 +156,7 @@ def test_texts_longer_than_the_positions_leave_room_for_the_prefix(
         rolling = get_rolling_token_windows(ids, model.prefix_token_id, model.max_length, 1)
         windows = [make_disjoint_window(window) for window in rolling]
         assert [token for _, tokens in windows for token in tokens] == ids
-        wanted = sum(row_of(model, prefix, context, tokens) for context, tokens in windows)
+        wanted = sum(row_of(backbone, prefix, context, tokens) for context, tokens in windows)
         assert sample["resps"][0][0] == pytest.approx(wanted, abs=2e-3)
         cut += len(windows) > 1
     assert cut > 2
@@ -204,12 +164,10 @@ def test_texts_longer_than_the_positions_leave_room_for_the_prefix(
         for (context, choice), ((total, _),) in zip(sample["arguments"], sample["resps"], strict=True):
             tokens = backbone.encode(choice)
             kept = backbone.encode(context)[-(backbone.max_positions - 5 + 1 - len(tokens)) :]
-            assert total == pytest.approx(row_of(model, prefix, kept, tokens), abs=1e-3)
+            assert total == pytest.approx(row_of(backbone, prefix, kept, tokens), abs=1e-3)
 
 
-def test_in_a_prefixs_own_format_the_answers_are_the_losses_of_training(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
-) -> None:
+def test_in_a_prefixs_own_format_the_answers_are_the_losses_of_training(tiny_backbone, random_prefix, measure):
     backbone = tiny_backbone("llama", max_position_embeddings=700)
     form = TextFormat("Q {source} {separator}", " A {target} .")
     prefix = Prefix(random_prefix(backbone, 4, seed=5).layers, {"text_format": form.to_dict()})
@@ -229,9 +187,7 @@ def test_in_a_prefixs_own_format_the_answers_are_the_losses_of_training(
 # --- what is refused, and how lm-eval finds the class -----------------------------------------------------------------
 
 
-def test_lm_eval_makes_the_model_by_its_name(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_lm_eval_makes_the_model_by_its_name(tiny_backbone, random_prefix, measure, tmp_path):
     import tomllib
     from importlib.metadata import EntryPoint
 
@@ -251,7 +207,7 @@ def test_lm_eval_makes_the_model_by_its_name(
     same_answers(found, measure(PrefixLM(backbone, made), "made_choices"))
 
 
-def test_what_is_refused(tiny_backbone: Any, measure: Callable[..., Any]) -> None:
+def test_what_is_refused(tiny_backbone, measure):
     with pytest.raises(BackboneError):
         PrefixLM(tiny_backbone("bert"))
     with pytest.raises(ConfigError):
@@ -260,10 +216,10 @@ def test_what_is_refused(tiny_backbone: Any, measure: Callable[..., Any]) -> Non
         measure(PrefixLM(tiny_backbone("llama")), "made_texts", gen_kwargs={"typical_p": 0.5})
 
 
-def test_a_prefixs_own_chat_template_is_used(tiny_backbone: Any, random_prefix: Any) -> None:
+def test_a_prefixs_own_chat_template_is_used(tiny_backbone, random_prefix):
     backbone = tiny_backbone("llama", max_position_embeddings=700)
 
-    def trained_with(template: str, system: str = "") -> Prefix:
+    def trained_with(template, system=""):
         allow_template(template)
         form = TextFormat("{source}", "{target}", chat_template=template, system=system)
         return Prefix(random_prefix(backbone, 2).layers, {"text_format": form.to_dict()})
@@ -281,9 +237,7 @@ def test_a_prefixs_own_chat_template_is_used(tiny_backbone: Any, random_prefix: 
     assert refusing.apply_chat_template(told) == "user: Hi;assistant: "
 
 
-def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(
-    tiny_backbone: Any, random_prefix: Any, measure: Callable[..., Any]
-) -> None:
+def test_the_end_of_a_prefixs_own_chat_ends_raw_texts(tiny_backbone, random_prefix, measure):
     backbone = tiny_backbone("llama", max_position_embeddings=700)
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     made = random_prefix(backbone, 4, seed=5).layers

@@ -1,10 +1,7 @@
 """lm-eval's own clients of OpenAI's interface, against a real server: the answers of the class within this process."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -14,9 +11,8 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from live_server import MODEL, POSITIONS, LiveServer, make_model, make_prefix
+from live_server import MODEL, POSITIONS, fill_folder, serve
 from lm_eval_tasks import make_tasks
-from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.interop.lm_eval.model import PrefixLM
 
@@ -27,32 +23,28 @@ Measure = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
-    make_model(folder / MODEL)
-    (folder / "prefixes").mkdir()
     make_tasks(folder / "tasks", count=6)
     return folder
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: Path) -> Any:
-    return load_backbone(folder / MODEL, dtype="float32", device="cpu")
+def backbone(folder):
+    form = {"prompt": "Q {source} =", "target": " {target}"}
+    return fill_folder(folder, {"facts": {}, "formatted": {"text_format": form}})
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, backbone: Any) -> Iterator[LiveServer]:
-    form = {"prompt": "Q {source} =", "target": " {target}"}
-    make_prefix(backbone, folder / "prefixes" / "facts.safetensors", 1)
-    make_prefix(backbone, folder / "prefixes" / "formatted.safetensors", 2, text_format=form)
-    server = LiveServer(folder / MODEL, folder / "prefixes", "--raw-completions").wait()
+def server(folder, backbone):
+    server = serve(folder, "--raw-completions")
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
-def measure(folder: Path) -> Measure:
-    def run(model: Any, *tasks: str, **options: Any) -> dict[str, Any]:
+def measure(folder):
+    def run(model, *tasks, **options):
         manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
         results = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **options
@@ -68,9 +60,7 @@ def measure(folder: Path) -> Measure:
 @pytest.mark.parametrize(
     ("name", "tokenized"), [("facts", True), ("formatted", False), (MODEL, True)], ids=["tokens", "text", "bare"]
 )
-def test_local_completions_gives_the_answers_of_the_class(
-    folder: Path, backbone: Any, server: LiveServer, measure: Measure, name: str, tokenized: bool
-) -> None:
+def test_local_completions_gives_the_answers_of_the_class(folder, backbone, server, measure, name, tokenized):
     prefix = None if name == MODEL else load_prefix(folder / "prefixes" / f"{name}.safetensors", backbone)
     arguments = {
         "base_url": f"{server.url}/v1/completions",
@@ -94,9 +84,7 @@ def test_local_completions_gives_the_answers_of_the_class(
     torch.testing.assert_close(*rolling, rtol=1e-4, atol=1e-2)
 
 
-def test_local_chat_completions_gives_the_texts_of_the_class(
-    folder: Path, backbone: Any, server: LiveServer, measure: Measure
-) -> None:
+def test_local_chat_completions_gives_the_texts_of_the_class(folder, backbone, server, measure):
     prefix = load_prefix(folder / "prefixes" / "facts.safetensors", backbone)
     arguments = {"base_url": f"{server.url}/v1/chat/completions", "model": "facts", "max_retries": 1}
     options = {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "Be brief."}

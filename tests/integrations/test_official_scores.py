@@ -1,30 +1,22 @@
 """The official scorers' figures, to the decimals that were published, from the outputs they were published for."""
 
-from __future__ import annotations
-
 import gzip
 import json
-import math
-import random
 import shutil
 import subprocess
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from prefixtune.evaluation.metrics import alignment as meteor_module
 from prefixtune.evaluation.metrics import measure
-from prefixtune.evaluation.metrics.alignment import METEOR_JAR, edits, meteor_score
+from prefixtune.evaluation.metrics.alignment import METEOR_JAR, meteor_score
 from prefixtune.evaluation.metrics.java import jar_path
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 
 
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+def lines(folder, name):
     path = folder / name
     if not path.is_file():
         pytest.skip(f"{name} is not on this machine")
@@ -33,14 +25,14 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def e2e(shared_data: Path) -> tuple[list[str], list[list[str]]]:
+def e2e(shared_data):
     outputs, items = lines(shared_data, "fixtures/e2e_test_tgen.jsonl.gz"), lines(shared_data, "e2e/test.jsonl.gz")
     assert [one["mr"] for one in outputs] == [item["mr"] for item in items]
     return [one["output"] for one in outputs], [item["references"] for item in items]
 
 
 @pytest.fixture(scope="module")
-def webnlg(shared_data: Path) -> tuple[list[str], list[list[str]], list[dict[str, Any]]]:
+def webnlg(shared_data):
     """Outputs, references as released, and the fixture's rows."""
     rows = lines(shared_data, "fixtures/webnlg2017_test_bart_large.jsonl.gz")
     items = lines(shared_data, "webnlg2017/test.jsonl.gz")
@@ -48,13 +40,13 @@ def webnlg(shared_data: Path) -> tuple[list[str], list[list[str]], list[dict[str
 
 
 @pytest.fixture(scope="module")
-def dart(shared_data: Path) -> tuple[list[str], list[list[str]]]:
+def dart(shared_data):
     rows = lines(shared_data, "fixtures/dart_test_bart_large.jsonl.gz")
     return [row["output"] for row in rows], [row["references"] for row in rows]
 
 
 @needs_java
-def test_e2e(e2e: tuple[list[str], list[list[str]]]):
+def test_e2e(e2e):
     measured = measure(*e2e, protocol="e2e")
     assert {name: f"{one.score:.4f}" for name, one in measured.items() if name != "bleu"} == {
         "nist": "8.6094",
@@ -65,60 +57,15 @@ def test_e2e(e2e: tuple[list[str], list[list[str]]]):
     assert f"{measured['bleu'].score:.2f}" == "65.93"
 
 
-def multi_bleu(outputs: list[str], files: list[list[str]]) -> float:
-    """BLEU by the definition of the script that WebNLG and DART were scored by, on whole files of references.
-
-    A line of a file that is blank is a text of no words: to be closest to it is no penalty. No smoothing.
-    """
-    right, total, length, closest = [0] * 5, [0] * 5, 0, 0
-    for number, output in enumerate(outputs):
-        words = output.split()
-        references = [file[number].split() for file in files]
-        length += len(words)
-        closest += min((abs(len(words) - len(each)), len(each)) for each in references)[1]
-        for order in range(1, 5):
-            found = Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
-            most: Counter[tuple[str, ...]] = Counter()
-            for each in references:
-                most |= Counter(tuple(each[i : i + order]) for i in range(len(each) - order + 1))
-            right[order] += sum((found & most).values())
-            total[order] += sum(found.values())
-    if not all(right[1:]):
-        return 0.0
-    precision = math.exp(sum(math.log(right[n] / total[n]) for n in range(1, 5)) / 4)
-    return 100 * precision * (math.exp(1 - closest / length) if length < closest else 1.0)
-
-
-PERTURBED: dict[str, Callable[[random.Random, str], str]] = {
-    "as they are": lambda chance, text: text,
-    "words dropped": lambda chance, text: " ".join(word for word in text.split() if chance.random() > 0.3),
-    "some empty": lambda chance, text: text if chance.random() > 0.1 else "",
-    "cut short": lambda chance, text: " ".join(text.split()[: len(text.split()) // 3]),
-}
-
-
-@pytest.mark.parametrize("change", PERTURBED)
-def test_webnlgs_bleu_of_other_outputs(
-    change: str, webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]]
-) -> None:
-    """Files of references as the official script writes them, with a blank line where an entry has no more."""
-    _, references, rows = webnlg
-    chance = random.Random(change)
-    outputs = [PERTURBED[change](chance, row["normalised_output"]) for row in rows]
-    files = [list(file) for file in zip(*(row["normalised_references_3"] for row in rows), strict=True)]
-    ours = measure(outputs, references, protocol="webnlg", metrics=["bleu"])["bleu"]
-    assert ours.score == pytest.approx(multi_bleu(outputs, files), abs=1e-6)
-
-
 @needs_java
-def test_webnlg(webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]]):
+def test_webnlg(webnlg):
     outputs, references, rows = webnlg
     measured = measure(outputs, references, protocol="webnlg")
     seen = [number for number, row in enumerate(rows) if row["seen"]]
     unseen = [number for number, row in enumerate(rows) if not row["seen"]]
     assert (len(seen), len(unseen)) == (971, 891)
 
-    def figures(name: str, form: str) -> list[str]:
+    def figures(name, form):
         one = measured[name]
         return [format(part.score, form) for part in (one.part(seen), one.part(unseen), one)]
 
@@ -127,20 +74,7 @@ def test_webnlg(webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]])
     assert figures("ter", ".3f") == ["0.323", "0.441", "0.377"]
 
 
-def test_webnlg_normalization_is_the_official_one(webnlg: tuple[list[str], list[list[str]], list[dict[str, Any]]]):
-    from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-
-    outputs, references, rows = webnlg
-    prepare = PROTOCOLS["webnlg"].prepare
-    assert [prepare(text) for text in outputs] == [row["normalised_output"] for row in rows]
-    assert [[prepare(text) for text in item[:3]] for item in references] == [
-        [text for text in row["normalised_references_3"] if text] for row in rows
-    ]
-
-
-def test_dart_bleu_counts_absent_references_as_empty_and_says_so(
-    dart: tuple[list[str], list[list[str]]], shared_data: Path
-):
+def test_dart_bleu_counts_absent_references_as_empty_and_says_so(dart, shared_data):
     measured = measure(*dart, protocol="dart", metrics=["bleu", "bleu_sound"])
     assert f"{measured['bleu'].score:.2f}" == "48.56"
     assert "absent references counted as empty" in measured["bleu"].implementation
@@ -152,30 +86,17 @@ def test_dart_bleu_counts_absent_references_as_empty_and_says_so(
     assert {name: one.score for name, one in raw.items()} == {name: one.score for name, one in measured.items()}
 
 
-def test_dart_normalization_is_the_official_one_and_leaves_prepared_texts(
-    dart: tuple[list[str], list[list[str]]], shared_data: Path
-):
-    from prefixtune.evaluation.metrics.protocols import PROTOCOLS
-
-    prepare = PROTOCOLS["dart"].prepare
-    released = [item["references"][:3] for item in lines(shared_data, "dart/test.jsonl.gz")]
-    official = [[text for text in item if text] for item in dart[1]]
-    assert [[prepare(text) for text in item] for item in released] == official
-    for text in [*dart[0], *(text for item in official for text in item)]:
-        assert prepare(text) == text
-
-
 @needs_java
-def test_dart_meteor(dart: tuple[list[str], list[list[str]]]):
+def test_dart_meteor(dart):
     assert f"{measure(*dart, protocol='dart', metrics=['meteor'])['meteor'].score:.2f}" == "0.39"
 
 
-def test_dart_ter(dart: tuple[list[str], list[list[str]]]):
+def test_dart_ter(dart):
     assert f"{measure(*dart, protocol='dart', metrics=['ter'])['ter'].score:.2f}" == "0.45"
 
 
 @needs_java
-def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch: pytest.MonkeyPatch):
+def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch):
     """The one formula that is computed here and not by METEOR: the score from counts."""
     texts = ["the cat sat on the mat", "cats were sitting on mats", "a dog", "", "the red house is big", "x y z"]
     references = [
@@ -187,7 +108,7 @@ def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch: py
         ["q"],
     ]
     # METEOR takes seconds to start: the counts are those that the scores are made of.
-    counts: list[list[float]] = []
+    counts = []
     count = meteor_module.meteor_statistics
     monkeypatch.setattr(meteor_module, "meteor_statistics", lambda *pairs: counts.extend(count(*pairs)) or counts)
     measured = measure(texts, references, metrics=["meteor"])["meteor"]
@@ -203,22 +124,7 @@ def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch: py
     assert meteor_score(np.zeros(23)) == 0
 
 
-def test_edits_are_those_of_sacrebleu_on_real_outputs(dart: tuple[list[str], list[list[str]]]):
-    """On all of both sets they were too, when the rule was written; that takes sacrebleu many minutes."""
-    from sacrebleu.metrics.lib_ter import translation_edit_rate
-
-    pairs = [
-        (output.split(), reference.split())
-        for output, item in list(zip(*dart, strict=True))[::60]
-        for reference in item
-        if reference
-    ]
-    assert len(pairs) > 150
-    for output, reference in pairs:
-        assert edits(output, reference) == translation_edit_rate(output, reference)[0]
-
-
-def test_sums_of_rows_give_the_libraries_own_scores(e2e: tuple[list[str], list[list[str]]]):
+def test_sums_of_rows_give_the_libraries_own_scores(e2e):
     import sacrebleu
 
     outputs, references = e2e[0][:100], e2e[1][:100]

@@ -1,35 +1,28 @@
 """A small study of the toy set: every run is scored once, a killed study goes on, points are compared, by Ray too."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prefixtune.errors import DataError
-from prefixtune.utils import files
 from research import study as module
 from research.compare import compare, compare_over_sizes, load
 from research.study import Cell, Study, cells, read_study, run, run_on_ray
 from research.tables import main
-from zoo import make_model, make_tokenizer
+from zoo import store_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
-    make_model("llama", tokenizer, num_hidden_layers=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tmp_path_factory):
+    return store_model(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=1)
 
 
 @pytest.fixture
-def study(tmp_path: Path, model: str) -> Study:
+def study(tmp_path, model):
     return Study(
         output=str(tmp_path / "runs"),
         task="toy",
@@ -51,15 +44,13 @@ def study(tmp_path: Path, model: str) -> Study:
     )
 
 
-def test_a_study_is_done_once_and_goes_on(
-    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_study_is_done_once_and_goes_on(study, monkeypatch, capsys, tmp_path):
     folder, trained = Path(study.output), []
     import prefixtune as pt
 
     train = pt.train
 
-    def noted(config: Any, **more: Any) -> Any:
+    def noted(config, **more):
         trained.append(Path(config.output).name)
         if len(trained) == 5:
             raise KeyboardInterrupt
@@ -92,23 +83,7 @@ def test_a_study_is_done_once_and_goes_on(
     assert "bleu: difference from prefix" in capsys.readouterr().out
 
 
-def test_a_kill_leaves_no_half_of_the_rates(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_train", lambda study, cell, config: {"dev_loss": config.learning_rate})
-    cell = cells(study)[0]
-    assert module._choose_rate(study, cell, {}, [3e-3]) == 3e-3
-    path = Path(study.output) / "rates" / f"{cell.group}.json"
-    before = path.read_text()
-
-    def killed(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        module._choose_rate(study, cell, {}, [3e-3, 1e-3])
-    assert path.read_text() == before
-
-
-def store(study: Study, scores: dict[str, tuple[float, ...]], outputs: tuple[str, ...] = (), size: int = 8) -> None:
+def store(study, scores, outputs=(), size=8):
     for point, values in scores.items():
         for number, value in enumerate(values, study.first_sample):
             folder = Path(study.output) / Cell(point, size, number).name
@@ -118,7 +93,7 @@ def store(study: Study, scores: dict[str, tuple[float, ...]], outputs: tuple[str
             (folder / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_differences_are_paired_and_corrected(study: Study) -> None:
+def test_differences_are_paired_and_corrected(study):
     study.samples = 3
     store(study, {"prefix": (10.0, 20.0, 30.0), "lora": (11.0, 22.0, 33.0), "bare": (10.0, 20.0, 30.0)})
     assert len(load(study)) == 9
@@ -132,7 +107,7 @@ def test_differences_are_paired_and_corrected(study: Study) -> None:
     assert bare["p_value"] != bare["p_value"], "there is no chance to test"
 
 
-def test_a_claim_over_sizes_is_tested_on_the_means_of_each_sample(study: Study) -> None:
+def test_a_claim_over_sizes_is_tested_on_the_means_of_each_sample(study):
     study.samples, study.first_sample, study.sizes = 4, 100, [8, 16]
     store(study, {"prefix": (10.0, 20.0, 30.0, 40.0), "lora": (10.0, 21.0, 33.0, 48.0)})
     # The last sample is not done at this size: it does not count.
@@ -143,12 +118,12 @@ def test_a_claim_over_sizes_is_tested_on_the_means_of_each_sample(study: Study) 
     assert lora["corrected"] == lora["p_value"] == pytest.approx(0.0742, abs=1e-4)
 
 
-def test_rates_are_chosen_on_samples_that_do_not_count(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_chosen_on_samples_that_do_not_count(study, monkeypatch):
     study.first_sample, study.rate_samples = 100, [90, 91]
     losses = {(1e-3, 90): 1.0, (1e-3, 91): 4.0, (1e-2, 90): 3.0, (1e-2, 91): 1.5}
     tried = []
 
-    def train(study: Study, cell: Cell, config: Any) -> dict[str, Any]:
+    def train(study, cell, config):
         tried.append((config.learning_rate, cell.sample, config.seed))
         return {"dev_loss": losses[config.learning_rate, cell.sample]}
 
@@ -158,7 +133,7 @@ def test_rates_are_chosen_on_samples_that_do_not_count(study: Study, monkeypatch
     assert tried == [(1e-3, 90, 90), (1e-3, 91, 91), (1e-2, 90, 90), (1e-2, 91, 91)]
 
 
-def test_one_sample_is_compared_item_by_item(study: Study) -> None:
+def test_one_sample_is_compared_item_by_item(study):
     study.samples = 1
     store(study, {"prefix": (10.0,)}, outputs=("a b c d e",) * 9)
     store(study, {"lora": (5.0,)}, outputs=("a b x x x",) * 9)
@@ -168,7 +143,7 @@ def test_one_sample_is_compared_item_by_item(study: Study) -> None:
     assert bare["p_value"] == 1
 
 
-def test_a_cluster_does_the_same(study: Study) -> None:
+def test_a_cluster_does_the_same(study):
     pytest.importorskip("ray")
     small = study.model_copy(update={"samples": 1, "points": {name: study.points[name] for name in ("lora", "bare")}})
     states = run_on_ray(small, "local")
@@ -176,7 +151,7 @@ def test_a_cluster_does_the_same(study: Study) -> None:
     assert len(load(small)) == 2
 
 
-def test_every_study_can_be_read(tmp_path: Path) -> None:
+def test_every_study_can_be_read(tmp_path):
     for path in sorted((ROOT / "research" / "studies").glob("*.toml")):
         study = read_study(path, "sets")
         assert study.train.startswith("sets" + os.sep)

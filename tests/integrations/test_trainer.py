@@ -1,11 +1,8 @@
 """A prefix inside transformers' Trainer and TRL's SFTTrainer: the same losses as our own loop, and the same care."""
 
-from __future__ import annotations
-
 import copy
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +18,6 @@ from prefixtune.data.encoding import default_format, encode_examples
 from prefixtune.data.tokenized import epoch_batches
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.trainer import PrefixModel
-from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
 
@@ -34,15 +30,15 @@ STEPS, RATE = 6, 1e-2
 Make = Callable[..., Any]
 
 
-def settings(**changes: Any) -> TrainConfig:
+def settings(**changes):
     usual = {"prefix_length": 3, "bottleneck_size": 8, "init_text": "some words", "seed": 1}
     return TrainConfig(**{**usual, **changes})
 
 
-def arguments(folder: Path, cls: Any = None, **changes: Any) -> Any:
+def arguments(folder, cls=None, **changes):
     from transformers import TrainingArguments
 
-    usual: dict[str, Any] = {
+    usual = {
         "use_cpu": True,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -56,17 +52,17 @@ def arguments(folder: Path, cls: Any = None, **changes: Any) -> Any:
     return (cls or TrainingArguments)(str(folder), **{**usual, **changes})
 
 
-def in_order(cls: Any) -> Any:
+def in_order(cls):
     """A trainer that takes the data as they come."""
 
-    class InOrder(cls):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    class InOrder(cls):
+        def _get_train_sampler(self, train_dataset=None):
             return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     return InOrder
 
 
-def trainer(model: PrefixModel, folder: Path, data: Sequence[Any], **changes: Any) -> Any:
+def trainer(model, folder, data, **changes):
     from transformers import Trainer
 
     options = {name: changes.pop(name) for name in ("eval_dataset", "callbacks") if name in changes}
@@ -75,11 +71,11 @@ def trainer(model: PrefixModel, folder: Path, data: Sequence[Any], **changes: An
     )
 
 
-def logged(run: Any, name: str = "loss") -> list[float]:
+def logged(run, name="loss"):
     return [row[name] for row in run.state.log_history if name in row]
 
 
-def as_our_loop_takes_them(backbone: Backbone, config: TrainConfig) -> list[dict[str, list[int]]]:
+def as_our_loop_takes_them(backbone, config):
     """The targets of all epochs as token ids, in the order of our own loop."""
     encoding = encode_examples(backbone, EXAMPLES, default_format(backbone), prefix_length=config.prefix_length)
     rows = []
@@ -95,7 +91,7 @@ def as_our_loop_takes_them(backbone: Backbone, config: TrainConfig) -> list[dict
     return rows
 
 
-def own_loop(backbone: Backbone, config: TrainConfig, folder: Path) -> Any:
+def own_loop(backbone, config, folder):
     config = config.replace(
         output=str(folder),
         loss_reduction="token",
@@ -108,11 +104,11 @@ def own_loop(backbone: Backbone, config: TrainConfig, folder: Path) -> Any:
     return train(config, backbone=backbone, examples=EXAMPLES)
 
 
-def steps_of(result: Any, name: str) -> list[float]:
+def steps_of(result, name):
     return [event[name] for event in result.events if event["event"] == "step"]
 
 
-def weights_of(backbone: Backbone) -> dict[str, torch.Tensor]:
+def weights_of(backbone):
     parts = (*backbone.model.named_parameters(), *backbone.model.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in parts}
 
@@ -124,9 +120,7 @@ def weights_of(backbone: Backbone) -> dict[str, torch.Tensor]:
     ("name", "reparameterization"),
     [("llama", "scaled"), ("t5", "none")],
 )
-def test_the_losses_are_those_of_our_own_loop(
-    name: str, reparameterization: str, tiny_backbone: Make, tmp_path: Path
-) -> None:
+def test_the_losses_are_those_of_our_own_loop(name, reparameterization, tiny_backbone, tmp_path):
     backbone, config = tiny_backbone(name), settings(reparameterization=reparameterization)
     own = own_loop(backbone, config, tmp_path / "own")
     before, config_before = weights_of(backbone), backbone.model.config.to_dict()
@@ -148,7 +142,7 @@ def test_the_losses_are_those_of_our_own_loop(
     assert backbone.model.config.to_dict() == config_before
 
 
-def test_the_number_of_labels_of_a_step_is_honoured(tiny_backbone: Make) -> None:
+def test_the_number_of_labels_of_a_step_is_honoured(tiny_backbone):
     model = PrefixModel(tiny_backbone("llama"), settings())
     batch = model.collator()(EXAMPLES[:3])
     learned = int((batch["labels"] != -100).sum())
@@ -165,7 +159,7 @@ def test_the_number_of_labels_of_a_step_is_honoured(tiny_backbone: Make) -> None
     nothing.backward()
 
 
-def test_a_first_label_is_not_counted(tiny_backbone: Make, tmp_path: Path) -> None:
+def test_a_first_label_is_not_counted(tiny_backbone, tmp_path):
     """Where every token is learned, a row of n has n - 1 labels."""
     backbone = tiny_backbone("llama")
     rows = [{"input_ids": row, "labels": row} for row in ([3, 4, 5, 6, 7, 8], [5, 6], [9, 8, 7], [1, 2])]
@@ -180,8 +174,8 @@ def test_a_first_label_is_not_counted(tiny_backbone: Make, tmp_path: Path) -> No
     assert logged(run) == pytest.approx([wanted], rel=1e-5)
 
 
-def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path) -> None:
-    def start() -> PrefixModel:
+def test_training_goes_on_from_a_checkpoint(tiny_backbone, tmp_path):
+    def start():
         return PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
 
     saving = {"save_strategy": "steps", "save_steps": 3}
@@ -200,9 +194,9 @@ def test_training_goes_on_from_a_checkpoint(tiny_backbone: Make, tmp_path: Path)
     assert other.prefix().equal(whole.model.prefix())
 
 
-def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
+def test_autocast_leaves_the_prefix_in_float32(tiny_backbone):
     model = PrefixModel(tiny_backbone("llama"), settings(reparameterization="mlp"))
-    made: list[torch.dtype] = []
+    made = []
     model.trained.register_forward_hook(lambda module, inputs, prefix: made.append(prefix.dtype))
     batch = model.collator()(EXAMPLES[:3])
     exact = float(model(**batch).loss.detach())
@@ -218,7 +212,7 @@ def test_autocast_leaves_the_prefix_in_float32(tiny_backbone: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
-def test_the_collator_lays_examples_as_our_batches_do(name: str, tiny_backbone: Make) -> None:
+def test_the_collator_lays_examples_as_our_batches_do(name, tiny_backbone):
     model = PrefixModel(tiny_backbone(name), settings())
     backbone = model.backbone
     examples = [Example("a source", ("one", "another one")), Example("b", ("three",))]
@@ -237,7 +231,7 @@ def test_the_collator_lays_examples_as_our_batches_do(name: str, tiny_backbone: 
     assert float((logits[learned] - ours[rows, columns]).detach().abs().max()) < 1e-4
 
 
-def test_rows_of_a_table_and_too_long_sources(tiny_backbone: Make) -> None:
+def test_rows_of_a_table_and_too_long_sources(tiny_backbone):
     model = PrefixModel(tiny_backbone("llama"), settings(max_length=30))
     lay = model.collator()
     one = lay([{"source": "item", "target": "ab"}, {"source": "item", "target": ["cd", "ef"]}])
@@ -259,7 +253,7 @@ def test_rows_of_a_table_and_too_long_sources(tiny_backbone: Make) -> None:
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
+def test_what_is_refused(tiny_backbone, tmp_path):
     llama = tiny_backbone("llama")
     with pytest.raises(ConfigError, match="method"):
         PrefixModel(llama, settings(method="lora"))
@@ -290,46 +284,6 @@ def test_what_is_refused(tiny_backbone: Make, tmp_path: Path) -> None:
 # --- SFTTrainer ------------------------------------------------------------------------------------------------------
 
 
-def test_trl_trains_it_with_the_losses_of_our_own_loop(tiny_backbone: Make, tmp_path: Path) -> None:
-    import datasets
-    import trl
-
-    backbone = tiny_backbone("gpt2")
-    # TRL puts nothing around prompt and completion but the end token.
-    config = settings(prompt_format="{source}", target_format="{target}")
-    own = own_loop(backbone, config, tmp_path / "own")
-    encoding = encode_examples(backbone, EXAMPLES, TextFormat("{source}", "{target}"), prefix_length=3)
-    texts = {encoded.prompt: example for encoded, example in zip(encoding.examples, EXAMPLES, strict=True)}
-    rows = [
-        {"prompt": texts[group.prompt].source, "completion": texts[group.prompt].targets[0]}
-        for epoch in range(3)
-        for groups in epoch_batches(
-            encoding.examples, batch_size=2, targets_per_source=4, seed=config.seed, epoch=epoch
-        )
-        for group in groups
-    ]
-    before = weights_of(backbone)
-    model = PrefixModel(backbone, config)
-    run = in_order(trl.SFTTrainer)(
-        model,
-        # It recomputes layers by default.
-        arguments(tmp_path / "theirs", trl.SFTConfig, max_length=100, bf16=False, save_strategy="steps", save_steps=3),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=backbone.tokenizer,
-    )
-    assert run.args.gradient_checkpointing
-    run.train()
-    assert logged(run) == pytest.approx(steps_of(own, "loss"), rel=1e-4)
-    for got, wanted in zip(model.prefix().tensors(), own.prefix.tensors(), strict=True):
-        assert float((got - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
-    after = weights_of(backbone)
-    assert all(torch.equal(after[part], tensor) for part, tensor in before.items())
-    stored = load_file(tmp_path / "theirs" / "checkpoint-6" / "model.safetensors")
-    assert set(stored) == set(model.state_dict())
-    with pytest.raises(ConfigError, match="no packing"):
-        model.base_model(torch.tensor([[3, 4]]), position_ids=torch.tensor([[0, 0]]))
-
-
 CHATML = (
     "{% for message in messages %}<{{ message['role'] }}>{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] }}</s>{% endgeneration %}{% else %}{{ message['content'] }}\n{% endif %}{% endfor %}"
@@ -338,9 +292,7 @@ CHATML = (
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
-def test_trl_trains_it_on_the_answers_of_chats(
-    form: str, tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_trl_trains_it_on_the_answers_of_chats(form, tiny_models, tiny_tokenizer, tmp_path):
     import datasets
     import trl
 
@@ -360,11 +312,13 @@ def test_trl_trains_it_on_the_answers_of_chats(
     options = {"assistant_only_loss": True} if form == "messages" else {"completion_only_loss": True}
     run = in_order(trl.SFTTrainer)(
         model,
-        arguments(tmp_path, trl.SFTConfig, max_length=100, bf16=False, max_steps=1, **options),
+        # It recomputes layers by default.
+        arguments(tmp_path, trl.SFTConfig, max_length=100, bf16=False, max_steps=1, save_strategy="steps", **options),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    start = model.prefix()
+    assert run.args.gradient_checkpointing
+    start, before = model.prefix(), weights_of(backbone)
     run.train()
     # By hand: the prefix before the first step, in front of each chat, with a loss on the answer's tokens alone.
     losses = []
@@ -379,3 +333,8 @@ def test_trl_trains_it_on_the_answers_of_chats(
     assert logged(run) == pytest.approx([float(torch.cat(losses).mean())], rel=1e-4)
     assert model.prefix().header["text_format"]["chat_template"] == "model"
     assert not any(torch.equal(*pair) for pair in zip(model.prefix().tensors(), start.tensors(), strict=True))
+    after = weights_of(backbone)
+    assert all(torch.equal(after[part], tensor) for part, tensor in before.items())
+    assert set(load_file(tmp_path / "checkpoint-1" / "model.safetensors")) == set(model.state_dict())
+    with pytest.raises(ConfigError, match="no packing"):
+        model.base_model(torch.tensor([[3, 4]]), position_ids=torch.tensor([[0, 0]]))

@@ -1,7 +1,5 @@
 """Backbones that are quantized, spread over memory and disk, or tuned by LoRA."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prefixtune as pt
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.data import Example
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.words import from_words
+from zoo import store_model
 
 Make = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -27,20 +25,17 @@ EXAMPLES = [Example(f"a {n}", (f"b {n}",)) for n in range(4)]
 
 
 @pytest.fixture
-def folder(tiny_models: Make, tiny_tokenizer: Any, tmp_path: Path) -> Path:
-    path = tmp_path / "llama"
-    tiny_models("llama").save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+def folder(tmp_path):
+    return Path(store_model(tmp_path / "llama", "llama"))
 
 
-def gradients(backbone: Backbone, prefix: Any) -> list[torch.Tensor]:
+def gradients(backbone, prefix):
     leaf = prefix.leaves()
     backbone.forward(IDS, prefixes=leaf).logits.float().logsumexp(-1).sum().backward()
     return [tensor.grad for tensor in leaf.tensors()]
 
 
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def distance(one, other):
     return float((one.float() - other.float()).norm() / other.float().norm())
 
 
@@ -48,7 +43,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "near"), [("int8", 0.05), ("int4", 0.5)])
-def test_quantized_weights_keep_the_prefix_and_its_gradients(folder: Path, kind: str, near: float) -> None:
+def test_quantized_weights_keep_the_prefix_and_its_gradients(folder, kind, near):
     plain, rounded = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu", quantize=kind)
     prefix = from_words(plain, "some words", 5)
     with torch.no_grad():
@@ -67,7 +62,7 @@ def test_quantized_weights_keep_the_prefix_and_its_gradients(folder: Path, kind:
 # --- spread ----------------------------------------------------------------------------------------------------------
 
 
-def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
+def test_layers_on_disk_compute_the_same(folder, tmp_path):
     plain = load_backbone(folder, device="cpu")
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
@@ -85,7 +80,7 @@ def test_layers_on_disk_compute_the_same(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def lora(tiny_models: Make, tmp_path: Path) -> Path:
+def lora(tiny_models, tmp_path):
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     path = tmp_path / "lora"
     with warnings.catch_warnings():
@@ -96,7 +91,7 @@ def lora(tiny_models: Make, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> None:
+def test_an_adapter_that_lacks_weights_is_refused(folder, lora):
     file = lora / "adapter_model.safetensors"
     tensors = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp" not in name}
     save_file(tensors, file, metadata={"format": "pt"})
@@ -104,8 +99,8 @@ def test_an_adapter_that_lacks_weights_is_refused(folder: Path, lora: Path) -> N
         load_backbone(folder, device="cpu", adapter=lora)
 
 
-def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "output": str(tmp_path / "run"), "max_steps": 1}
+def test_a_run_goes_on_as_quantized_as_it_began(folder, tmp_path):
+    options = {"dtype": "float32", "device": "cpu", "output": str(tmp_path / "run"), "max_steps": 1}
     rounded = load_backbone(folder, device="cpu", quantize="int8")
     pt.train(TrainConfig(**options), backbone=rounded, examples=EXAMPLES)
     again = {"resume": True, "output": options["output"], "examples": EXAMPLES}
@@ -114,7 +109,7 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder: Path, tmp_path: Path) ->
     assert pt.train(**again, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
 
 
-def test_a_missing_library_is_named_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_before_anything_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match="needs torchao"):
         load_backbone("no/such/model", quantize="int8")

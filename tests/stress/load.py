@@ -15,15 +15,11 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import httpx2
 
 from live_server import LiveServer, make_model, make_prefix
-from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.inference.config import GenerateConfig
@@ -48,7 +44,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
 
-def write_keys(path: Path, **settings: int) -> dict[str, str]:
+def write_keys(path, **settings):
     """Write a server's configuration with a key for each tenant; returns the keys."""
     keys = {name: new_key() for name in TENANTS}
     rules = "".join(f'[keys.{name}]\nhash = "{hash_key(key)}"\n' for name, key in keys.items())
@@ -56,7 +52,7 @@ def write_keys(path: Path, **settings: int) -> dict[str, str]:
     return keys
 
 
-def expected_texts(backbone: Backbone, folder: Path, names: Sequence[str]) -> dict[tuple[str, str], str]:
+def expected_texts(backbone, folder, names):
     """(Prefix, prompt) -> the greedy text, for a short and a long prompt of each prefix."""
     pairs = [(name, prompt) for index, name in enumerate(names) for prompt in (SOURCES[index % len(SOURCES)], LONG)]
     prefixes = {name: load_prefix(folder / f"{name}.safetensors", backbone) for name in names}
@@ -70,7 +66,7 @@ def expected_texts(backbone: Backbone, folder: Path, names: Sequence[str]) -> di
     return texts
 
 
-def put_load(folder: Path, *, seconds: float, prefixes: int, connections: int) -> Tally:
+def put_load(folder, *, seconds, prefixes, connections):
     """Start a server over a tiny model, put the load on it, and stop it."""
     model, stored = make_model(folder / "tiny"), folder / "prefixes"
     stored.mkdir()
@@ -93,11 +89,11 @@ def put_load(folder: Path, *, seconds: float, prefixes: int, connections: int) -
 class Load:
     """All clients, until the time is over."""
 
-    def __init__(self, url: str, keys: dict[str, str], expected: dict[tuple[str, str], str], seconds: float) -> None:
+    def __init__(self, url, keys, expected, seconds):
         self.url, self.keys, self.expected, self.end = url, keys, expected, time.monotonic() + seconds
         self.tally = Tally()
 
-    async def run(self, connections: int) -> Tally:
+    async def run(self, connections):
         """Run all clients."""
         async with contextlib.AsyncExitStack() as stack:
             clients = []
@@ -110,7 +106,7 @@ class Load:
             await asyncio.gather(*clients)
         return self.tally
 
-    async def _send_requests(self, client: httpx2.AsyncClient, tenant: str, index: int) -> None:
+    async def _send_requests(self, client, tenant, index):
         """One connection: request after request."""
         draw = random.Random(f"{tenant}/{index}")
         while time.monotonic() < self.end:
@@ -127,7 +123,7 @@ class Load:
                 pause = 0.0
             await asyncio.sleep(pause)
 
-    def _pause(self, response: httpx2.Response, tenant: str) -> float:
+    def _pause(self, response, tenant):
         """Seconds to wait if the server is busy; 0: it responded."""
         if response.status_code == 429:
             self.tally.busy[tenant] += 1
@@ -136,18 +132,18 @@ class Load:
             raise ValueError(f"status {response.status_code}")
         return 0.0
 
-    def _check(self, body: dict[str, Any], text: str) -> None:
+    def _check(self, body, text):
         expected = self.expected[body["model"], body["prompt"]]
         if not expected.startswith(text) or not text:
             self.tally.faults.append(f"{body['model']} says {text!r}, but alone {expected!r}")
 
-    def _count(self, tenant: str, tokens: int) -> None:
+    def _count(self, tenant, tokens):
         self.tally.done[tenant] += 1
         # Requests that still wait at the end are mostly those of the tenant with most connections.
         if time.monotonic() < self.end:
             self.tally.tokens[tenant] += tokens
 
-    async def _whole(self, client: httpx2.AsyncClient, tenant: str, body: dict[str, Any]) -> float:
+    async def _whole(self, client, tenant, body):
         response = await client.post("/v1/completions", json=body)
         pause = self._pause(response, tenant)
         if not pause:
@@ -156,7 +152,7 @@ class Load:
             self._count(tenant, response.json()["usage"]["completion_tokens"])
         return pause
 
-    async def _stream(self, client: httpx2.AsyncClient, tenant: str, body: dict[str, Any], *, leave: bool) -> float:
+    async def _stream(self, client, tenant, body, *, leave):
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         text, tokens = "", 0
         async with client.stream("POST", "/v1/completions", json=body) as response:

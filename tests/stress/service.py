@@ -1,7 +1,5 @@
 """A server for training with its workers, all of them processes that may be killed, and what may befall them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -13,9 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import psutil
@@ -23,18 +19,18 @@ import psutil
 _RETRY_SECONDS = 0.2
 
 
-def free_port() -> int:
+def free_port():
     """A port that is free now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
-def _postgres_folder() -> Path:
+def _postgres_folder():
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("pg_ctl") or "").parent]
     return found[-1]
 
 
-def has_postgres() -> bool:
+def has_postgres():
     """Whether this machine has Debian's Postgres, or another one in the path."""
     return (_postgres_folder() / "initdb").exists()
 
@@ -42,7 +38,7 @@ def has_postgres() -> bool:
 class Postgres:
     """A Postgres of its own, run by a user other than root, in a folder that this user may enter."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.port, self._user, self._bin = free_port(), "", _postgres_folder()
         self._data = Path(tempfile.mkdtemp(prefix="prefixtune-postgres-"))
         if os.geteuid() == 0:
@@ -53,7 +49,7 @@ class Postgres:
         self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "prefixtune", "jobs")
         self.url = f"postgresql://prefixtune:secret@127.0.0.1:{self.port}/jobs"
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def _run(self, program, *arguments):
         subprocess.run(
             [str(self._bin / program), *arguments],
             check=True,
@@ -64,16 +60,16 @@ class Postgres:
             extra_groups=[] if self._user else None,
         )
 
-    def start(self) -> None:
+    def start(self):
         """Start it; returns when it answers."""
         options = f"-p {self.port} -k {self._data} -c listen_addresses=127.0.0.1"
         self._run("pg_ctl", "-D", str(self._data), "-o", options, "-l", str(self._data / "log"), "-w", "start")
 
-    def stop(self) -> None:
+    def stop(self):
         """Stop it at once, as a power cut would."""
         self._run("pg_ctl", "-D", str(self._data), "-m", "immediate", "-w", "stop")
 
-    def close(self) -> None:
+    def close(self):
         """Stop it, and remove its data."""
         self.stop()
         shutil.rmtree(self._data, ignore_errors=True)
@@ -87,16 +83,16 @@ class Http:
         give_up: Seconds after which a request fails.
     """
 
-    def __init__(self, url: str, give_up: float = 180.0) -> None:
+    def __init__(self, url, give_up=180.0):
         self._client, self._give_up = httpx2.Client(base_url=url, timeout=30.0), give_up
-        self.faults: list[str] = []
+        self.faults = []
         """Answers that no request should get."""
 
-    def close(self) -> None:
+    def close(self):
         """Close the connections."""
         self._client.close()
 
-    def once(self, method: str, path: str, **options: Any) -> tuple[int, Any] | None:
+    def once(self, method, path, **options):
         """Status and body of the answer; None: nobody answered."""
         try:
             answer = self._client.request(method, path, **options)
@@ -108,7 +104,7 @@ class Http:
             self.faults.append(f"{method} {path}: {answer.status_code} {body}")
         return answer.status_code, body
 
-    def __call__(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+    def __call__(self, method, path, **options):
         """Status and body of the first answer other than 429 and 5xx."""
         end, answer = time.monotonic() + self._give_up, None
         while time.monotonic() < end:
@@ -129,7 +125,7 @@ class Service:
         workers: How many, with the server's own one.
     """
 
-    def __init__(self, model: Path, folder: Path, database_url: str, workers: int) -> None:
+    def __init__(self, model, folder, database_url, workers):
         self.folder, self.data, self.prefixes = folder, folder / "data", folder / "prefixes"
         for made in (self.data, self.prefixes):
             made.mkdir(parents=True, exist_ok=True)
@@ -152,14 +148,14 @@ class Service:
         self._changing, self._ends = threading.Lock(), threading.Event()
         self._manager = _in_thread(self._restart_ended)
 
-    def _start(self, index: int) -> subprocess.Popen[bytes]:
+    def _start(self, index):
         with open(self.folder / f"{'server' if index == 0 else f'worker-{index}'}.log", "ab") as log:
             command = [sys.executable, "-m", "prefixtune", *self._commands[index]]
             return subprocess.Popen(
                 command, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def _restart_ended(self) -> None:
+    def _restart_ended(self):
         """Start what has ended by itself again, as a service manager does: nothing starts while the disk is full."""
         while not self._ends.wait(1.0):
             with self._changing:
@@ -167,27 +163,27 @@ class Service:
                     if process.poll() is not None:
                         self.processes[index] = self._start(index)
 
-    def _end_restarts(self) -> None:
+    def _end_restarts(self):
         self._ends.set()
         self._manager.join()
 
     @property
-    def server(self) -> subprocess.Popen[bytes]:
+    def server(self):
         """The server's process."""
         return self.processes[0]
 
-    def children(self) -> list[psutil.Process]:
+    def children(self):
         """The server's own worker, if it runs."""
         try:
             return [one for one in psutil.Process(self.server.pid).children() if "worker" in one.cmdline()]
         except psutil.Error:
             return []
 
-    def kill_server(self) -> None:
+    def kill_server(self):
         """`kill -9`, and start it again."""
         self.kill_worker(0)
 
-    def kill_child(self) -> int:
+    def kill_child(self):
         """`kill -9` for the server's own worker; returns how many ran."""
         children = self.children()
         for child in children:
@@ -195,21 +191,21 @@ class Service:
                 child.kill()
         return len(children)
 
-    def kill_worker(self, index: int) -> None:
+    def kill_worker(self, index):
         """`kill -9` for a worker, or with 0 for the server, and start it again."""
         with self._changing:
             self.processes[index].kill()
             self.processes[index].wait()
             self.processes[index] = self._start(index)
 
-    def stop(self) -> list[int]:
+    def stop(self):
         """Stop all in good order; returns their exit codes."""
         self._end_restarts()
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
         return [process.wait(60) for process in self.processes]
 
-    def close(self) -> None:
+    def close(self):
         """End what still runs."""
         self._end_restarts()
         self.kill_child()
@@ -218,10 +214,10 @@ class Service:
                 process.kill()
                 process.wait()
 
-    def lock_database(self, seconds: float) -> threading.Thread:
+    def lock_database(self, seconds):
         """Lock the SQLite database for others, in a thread that ends with the lock."""
 
-        def hold() -> None:
+        def hold():
             connection = sqlite3.connect(self.data / "jobs.sqlite", timeout=30.0, isolation_level=None)
             connection.execute("BEGIN EXCLUSIVE")
             time.sleep(seconds)
@@ -231,7 +227,7 @@ class Service:
         return _in_thread(hold)
 
 
-def _in_thread(work: Callable[[], None]) -> threading.Thread:
+def _in_thread(work):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread

@@ -1,39 +1,34 @@
 """Looks at jobs and at what is served all the time, and notes what must never be seen."""
 
-from __future__ import annotations
-
 import threading
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.folder import Signature, list_names, path_of, signature_of
+from prefixtune.prefix.folder import list_names, path_of, signature_of
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import read_artifact
-from stress.service import Http
 
 
 class _Watcher:
     """Looks again and again in a thread of its own, until it is closed; `faults`: what must never be seen."""
 
-    def __init__(self, http: Http, seconds: float) -> None:
+    def __init__(self, http, seconds):
         self.http, self.faults, self._seconds = http, list[str](), seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def start(self) -> None:
+    def start(self):
         """Begin."""
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self):
         """Look a last time, and end."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(120)
 
-    def _watch(self) -> None:
+    def _watch(self):
         while True:
             is_last = self._stopped.is_set()
             try:
@@ -45,7 +40,7 @@ class _Watcher:
                 return
             self._stopped.wait(self._seconds)
 
-    def look(self) -> None:
+    def look(self):
         """Look once."""
         raise NotImplementedError
 
@@ -57,11 +52,11 @@ class JobWatcher(_Watcher):
         jobs: Job id -> as it stood last.
     """
 
-    def __init__(self, http: Http) -> None:
+    def __init__(self, http):
         super().__init__(http, 0.3)
-        self.jobs: dict[str, dict[str, Any]] = {}
+        self.jobs = {}
 
-    def look(self) -> None:
+    def look(self):
         """Compare each job with how it stood before."""
         answer = self.http.once("GET", "/v1/fine_tuning/jobs?limit=100")
         if answer is None or answer[0] != 200:
@@ -79,13 +74,13 @@ class JobWatcher(_Watcher):
 class ServedWatcher(_Watcher):
     """Every file in the folder of prefixes, and every listed model: whole at any moment."""
 
-    def __init__(self, prefixes: Path, http: Http) -> None:
+    def __init__(self, prefixes, http):
         super().__init__(http, 0.1)
         self._prefixes = prefixes
-        self._read: dict[str, Signature] = {}
-        self._asked: set[str] = set()
+        self._read = {}
+        self._asked = set()
 
-    def look(self) -> None:
+    def look(self):
         """Read all new files, and ask each new model for a text."""
         for name in list_names(self._prefixes):
             path = path_of(self._prefixes, name)
