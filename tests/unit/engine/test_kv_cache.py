@@ -1,9 +1,6 @@
 """The pool of keys and values: runs, and what they take of memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -27,9 +24,9 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=40), st.sampled_from([1, 4]))
-def test_runs_never_overlap_and_all_room_comes_back(asked: list[tuple[int, int]], page: int):
+def test_runs_never_overlap_and_all_room_comes_back(asked, page):
     cache = KVCache(SHAPES, 100, torch.float32, CPU, 10, page=page)
-    held: list[range] = []
+    held = []
     for length, leaving in asked:
         run = cache.take(length)
         if run is None:
@@ -79,7 +76,7 @@ def test_a_long_text_takes_memory_for_itself_alone():
     assert cache.num_positions > 20 * sum(lengths)
 
 
-def scarce(backbone: Any, positions: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Engine:
+def scarce(backbone, positions, monkeypatch, **options):
     """An engine with room for so many positions."""
     each = sum(shape.size for site in ("decoder", "cross") for shape in backbone.geometry.get(site, ()))
     monkeypatch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each * 4)
@@ -87,9 +84,7 @@ def scarce(backbone: Any, positions: int, monkeypatch: pytest.MonkeyPatch, **opt
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
-def test_a_text_waits_for_room_and_what_never_fits_is_refused(
-    name: str, tiny_backbone: Any, random_prefix: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_text_waits_for_room_and_what_never_fits_is_refused(name, tiny_backbone, random_prefix, monkeypatch):
     backbone = tiny_backbone(name)
     engine = scarce(backbone, 60, monkeypatch, num_slots=8)
     assert [cache.num_positions for cache in engine.runner.caches] == [60] * len(engine.runner.caches)
@@ -116,7 +111,7 @@ def test_a_text_waits_for_room_and_what_never_fits_is_refused(
     assert not engine.busy
 
 
-def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone, monkeypatch):
     backbone, done = tiny_backbone("llama"), []
     scarce(backbone, 40, monkeypatch)
     config = GenerateConfig(max_new_tokens=10, batch_size=1)
@@ -125,7 +120,7 @@ def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone: Any
     assert done == []
 
 
-def test_the_pool_has_the_size_that_is_said(tiny_backbone: Any):
+def test_the_pool_has_the_size_that_is_said(tiny_backbone):
     engine = Engine(tiny_backbone("llama"), kv_cache_mib=1)
     (cache,) = engine.runner.caches
     each = sum(shape.size for shape in engine.backbone.geometry["decoder"]) * 4
@@ -136,7 +131,7 @@ def test_the_pool_has_the_size_that_is_said(tiny_backbone: Any):
     assert few.max_length == 50
 
 
-def test_a_containers_own_limit_counts(monkeypatch: pytest.MonkeyPatch):
+def test_a_containers_own_limit_counts(monkeypatch):
     texts = {
         "memory.max": "3000000",
         "memory.current": "1000000",

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,19 +16,11 @@ import pytest
 from command_line import run as run_command
 from live_server import make_model, make_prefix
 from prefixtune.backbone.shapes import load_shapes
-from prefixtune.engine.request import (
-    ContextLengthError,
-    EngineFull,
-    Request,
-    SamplingParams,
-    SequenceOutput,
-    join_outputs,
-)
+from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, join_outputs
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.folder import PrefixReference
 
-Make = Callable[..., Any]
 NEW = 6
 
 
@@ -55,24 +46,24 @@ class FakeServer:
     error: str = ""
     reason: str | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         self.start()
 
-    def start(self, port: int = 0) -> None:
+    def start(self, port=0):
         """Listen."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.0"
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, *_):
                 """Nothing."""
 
-            def do_GET(self) -> None:
+            def do_GET(self):
                 model = {"id": "served", "max_model_len": 64}
                 self.reply(200, {"data": [model]} if self.path.startswith("/v1") else {})
 
-            def do_POST(self) -> None:
+            def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 reference = PrefixReference.of_request(body.get("kv_transfer_params"), body.get("cache_salt"))
                 if reference is not None and fake.folder is not None:
@@ -96,10 +87,10 @@ class FakeServer:
                 details = None if fake.cached is None else {"cached_tokens": fake.cached}
                 self.event({"choices": [], "usage": {"prompt_tokens_details": details}})
 
-            def event(self, content: Any) -> None:
+            def event(self, content):
                 self.wfile.write(b"data: " + json.dumps(content).encode() + b"\n\n")
 
-            def reply(self, status: int, content: Any) -> None:
+            def reply(self, status, content):
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
@@ -107,42 +98,42 @@ class FakeServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         # A client that goes away is no news.
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        self.server.handle_error = lambda *_: None
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def stop(self) -> None:
+    def stop(self):
         self.server.shutdown()
         self.server.server_close()
 
 
 @pytest.fixture
-def fake(tmp_path: Path, backbone: Any) -> Iterator[FakeServer]:
+def fake(tmp_path, backbone):
     fake = FakeServer(tmp_path, backbone.encode("abcdefghijklmnopqrstuvwxyz" * 3))
     yield fake
     fake.stop()
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_backbone: Make) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture
-def engine(fake: FakeServer, backbone: Any, tmp_path: Path) -> Iterator[VllmEngine]:
+def engine(fake, backbone, tmp_path):
     with VllmEngine(backbone, VllmConfig(url=fake.url, folder=str(tmp_path), num_slots=2)) as engine:
         yield engine
 
 
-def run(engine: VllmEngine, request: Request, deadline: float | None = None) -> SequenceOutput:
+def run(engine, request, deadline=None):
     """Submit it, and wait; its only text."""
-    outputs: list[SequenceOutput] = []
+    outputs = []
     ended = threading.Event()
 
-    def receive(output: SequenceOutput) -> None:
+    def receive(output):
         outputs.append(output)
         if output.finish_reason is not None:
             ended.set()
@@ -152,13 +143,11 @@ def run(engine: VllmEngine, request: Request, deadline: float | None = None) -> 
     return join_outputs(outputs)
 
 
-def ask(engine: VllmEngine, prefix: Any = None, **sampling: Any) -> SequenceOutput:
+def ask(engine, prefix=None, **sampling):
     return run(engine, Request((5, 6), prefix, SamplingParams(**{"max_new_tokens": NEW, **sampling})))
 
 
-def test_a_prefix_is_a_file_by_its_hash_and_placeholders(
-    engine: VllmEngine, fake: FakeServer, backbone: Any, random_prefix: Make, tmp_path: Path
-):
+def test_a_prefix_is_a_file_by_its_hash_and_placeholders(engine, fake, backbone, random_prefix, tmp_path):
     prefix = random_prefix(backbone, 3)
     for _ in range(2):
         assert ask(engine, prefix).text == "abcdef"
@@ -179,7 +168,7 @@ def test_a_prefix_is_a_file_by_its_hash_and_placeholders(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_asked(engine: VllmEngine, fake: FakeServer, backbone: Any):
+def test_what_is_asked(engine, fake, backbone):
     found = ask(
         engine,
         temperature=0.5,
@@ -199,14 +188,14 @@ def test_what_is_asked(engine: VllmEngine, fake: FakeServer, backbone: Any):
     assert ask(engine, stop=("cd",)).text == "ab"
 
 
-def test_what_cannot_be_asked(engine: VllmEngine):
+def test_what_cannot_be_asked(engine):
     for sampling, error in (({"prompt_logprobs": 1}, RequestError), ({"max_new_tokens": 63}, ContextLengthError)):
         with pytest.raises(error):
             ask(engine, **sampling)
     assert engine.num_unfinished == 0
 
 
-def test_failures_of_one_text(engine: VllmEngine, fake: FakeServer, backbone: Any, random_prefix: Make):
+def test_failures_of_one_text(engine, fake, backbone, random_prefix):
     fake.error = "KV load failed"
     found = ask(engine)
     assert (found.finish_reason, found.engine_crashed) == ("error", False)
@@ -224,9 +213,9 @@ def test_failures_of_one_text(engine: VllmEngine, fake: FakeServer, backbone: An
     assert engine.healthy
 
 
-def test_one_that_nobody_waits_for_is_cancelled_even_before_its_first_token(engine: VllmEngine, fake: FakeServer):
+def test_one_that_nobody_waits_for_is_cancelled_even_before_its_first_token(engine, fake):
     fake.pause = 30.0
-    reasons: dict[str, str | None] = {}
+    reasons = {}
     requests = [Request((5,), None, SamplingParams(max_new_tokens=2)) for _ in range(3)]
     for request in requests:
         engine.submit(request, lambda output: reasons.update({output.request_id: output.finish_reason}))
@@ -240,7 +229,7 @@ def test_one_that_nobody_waits_for_is_cancelled_even_before_its_first_token(engi
     assert set(reasons.values()) == {"cancelled"}
 
 
-def test_a_server_that_goes_away_and_comes_back(engine: VllmEngine, fake: FakeServer):
+def test_a_server_that_goes_away_and_comes_back(engine, fake):
     port = fake.server.server_port
     fake.stop()
     end = time.monotonic() + 20
@@ -255,7 +244,7 @@ def test_a_server_that_goes_away_and_comes_back(engine: VllmEngine, fake: FakeSe
     assert not engine.failed
 
 
-def test_a_server_without_the_connector_or_the_folder_is_refused(fake: FakeServer, backbone: Any, tmp_path: Path):
+def test_a_server_without_the_connector_or_the_folder_is_refused(fake, backbone, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for folder, reads, error in (
         (tmp_path, None, BackboneError),
@@ -304,7 +293,7 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def python(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     python = tmp_path / "python"
@@ -313,7 +302,7 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return python
 
 
-def test_only_its_user_can_reach_a_child(backbone: Any, python: Path, tmp_path: Path):
+def test_only_its_user_can_reach_a_child(backbone, python, tmp_path):
     with VllmEngine(backbone, VllmConfig("tiny", python=str(python))) as engine:
         (path,) = tmp_path.glob("prefixtune-*/*")
         assert path.is_socket()
@@ -322,7 +311,7 @@ def test_only_its_user_can_reach_a_child(backbone: Any, python: Path, tmp_path: 
     assert not path.parent.exists()
 
 
-def test_a_conversation_in_the_terminal(python: Path, tmp_path: Path):
+def test_a_conversation_in_the_terminal(python, tmp_path):
     """`prefixtune chat --engine vllm`: the whole conversation is read, with the prefix in use."""
     model = make_model(tmp_path / "model")
     prefix = make_prefix(load_shapes(str(model)), tmp_path / "mine.safetensors", 1)
@@ -337,7 +326,7 @@ def test_a_conversation_in_the_terminal(python: Path, tmp_path: Path):
     assert not list((tmp_path / "home" / "engines").iterdir()), "the prefixes"
 
 
-def test_a_python_without_vllm_is_refused(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_python_without_vllm_is_refused(backbone, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
     with pytest.raises(BackboneError):
         VllmEngine(backbone, VllmConfig("tiny"))
