@@ -122,11 +122,8 @@ def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         fits = False
     if not fits:
-        raise CheckpointError(
-            f"{_TENSOR} in {str(folder)!r} has shape {tuple(flat.shape)} and type {flat.dtype}, which does not go with "
-            f"its {ADAPTER_CONFIG}: {short_repr(sizes)}.",
-            hint="save the adapter again with PEFT.",
-        )
+        what = f"{_TENSOR} in {str(folder)!r}, {tuple(flat.shape)} of {flat.dtype}, does not fit {short_repr(sizes)}."
+        raise CheckpointError(what, hint="save the adapter again with PEFT.")
     return (LayerShape(heads, width // heads, width // heads),) * layers
 
 
@@ -139,11 +136,8 @@ def _check_backbone(prefix: Prefix, header: Mapping[str, Any], backbone: Backbon
     count = len(prefix.layers["decoder"])
     num_hidden_layers = getattr(backbone.model.config.get_text_config(decoder=True), "num_hidden_layers", count)
     if backbone.layout.cache_layers != tuple(range(count)) or count != num_hidden_layers:
-        raise BackboneError(
-            f"not every layer of {backbone.name!r} keeps keys and values of its own: PEFT would put the prefix into "
-            "other layers than those it is for.",
-            hint="prefixes for hybrids and for models whose layers share keys can only be used in prefixtune.",
-        )
+        what = f"not every layer of {backbone.name!r} keeps keys and values of its own: PEFT would mix up the layers."
+        raise BackboneError(what, hint="prefixes for such models can only be used in prefixtune.")
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -179,14 +179,11 @@ class PrefixModel(nn.Module):
 
     def _check_positions(self, *rows: Tensor | None) -> None:
         limit = self.backbone.max_positions_with(self.prefix_length)
-        prefix_positions = self.backbone.prefix_positions(self.prefix_length)
+        room = None if limit is None else limit - self.backbone.prefix_positions(self.prefix_length)
         longest = max(ids.shape[1] for ids in rows if ids is not None)
-        if limit is not None and longest + prefix_positions > limit:
-            raise DataError(
-                f"a batch has rows of {longest} tokens, but {self.backbone.name!r} has {limit} positions, of which the "
-                f"prefix takes {prefix_positions}.",
-                hint=f"cut the texts to {limit - prefix_positions} tokens (max_length), or use `model.collator()`.",
-            )
+        if room is not None and longest > room:
+            what = f"a batch has rows of {longest} tokens, but beside the prefix there is room for {room}."
+            raise DataError(what, hint="cut the texts to that (max_length), or use `model.collator()`.")
 
     def _check_smoothing(self) -> None:
         """Refuse a training step whose labels a trainer would compare with the logits of the same tokens."""

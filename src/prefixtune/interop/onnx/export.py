@@ -175,11 +175,8 @@ def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
             if program is not None:
                 program.save(path, external_data=size_in_bytes > MAX_BYTES_IN_GRAPH)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise BackboneError(
-            f"torch cannot write {backbone.name!r} (model type {model.config.model_type!r}) as a graph: "
-            f"{first_line(error)}",
-            hint="use `prefixtune serve`, or another target.",
-        ) from error
+        what = f"torch cannot write {backbone.name!r} as a graph: {first_line(error)}"
+        raise BackboneError(what, hint="use `prefixtune serve`, or another target.") from error
 
 
 @torch.no_grad()
@@ -207,11 +204,8 @@ def _compare(
     real = all_mask.bool().cpu()
     difference, largest = _largest(logits[real] - expected[real]), _largest(expected[real])
     if not difference <= _TOLERANCE * max(largest, 1.0):
-        raise BackboneError(
-            f"ONNX Runtime computes other logits than {backbone.name!r} (model type "
-            f"{backbone.model.config.model_type!r}): up to {difference:.3g} apart, of {largest:.3g}.",
-            hint="use `prefixtune serve`, or another target.",
-        )
+        what = f"ONNX Runtime's logits and those of {backbone.name!r} are {difference:.3g} apart, of {largest:.3g}."
+        raise BackboneError(what, hint="use `prefixtune serve`, or another target.")
     return difference
 
 

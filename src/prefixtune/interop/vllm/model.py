@@ -79,11 +79,8 @@ def check_cache_updates(layers: Mapping[str, Any]) -> None:
     """
     for name, layer in layers.items():
         if not hasattr(layer.impl, "do_kv_cache_update"):
-            raise ConfigError(
-                f"vLLM cannot serve prefixes with the attention backend of {name!r}: {type(layer.impl).__name__} has "
-                "no do_kv_cache_update, by which a prefix is written into the cache.",
-                hint="choose another one with --attention-backend.",
-            )
+            what = f"the attention backend of {name!r}, {type(layer.impl).__name__}, has no do_kv_cache_update."
+            raise ConfigError(what, hint="choose another one with --attention-backend.")
 
 
 def _specs_of(spec: Any) -> list[Any]:
@@ -108,9 +105,7 @@ def heads_of_rank(num_kv_heads: int, tp_size: int, tp_rank: int) -> slice:
         ConfigError: The heads cannot be divided evenly.
     """
     if num_kv_heads % tp_size and tp_size % num_kv_heads:
-        raise ConfigError(
-            f"{num_kv_heads} KV heads cannot be divided between {tp_size} devices.",
-            hint="choose a tensor-parallel size that divides their number, or is a multiple of it.",
-        )
+        hint = "choose a tensor-parallel size that divides their number, or is a multiple of it."
+        raise ConfigError(f"{num_kv_heads} KV heads cannot be divided between {tp_size} devices.", hint=hint)
     first = tp_rank * num_kv_heads // tp_size
     return slice(first, first + max(num_kv_heads // tp_size, 1))
