@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["Answer", "Conversation"]
-
 
 class Answer(NamedTuple):
     """An answer: its text, whether Ctrl-C stopped it, and its most tokens; None: as many as the settings say."""

@@ -10,8 +10,6 @@ from prefixtune.cli.options import Conflicts, OutputOptions, option
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.utils.config import DTypeName
 
-__all__ = ["BackboneOptions", "DecodingOptions", "EngineOptions", "task_decoding"]
-
 _backbone, _engine = functools.partial(option, group="backbone"), functools.partial(option, group="engine")
 
 _ENGINES = {

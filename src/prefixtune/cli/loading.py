@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     from prefixtune.prefix.rotation import Rotation
     from prefixtune.prefix.text_format import TextFormat
 
-__all__ = [
-    "DEFAULT_BACKBONE",
-    "Trained",
-    "columns_as_trained",
-    "load",
-    "load_trained",
-    "read_trained",
-    "short_name",
-    "split_joined",
-    "started_engine",
-]
-
 DEFAULT_BACKBONE = "smollm2-135m"
 _MOST_PLUSES = 64
 """Signs + in one text of --prefix, at most."""

@@ -27,8 +27,6 @@ from prefixtune.cli.options import CommandOptions, ConfigOptions
 from prefixtune.errors import ConfigError, PrefixError, PrefixWarning, first_line, is_out_of_memory
 from prefixtune.utils.console import Console
 
-__all__ = ["COMMANDS", "build_app", "command_options", "main", "run"]
-
 COMMANDS = {
     "Start": {
         "demo": "train two prefixes on eight rows each, and ask both and the bare model in one batch",

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 _LONGEST = 200
 """Characters of a value in an outline."""
 
-__all__ = ["Table", "format_score", "outline", "print_event", "print_json", "score_tables", "show"]
-
 
 def print_json(value: object) -> None:
     """One JSON value on a line of stdout, at once; with escapes if stdout's encoding lacks a character."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["chat"]
-
 _COMMANDS = {
     "/prefix": "NAME: answer with this prefix from now on; none: with none; without a name: list them",
     "/reset": "forget the messages so far",

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
 
-__all__ = ["compose", "inspect"]
-
 _APPROXIMATE = (
     "the model adds positions to its input, so that keys cannot be moved: each part stays as it was computed, which is "
     "an approximation"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["demo"]
-
 _RESULT = "demo.json"
 """What only a demo writes, as its first file."""
 

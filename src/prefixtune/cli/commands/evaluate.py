@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from prefixtune.prefix.text_format import TextFormat
     from prefixtune.results import Evaluation, Overlap
 
-__all__ = ["evaluate"]
-
 
 class EvaluateOptions(DecodingOptions, ReadingOptions):
     """The options of `prefixtune evaluate`."""

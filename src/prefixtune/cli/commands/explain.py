@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from prefixtune.pages.document import Document
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["explain", "report"]
-
 _MOST_ROWS = 12
 """Of a table, in the terminal; the page has them all."""
 

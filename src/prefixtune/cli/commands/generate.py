@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from prefixtune.inference.classify import Prediction
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["generate"]
-
 
 class GenerateOptions(DecodingOptions):
     """The options of `prefixtune generate`."""

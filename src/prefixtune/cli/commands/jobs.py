@@ -20,8 +20,6 @@ from prefixtune.utils.config import TextList
 from prefixtune.utils.console import safe_text
 from prefixtune.utils.folders import expand_home
 
-__all__ = ["jobs"]
-
 _KEY, _OTHER_KEY, _OTHER_URL = "PREFIXTUNE_API_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL"
 _FOLLOW_SECONDS, _ASK_SECONDS = 120.0, 5.0
 """How long a server that is away is waited for."""

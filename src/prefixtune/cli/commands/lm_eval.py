@@ -13,8 +13,6 @@ from prefixtune.errors import ConfigError
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["lm_eval"]
-
 
 class LmEvalOptions(BackboneOptions):
     """The options of `prefixtune lm-eval`."""

@@ -23,8 +23,6 @@ from prefixtune.utils.config import Layer
 from prefixtune.utils.console import Console
 from prefixtune.utils.extras import needs_extra
 
-__all__ = ["serve", "worker"]
-
 _STOP_SECONDS = 10.0
 """After a request to end, the longest time for the running step and for saving."""
 _KEY = """\

@@ -20,8 +20,6 @@ from prefixtune.utils.config import DTypeName
 from prefixtune.utils.folders import cache_folder, data_folder
 from prefixtune.utils.machine import describe_machine
 
-__all__ = ["doctor", "env", "prepare"]
-
 
 class PrepareOptions(OutputOptions):
     """The options of `prefixtune prepare`."""

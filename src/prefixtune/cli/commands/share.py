@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.prefix.prefix import Prefix
 
-__all__ = ["convert", "export", "push"]
-
 
 class ConvertOptions(OutputOptions):
     """The options of `prefixtune convert`."""
