@@ -19,7 +19,7 @@ from prefixtune.training.loop import TrainLoop, forward_backward
 from prefixtune.training.prepare import prepare
 from prefixtune.training.schedule import optimizer_steps, vary
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.together import RunGroup, begin_together
+from prefixtune.training.together import begin_together, take_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
@@ -119,18 +119,16 @@ def test_a_step_is_that_of_prefixes_joined_by_hand(name, tiny_backbone, random_p
     assert {len(company) for company in seen} >= {0, 3}
 
 
-def open_group(stack, backbone, tmp_path):
+def open_runs(stack, backbone, tmp_path, max_steps):
     """Three runs beside each other, of unequal lengths."""
+    usual = {"batch_size": 8, "beside": "self", "max_steps": max_steps}
     configs = [
-        pt.TrainConfig(prefix_length=length, init_text=text, batch_size=8, beside="self", output=str(tmp_path / text))
+        pt.TrainConfig(prefix_length=length, init_text=text, output=str(tmp_path / text), **usual)
         for length, text in ((3, "abc"), (2, "de"), (4, "fghi"))
     ]
     runs = [stack.enter_context(prepare(one, backbone, EXAMPLES, shares_passes=True, begin=False)) for one in configs]
-    begin_together(runs, resume=False)
-    group = RunGroup(backbone)
-    for run in runs:
-        group.add(run)
-    return group, [run.loop for run in runs]
+    begin_together(runs)
+    return runs
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -158,9 +156,9 @@ def test_the_joined_gradient_is_the_sum_of_one_sided_ones(name, tiny_backbone, t
 
     monkeypatch.setattr(TrainLoop, "apply", check)
     with contextlib.ExitStack() as stack:
-        group, loops = open_group(stack, backbone, tmp_path)
-        for _ in range(3):
-            list(group.step(threading.Event()))
+        runs = open_runs(stack, backbone, tmp_path, max_steps=3)
+        loops = [run.loop for run in runs]
+        list(take_steps(backbone, runs, threading.Event()))
     assert len(checked) == 3
 
 

@@ -22,19 +22,6 @@ from prefixtune.cli.show import Table, print_event, show
 from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
 from prefixtune.utils.console import Console
 
-__all__ = [
-    "PREFIX",
-    "CommandOptions",
-    "ConfigOptions",
-    "Conflicts",
-    "OutputOptions",
-    "PathText",
-    "ReadingOptions",
-    "RunOptions",
-    "command",
-    "option",
-]
-
 _WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
 
@@ -189,19 +176,12 @@ class RunOptions(ConfigOptions, OutputOptions):
         """The file of --config, or the configuration of the run to resume."""
         if not given.get("resume") or "config" in given:
             return super().layers(given)
-        path = cls.stored(given.get("output", cls.usual.get("output", cls.default("output"))))
-        return [Layer.from_file(path, cls.configuration().model_fields)]
+        from prefixtune.training.config import TrainConfig
 
-    @classmethod
-    def stored(cls, output: str) -> Path:
-        """The configuration that a folder holds.
-
-        Raises:
-            CheckpointError: It holds no run.
-        """
-        from prefixtune.training.run_folder import stored_config
-
-        return stored_config(output)
+        config = cls.configuration()
+        assert issubclass(config, TrainConfig)
+        path = config.stored(given.get("output", cls.usual.get("output", cls.default("output"))))
+        return [Layer.from_file(path, config.model_fields)]
 
 
 def command(run: Callable[[Any], int | None]) -> Callable[..., int]:

@@ -106,7 +106,7 @@ def _labels(example: Example, number: int, kind: TaskKind) -> Sequence[str]:
 
 def choose_labels(
     kind: TaskKind,
-    backbone: Backbone | None,
+    backbone: Backbone,
     examples: Sequence[Example],
     dev_examples: Sequence[Example] = (),
     *,
@@ -117,8 +117,7 @@ def choose_labels(
 
     Args:
         kind: `classification` or `tagging`.
-        backbone: Decides between head and words if `by` is `auto`: an encoder gets a head, other models words. None: it
-            is not known yet, and all that needs none is checked.
+        backbone: Decides between head and words if `by` is `auto`: an encoder gets a head, other models words.
         examples: The training examples.
         dev_examples: They may have no other labels.
         by: `auto`, `head` or `words`.
@@ -133,12 +132,11 @@ def choose_labels(
     if by == "words" and kind == "tagging":
         raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
     chosen = _label_words(names, words) if by != "head" else ()
-    model = "" if backbone is None else backbone.kind
     if by == "auto":
-        by = "head" if kind == "tagging" or model == "encoder" else "words"
-    if backbone is not None and model == {"head": "encoder-decoder", "words": "encoder"}[by]:
+        by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
+    if backbone.kind == {"head": "encoder-decoder", "words": "encoder"}[by]:
         raise ConfigError(
-            f"{backbone.name!r} is an {model}, for which classifier = {by!r} is not possible.",
+            f"{backbone.name!r} is an {backbone.kind}, for which classifier = {by!r} is not possible.",
             hint="use 'head' with an encoder, 'words' with an encoder-decoder (for classification alone).",
         )
     return Labels(kind, by, names, chosen if by == "words" else ())

@@ -26,6 +26,7 @@ class DistillConfig(TrainConfig):
     """
 
     hint: ClassVar[str] = "`prefixtune distill --help` explains every option."
+    file_name: ClassVar[str] = "distill.toml"
     unused: ClassVar[frozenset[str]] = frozenset(
         {"method", "method_size", "train", "dev", "dev_limit", "patience", "classifier", "label_words", "shard"}
         | {"init_examples", "hold_out", "chat_template", "system", "epochs"}
@@ -51,7 +52,7 @@ class DistillConfig(TrainConfig):
     )
     num_questions: int = _teaching(256, ge=5, le=20_000, description="with --questions self: questions to make")
     kinds: CommaList[QuestionKind] = _teaching(
-        KINDS, description="with --questions self: what the questions ask for, in equal shares"
+        KINDS, min_length=1, description="with --questions self: what the questions ask for, in equal shares"
     )
     chunk_length: int = _teaching(0, ge=0, description="tokens of a document in view at once; 0: as many as fit")
     answer_length: int = _teaching(64, ge=1, le=4096, description="most tokens of an answer that the teacher writes")
@@ -83,14 +84,10 @@ class DistillConfig(TrainConfig):
             yield (name, "document"), f"{name} is {getattr(self, name)!r}, which goes with {partner}"
         if not self.document and (self.prompt or self.teacher) and not self.data:
             yield ("data", "prompt", "teacher"), "data is empty, but a prompt or a teacher needs inputs to answer"
-        if self.document and self.test == SELF:
-            yield ("test",), "test is 'self', but held-out questions are read from a file: only questions are made"
         if self.prefix_length == 0 and self.initialization == "text":
             message = "prefix_length is 0, but must be at least 1: a memory is to be shorter than its text"
             yield ("prefix_length", "initialization"), message
-        if not self.kinds:
-            yield ("kinds",), "kinds names no kind of question"
-        elif "paraphrase" in self.kinds and "fact" not in self.kinds:
+        if "paraphrase" in self.kinds and "fact" not in self.kinds:
             yield ("kinds",), "kinds has paraphrase without fact, whose questions it asks in other words"
 
     @property

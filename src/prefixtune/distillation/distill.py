@@ -11,10 +11,10 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import CONFIG_FILE, check_output, read_jobs
+from prefixtune.distillation.inputs import check_output, read_jobs
 from prefixtune.distillation.preparation import Preparation
 from prefixtune.distillation.report import report
-from prefixtune.errors import CheckpointError, ConfigError
+from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
@@ -26,9 +26,8 @@ from prefixtune.training.together import train_together
 from prefixtune.training.train import train
 from prefixtune.utils.console import Console
 from prefixtune.utils.files import claim_folder, write_text
-from prefixtune.utils.folders import expand_home
 
-__all__ = ["DistillResult", "distill", "open_memory", "stored_distillation"]
+__all__ = ["DistillResult", "distill", "open_memory"]
 
 _TOGETHER = 8
 """Documents that share a pass over the backbone."""
@@ -49,21 +48,6 @@ class DistillResult:
     prefix: Prefix
     path: Path
     report: dict[str, Any]
-
-
-def stored_distillation(output: str | Path) -> Path:
-    """The configuration that the distillation in a folder was started with.
-
-    Raises:
-        CheckpointError: The folder holds none.
-    """
-    path = expand_home(output) / CONFIG_FILE
-    if not path.exists():
-        raise CheckpointError(
-            f"there is no distillation to resume in {str(path.parent)!r}.",
-            hint="name its folder with --output (output), or start it without --resume (resume).",
-        )
-    return path
 
 
 def distill(
@@ -97,15 +81,9 @@ def distill(
         TrainingError: A loss was not finite.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what was made is kept.
     """
-    if resume and config is None:
-        output = options.get("output", DistillConfig.default("output"))
-        config = DistillConfig.from_file(stored_distillation(output), **options)
-    else:
-        config = DistillConfig.from_arguments(config, options)
+    config = DistillConfig.of_call(config, options, resume=resume)
     if not is_main_process():
         raise ConfigError("distill runs in one process.", hint="start it without torchrun.")
-    if resume:
-        stored_distillation(config.output)
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume)
     if backbone is None:
@@ -116,11 +94,11 @@ def distill(
         config = with_backbone(config, student)
     preparation = Preparation(config, jobs, student, console)
     root = Path(config.output)
-    with contextlib.nullcontext() if resume else claim_folder(root):
-        if not resume:
+    if not resume:
+        with claim_folder(root):
             # Another one may have begun there since.
             check_output(root)
-            write_text(root / CONFIG_FILE, config.to_toml())
+            write_text(root / config.file_name, config.to_toml())
     for memory in preparation.memories:
         # The training claims the folder itself, afterwards.
         with claim_folder(memory.job.output):
@@ -133,7 +111,7 @@ def distill(
         finished.append(DistillResult(memory.job.name, result.prefix, result.path, figures))
     if resume:
         # A later `resume` without options goes on as this one did.
-        write_text(root / CONFIG_FILE, config.to_toml())
+        write_text(root / config.file_name, config.to_toml())
     return finished
 
 
@@ -152,18 +130,15 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
 
     Raises:
         CheckpointError: The folder's distillation was begun with something else, or a file of it is damaged.
-        ConfigError: A contradiction in the configuration, or there are several documents.
+        ConfigError: A contradiction in the configuration.
         DataError: A document or questions cannot be read, or do not fit.
         BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
     """
-    jobs = read_jobs(config, resume=True)
-    if len(jobs) != 1:
-        raise ConfigError(f"{config.document!r} holds {len(jobs)} documents.", hint="give one document.")
-    preparation = Preparation(config, jobs, student, console)
+    preparation = Preparation(config, read_jobs(config, resume=True), student, console)
     (memory,) = preparation.memories
     folder = memory.job.output
     with claim_folder(folder):
-        write_text(folder / CONFIG_FILE, config.to_toml())
+        write_text(folder / config.file_name, config.to_toml())
         preparation.make_questions(memory)
     with prepare(memory.run, student, memory.examples, resume=True, teach=preparation.label) as run:
         yield run

@@ -16,7 +16,6 @@ from prefixtune.errors import ConfigError, DataError
 from prefixtune.training.run_folder import check_unused
 from prefixtune.utils.files import check_writable
 
-CONFIG_FILE = "distill.toml"
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
 _MOST_BYTES = 2**24
 """Of a document or a prompt."""
@@ -83,7 +82,7 @@ def read_jobs(config: DistillConfig, *, resume: bool) -> list[Job]:
     """
     if not resume:
         check_output(Path(config.output))
-    check_writable(Path(config.output) / CONFIG_FILE)
+    check_writable(Path(config.output) / config.file_name)
     if config.subject == "document":
         return _read_documents(config, resume=resume)
     text = _read_document(Path(config.prompt)) if config.prompt else ""
@@ -98,7 +97,7 @@ def check_output(folder: Path) -> None:
         ConfigError: It does.
     """
     check_unused(folder)
-    if (folder / CONFIG_FILE).exists():
+    if (folder / DistillConfig.file_name).exists():
         raise ConfigError(f"{str(folder)!r} already holds a distillation.", hint="give --resume, or another --output.")
 
 

@@ -67,11 +67,12 @@ def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
     options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if not name:
         return Teacher(student, student.name)
-    if root.name == WEIGHTS_FILE or (root / WEIGHTS_FILE).is_file():
-        backbone, text_format = load_tuned(root if root.name == WEIGHTS_FILE else root / WEIGHTS_FILE, **options)
+    weights = root if root.name == WEIGHTS_FILE else root / WEIGHTS_FILE
+    if weights.is_file():
+        backbone, text_format = load_tuned(weights, **options)
         teacher = Teacher(backbone, name, None, text_format)
     elif root.suffix == ".safetensors" or (root / PREFIX_FILE).is_file():
-        return _prefix_teacher(config, root if root.suffix == ".safetensors" else root / PREFIX_FILE, student)
+        return _prefix_teacher(config, student)
     elif (root / "adapter_config.json").is_file():
         teacher = Teacher(load_backbone(config.backbone, adapter=name, **options), name)
     else:
@@ -80,8 +81,8 @@ def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
     return teacher
 
 
-def _prefix_teacher(config: DistillConfig, path: Path, student: Backbone) -> Teacher:
-    prefix = load_prefix(path, student)
+def _prefix_teacher(config: DistillConfig, student: Backbone) -> Teacher:
+    prefix = load_prefix(config.teacher, student)
     if config.document or config.prompt:
         raise ConfigError(
             f"the teacher {config.teacher!r} is a prefix, in whose place the text would stand.",

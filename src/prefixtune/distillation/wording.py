@@ -12,10 +12,11 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
 from prefixtune.data.chat import chat_format, end_ids, has_chat_template, literal_format
 from prefixtune.data.encoding import TokenizedExample, default_format, encode_examples
-from prefixtune.data.examples import Example
+from prefixtune.data.examples import Example, Message
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import Question
 from prefixtune.errors import ConfigError
+from prefixtune.prefix.chat_format import render_chat
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
 
@@ -76,7 +77,7 @@ class Wording:
     def view(self, backbone: Backbone, text: str) -> str:
         """A text as it stands in view before a question, behind what the tokenizer begins every text with (Gemma)."""
         if self.chat:
-            return _render(backbone, [("system", text)], prompt=False)
+            return _render(backbone, Message("system", text), prompt=False)
         tokenizer = backbone.tokenizer
         begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
         return f"{tokenizer.bos_token if begins else ''}{text.strip()}\n\n"
@@ -140,32 +141,25 @@ def _chat_wording(backbone: Backbone) -> Wording:
 
     Raises:
         ConfigError: In its template no system message stands apart.
+        RequestError: It refuses a system message.
     """
-    system = _render(backbone, [("system", "S")], prompt=False)
-    whole = _render(backbone, [("system", "S"), ("user", "{source}")], prompt=True)
-    turn = whole.removeprefix(system)
+    system, user = Message("system", "S"), Message("user", "{source}")
+    whole = _render(backbone, system, user, prompt=True)
+    turn = whole.removeprefix(_render(backbone, system, prompt=False))
     if turn == whole or turn.count("{source}") != 1:
         raise ConfigError(
             f"the chat template of {backbone.name!r} keeps no system message apart.", hint="use --ask plain."
         )
-    bare = _render(backbone, [("user", "{source}")], prompt=True)
+    bare = _render(backbone, user, prompt=True)
     return Wording(turn, "{target}", chat=True, bare=bare if bare.count("{source}") == 1 else "")
 
 
-def _render(backbone: Backbone, messages: list[tuple[str, str]], *, prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text: str = backbone.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    except TemplateError as error:
-        raise ConfigError(
-            f"the chat template of {backbone.name!r} refuses a system message: {error}.", hint="use --ask plain."
-        ) from None
-    return text
+def _render(backbone: Backbone, *messages: Message, prompt: bool) -> str:
+    """What the backbone's chat template writes, with what opens the next answer or without."""
+    own = TextFormat("{source}", "{target}", chat_template=MODEL_TEMPLATE)
+    return render_chat(
+        backbone.tokenizer, own, [message._asdict() for message in messages], add_generation_prompt=prompt
+    )
 
 
 def in_view(backbone: Backbone, wording: Wording, text: str) -> Prefix:

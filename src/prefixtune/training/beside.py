@@ -25,7 +25,7 @@ from prefixtune.data.tokenized import TokenizedExample, longest_text
 from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.prefix.compose import check_joinable, join
 from prefixtune.prefix.geometry import Site
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, content_hash
 from prefixtune.prefix.rotation import Rotation
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.config import TrainConfig
@@ -129,17 +129,9 @@ class Beside:
     @classmethod
     def of_prefixes(cls, prefixes: Sequence[Prefix], rotation: Rotation) -> Beside:
         """Others that stay as they are."""
-        digest = hashlib.sha256()
-        for prefix in prefixes:
-            for tensor in prefix.tensors():
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-            digest.update(b"|")
-        return cls(
-            [lambda prefix=prefix: prefix for prefix in prefixes],  # type: ignore[misc]
-            [prefix.lengths for prefix in prefixes],
-            rotation,
-            digest.hexdigest(),
-        )
+        digest = hashlib.sha256("".join(map(content_hash, prefixes)).encode()).hexdigest()
+        lengths = [prefix.lengths for prefix in prefixes]
+        return cls([lambda prefix=prefix: prefix for prefix in prefixes], lengths, rotation, digest)  # type: ignore[misc]
 
     def draw(self, config: TrainConfig, step: int, sample: int, needed: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Who stands beside in a sample, as `Front.company` has it: those that it needs, and perhaps more."""

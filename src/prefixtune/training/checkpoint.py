@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import is_quantized
@@ -18,7 +18,7 @@ from prefixtune.errors import CheckpointError, ConfigError, first_line
 from prefixtune.prefix.file import read_verified, save_verified
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.run_folder import STATE_FILE
+from prefixtune.training.run_folder import EARLIER_STATE_FILE, STATE_FILE
 from prefixtune.training.schedule import TrainState
 
 _STATE = "prefixtune_state"
@@ -58,6 +58,10 @@ class Checkpoint:
         facts = self.facts
         best_loss = math.nan if facts.best_loss is None else facts.best_loss
         return replace(planned, step=facts.step, best_loss=best_loss, best_step=facts.best_step, misses=facts.misses)
+
+    def is_over_by(self, step: int, planned: TrainState) -> bool:
+        """Whether the run that is planned so was over before a step."""
+        return self.facts.step < step and self.state(planned).is_over
 
 
 # --- the state's file ------------------------------------------------------------------------------------------------
@@ -103,40 +107,26 @@ def state_facts(
     )
 
 
-def state_tensors(
-    encoder: nn.Module | None, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """What a state stores of the trained parameters and of the optimizer's moments, by name."""
-    tensors: dict[str, Tensor] = {}
-    if encoder is not None:
-        tensors.update({f"module.{name}": tensor for name, tensor in encoder.state_dict().items()})
-    tensors.update({f"adapter.{name}": parameter for name, parameter in weights.items()})
+def state_tensors(trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a state stores: what trains, by name, and the optimizer's moments."""
+    tensors = dict(trained)
     for index, values in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in values.items()})
     return tensors
 
 
-def load_tensors(
-    checkpoint: Checkpoint,
-    encoder: nn.Module | None,
-    weights: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def load_tensors(checkpoint: Checkpoint, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put back what `state_tensors` collected.
 
     Raises:
         CheckpointError: The tensors are those of other parameters.
     """
-    tensors = checkpoint.tensors
     try:
-        if encoder is not None:
-            own = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
-            encoder.load_state_dict(own)
         with torch.no_grad():
-            for name, parameter in weights.items():
-                parameter.copy_(tensors[f"adapter.{name}"])
+            for name, tensor in trained.items():
+                tensor.copy_(checkpoint.tensors[name])
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in checkpoint.tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = tensor
@@ -150,22 +140,23 @@ def load_tensors(
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(config: TrainConfig, name: str = STATE_FILE) -> Checkpoint | None:
-    """The state of the run that a configuration resumes; None: its folder holds none.
+def read_checkpoints(config: TrainConfig) -> list[Checkpoint]:
+    """The states of the run that a configuration resumes, the last one first.
 
     Raises:
-        CheckpointError: The state is broken.
+        CheckpointError: A state is broken.
         ConfigError: It belongs to another configuration.
     """
-    path = Path(config.output) / name
-    if not path.exists():
-        return None
+    paths = [Path(config.output) / name for name in (STATE_FILE, EARLIER_STATE_FILE)]
+    return [_read_checkpoint(config, path) for path in paths if path.exists()]
+
+
+def _read_checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
     tensors, values = load_state(path)
     try:
-        facts = Facts(**values)
-    except (ValidationError, TypeError) as error:
-        wrong = error.errors()[0]["loc"] if isinstance(error, ValidationError) else ()
-        where = ".".join(map(str, wrong)) or first_line(error)
+        facts = Facts.model_validate(values)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CheckpointError(f"{str(path)!r} lacks {where}, or has a wrong value there.", hint=_OTHERWISE) from error
     stored, given = facts.config, config.to_dict()
     changed = [

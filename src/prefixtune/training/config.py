@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ValidationInfo, field_validator, model_validator
 
-from prefixtune.errors import did_you_mean, short_repr
+from prefixtune.errors import CheckpointError, did_you_mean, short_repr
 from prefixtune.prefix.geometry import SITES, Site
+from prefixtune.training.run_folder import CONFIG_FILE
 from prefixtune.utils.config import CommaList, Config, DTypeName, option_group
+from prefixtune.utils.folders import expand_home
 
 FormName = Literal[
     "messages", "conversations", "prompt", "instruction", "question", "source", "document", "label", "tags", "text"
@@ -46,6 +49,8 @@ class TrainConfig(Config):
     """
 
     hint: ClassVar[str] = "`prefixtune train --help` explains every option."
+    file_name: ClassVar[str] = CONFIG_FILE
+    """What it is stored as in the folder of a run."""
 
     backbone: str = _backbone("smollm2-135m", description="embedded name, hub id, local folder or .gguf file")
     dtype: DTypeName = _backbone("auto", description="dtype of the frozen weights; the prefix always trains in float32")
@@ -155,6 +160,36 @@ class TrainConfig(Config):
     project: str = _output("", description="the trackers' project; empty: prefixtune")
     run_name: str = _output("", description="the run's name in the trackers; empty: that of its folder")
     license: str = _output("", description="license note for the header of the prefix")
+
+    @classmethod
+    def stored(cls, output: str | Path) -> Path:
+        """The configuration that the run in a folder was started with.
+
+        Raises:
+            CheckpointError: The folder holds no run.
+        """
+        path = expand_home(output) / cls.file_name
+        if not path.exists():
+            raise CheckpointError(
+                f"there is no run to resume in {str(path.parent)!r}.",
+                hint="name its folder with --output (output), or start it without --resume (resume).",
+            )
+        return path
+
+    @classmethod
+    def of_call(cls, config: object, options: Mapping[str, Any], *, resume: bool) -> Self:
+        """What a function was called with; where it resumes without a configuration, the stored one with the options.
+
+        Raises:
+            CheckpointError: There is no run to resume.
+            ConfigError: As for `from_arguments`.
+        """
+        if resume and config is None:
+            return cls.from_file(cls.stored(options.get("output", cls.default("output"))), **options)
+        made = cls.from_arguments(config, options)
+        if resume:
+            cls.stored(made.output)
+        return made
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data import TASKS, Example, ExampleLike, as_examples, find_form, limit_targets, read_task
+from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets
+from prefixtune.data import read_data as read_task_data
 from prefixtune.data.chat import chat_format, has_chat_template
 from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format, encode_examples
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
@@ -24,108 +25,88 @@ from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.build import resolve_site_lengths
-from prefixtune.training.starts.examples import ExamplePlan, check_example_count, hide_own_blocks, plan_examples
+from prefixtune.training.starts.examples import ExamplePlan, hide_own_blocks, plan_examples
 from prefixtune.utils.console import Console
 
 # --- files -> examples -----------------------------------------------------------------------------------------------
 
 
-def settle_form(config: TrainConfig, examples: Sequence[ExampleLike] | None = None) -> TrainConfig:
-    """The configuration with the form of its training data, and the task that this belongs to.
-
-    Only the first row is read. A configuration that names templates or another task stays as it is.
+def read_data(
+    config: TrainConfig, examples: Sequence[ExampleLike] | None, dev_examples: Sequence[ExampleLike] | None
+) -> tuple[TrainConfig, Sequence[Example], Sequence[Example]]:
+    """Read a run's files.
 
     Args:
         config: The run.
         examples: To train on; None: `config.train` is read.
-    """
-    if config.task != "records" or config.source or config.target or (examples is None and not config.train):
-        return config
-    if examples is None:
-        form: Form | None = find_form(config.train, split="train", form=config.form)
-    else:
-        form = example_form(examples, form=config.form)
-    if form is None:
-        return config
-    values = {"task": form.task, "form": form.name}
-    if form.name == "text":
-        values["prompt_format"] = config.prompt_format or TEXT_FORMAT.prompt
-        values["target_format"] = config.target_format or TEXT_FORMAT.target
-    return config.replace(**values)
-
-
-def read_data(
-    config: TrainConfig, examples: Sequence[ExampleLike] | None, dev_examples: Sequence[ExampleLike] | None
-) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Read a run's files, and refuse what its options do not go with.
-
-    Args:
-        config: The run, as `settle_form` returns it.
-        examples: To train on; None: `config.train` is read.
         dev_examples: To choose the best prefix by; None: `config.dev` is read, if given.
 
     Returns:
-        The training and the development examples, as many as are used.
+        The configuration, with the form of the training data if it was recognized, and the task that this belongs to;
+        the training and the development examples, as many as are used.
 
     Raises:
-        ConfigError: An option does not go with the data.
+        ConfigError: There is no training file, or patience without development data.
         DataError: A file cannot be read.
     """
-    train: Sequence[Example] = limit_targets(_read(config, examples, "train"), config.limit)
+    form, train = _read(config, examples, "train")
+    if form is not None:
+        values = {"task": form.task, "form": form.name}
+        if form.name == "text":
+            values["prompt_format"] = config.prompt_format or TEXT_FORMAT.prompt
+            values["target_format"] = config.target_format or TEXT_FORMAT.target
+        config = config.replace(**values)
+    train = limit_targets(train, config.limit)
     dev: Sequence[Example] = []
     if dev_examples is not None or config.dev:
-        dev = limit_targets(_read(config, dev_examples, "dev"), config.dev_limit)
+        dev = limit_targets(_read(config, dev_examples, "dev")[1], config.dev_limit)
     elif config.hold_out:
         train, dev = _hold_out(config, train)
     if config.patience and not dev:
         raise ConfigError(f"patience is {config.patience} without development data.", hint="set dev (--dev FILE).")
-    kind = _task_kind(config)
-    if kind == "generation":
-        for name in ("classifier", "label_words"):
-            if getattr(config, name) != config.default(name):
-                raise ConfigError(
-                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
-                    hint="use --task classification.",
-                )
-    else:
-        choose_labels(kind, None, train, dev, by=config.classifier, words=config.words_by_label)
-    check_example_count(config, train)
-    return train, dev
+    return config, train, dev
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:
     return TASKS[config.task].kind if config.task in TASKS else "generation"
 
 
-def _read(config: TrainConfig, given: Sequence[ExampleLike] | None, split: str) -> Sequence[Example]:
-    """The examples of a file, of a folder's split, or that a caller gave; at least one has a target."""
-    templates, is_train = (config.source or None, config.target or None), split == "train"
-    what = "training" if is_train else "development"
-    examples: Sequence[Example]
-    if given is not None:
-        form: str = config.form if is_train else ""
-        name = "example" if is_train else "development example"
-        examples = as_examples(given, *templates, name, form=form, needs_targets=True)
-        # As those of a file; without a form, the caller has grouped the targets.
-        examples = merge_examples(examples) if config.form and config.task == "records" else examples
-    else:
-        path = config.train if is_train else config.dev
+def _read(
+    config: TrainConfig, given: Sequence[ExampleLike] | None, split: str
+) -> tuple[Form | None, Sequence[Example]]:
+    """The examples of a file, of a folder's split, or that a caller gave; at least one has a target.
+
+    Returns:
+        Their form, if it was recognized; and the examples.
+    """
+    source, target, is_train = config.source or None, config.target or None, split == "train"
+    if given is None:
         parts = TASKS[config.task].parts if config.task in TASKS else ()
-        if not path and config.task in TASKS and not parts:
+        path = (config.train if is_train else config.dev) or (*parts, "")[0]
+        if not path:
             raise ConfigError("no training file is given.", hint="set train (--train FILE).")
-        path = path or (*parts, "")[0]
-        source, target = templates
         # Development data may have another form.
-        form_option = {"form" if is_train else "prefer": config.form}
-        examples = read_task(
-            config.task, path, source=source, target=target, split=split, needs_targets=True, **form_option
+        wanted = {"form" if is_train else "prefer": config.form}
+        read = read_task_data(
+            config.task, path, source=source, target=target, split=split, needs_targets=True, **wanted
         )
+        form, examples = read.form, read.examples
+    else:
+        wanted, form = {"form": config.form if is_train else ""}, None
+        if is_train and config.task == "records" and not (source or target):
+            form = example_form(given, **wanted)
+        name = "example" if is_train else "development example"
+        examples = as_examples(given, source, target, name, **wanted, needs_targets=True)
+        # Rows as those of a file; where there are none, the caller has grouped the targets.
+        if (form or config.form) and (config.task if form is None else form.task) == "records":
+            examples = merge_examples(examples)
     if not any(example.targets for example in examples):
         raise DataError(
-            f"the {what} data has {len(examples):,} examples, and none has a target.",
+            f"the {'training' if is_train else 'development'} data has {len(examples):,} examples, and none has a "
+            "target.",
             hint="name its column (--target), or give another file.",
         )
-    return examples
+    return form, examples
 
 
 def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[Example], Sequence[Example]]:
@@ -256,6 +237,12 @@ def _choose_labels(
     kind = _task_kind(config)
     if kind != "generation":
         return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
+    for name in ("classifier", "label_words"):
+        if getattr(config, name) != config.default(name):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
+                hint="use --task classification.",
+            )
     if backbone.kind == "encoder":
         raise ConfigError(
             f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.errors import BackboneError, ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -86,9 +85,10 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
         device: That of the configuration: on a CUDA machine each process takes a device of its own, unless it is `cpu`.
 
     Raises:
-        ConfigError: The environment names several processes, but not which one this is.
+        ConfigError: The environment names several processes, but not which one this is, or where they meet.
     """
-    if not distributed.is_available() or not (_names_several() or distributed.is_initialized()):
+    size = os.environ.get("WORLD_SIZE", "")
+    if not distributed.is_available() or (size in ("", "1") and not distributed.is_initialized()):
         yield SINGLE_PROCESS
         return
     own_device = ""
@@ -100,30 +100,18 @@ def init_distributed(device: str) -> Iterator[ProcessGroup]:
         # Its functions take the default group of the moment it is imported as a default argument. Imported later, it
         # would hold the group, and with it threads, until the interpreter ends, which then sometimes aborts.
         importlib.import_module("torch.distributed.nn")
-        distributed.init_process_group("nccl" if own_device else "gloo")
+        try:
+            distributed.init_process_group("nccl" if own_device else "gloo")
+        except ValueError as error:
+            raise ConfigError(
+                f"WORLD_SIZE is {size!r}, but the processes cannot meet: {first_line(error)}",
+                hint="start it with torchrun or accelerate launch, or unset WORLD_SIZE.",
+            ) from error
     try:
         yield ProcessGroup(distributed.get_rank(), distributed.get_world_size(), own_device)
     finally:
         if initializes:
             distributed.destroy_process_group()
-
-
-def _names_several() -> bool:
-    """Whether the environment says that this process is one of several.
-
-    Raises:
-        ConfigError: It says so only in part.
-    """
-    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-    size, *others = (os.environ.get(name, "") for name in names)
-    if size in ("", "1"):
-        return False
-    if not re.fullmatch("[1-9][0-9]{0,8}", size) or not (all(others) or distributed.is_initialized()):
-        raise ConfigError(
-            f"WORLD_SIZE is {size!r}, but it is no number of processes, or {', '.join(names[1:])} are not all set.",
-            hint="start it with torchrun or accelerate launch, or unset WORLD_SIZE.",
-        )
-    return True
 
 
 def shard_model(model: Any) -> None:

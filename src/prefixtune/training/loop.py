@@ -426,6 +426,12 @@ class TrainLoop:
 
     # --- stopping and resuming ---------------------------------------------------------------------------------------
 
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """What trains, by its name in a state."""
+        encoder = {} if self.encoder is None else self.encoder.state_dict()
+        own = {f"module.{name}": tensor for name, tensor in encoder.items()}
+        return own | {f"adapter.{name}": parameter for name, parameter in self.weights.items()}
+
     def save(self) -> None:
         """Store the state to resume from."""
         if not self.processes.is_main:
@@ -434,7 +440,7 @@ class TrainLoop:
         if self.config.beside == SELF and path.exists():
             os.replace(path, path.with_name(EARLIER_STATE_FILE))
         facts = state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization)
-        save_state(path, state_tensors(self.encoder, self.weights, self.optimizer), facts.model_dump())
+        save_state(path, state_tensors(self._named_tensors(), self.optimizer), facts.model_dump())
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a stored state.
@@ -444,6 +450,6 @@ class TrainLoop:
             ConfigError: The state belongs to another backbone or other data.
         """
         check_same_run(checkpoint, self.backbone, self.data_digest)
-        load_tensors(checkpoint, self.encoder, self.weights, self.optimizer)
+        load_tensors(checkpoint, self._named_tensors(), self.optimizer)
         self.state = checkpoint.state(self.state)
         self.resumed = True

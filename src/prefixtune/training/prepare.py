@@ -19,13 +19,13 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.forms import FORMS, describe_data
 from prefixtune.errors import ConfigError
 from prefixtune.training.beside import SELF, Beside, load_others, with_questions
-from prefixtune.training.checkpoint import read_checkpoint
+from prefixtune.training.checkpoint import read_checkpoints
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, read_data, settle_form, tokenize
+from prefixtune.training.data import TrainData, read_data, tokenize
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sharded, shard_model
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.run import Run
-from prefixtune.training.run_folder import EARLIER_STATE_FILE, check_unused
+from prefixtune.training.run_folder import check_unused, has_state
 from prefixtune.training.silence import general_examples
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.tuning import tune
@@ -77,18 +77,19 @@ def prepare(
         DataError: The data cannot be read or does not fit.
     """
     console = console or Console(quiet=True)
-    _check_options(config, processes, shares_passes=shares_passes)
+    if config.shard and (processes.size == 1 or not config.trains_prefix):
+        raise ConfigError("shard splits the backbone of a prefix.", hint="start several processes with torchrun.")
+    if config.beside == SELF and not shares_passes:
+        raise ConfigError("beside is 'self', but this run trains alone.", hint="give files to --together.")
     with contextlib.ExitStack() as stack:
-        config = settle_form(config, examples)
+        folder = Path(config.output)
         # Nobody else may train in the folder meanwhile; refused before anything is read or loaded.
         if processes.is_main:
-            stack.enter_context(claim_folder(Path(config.output)))
-        checkpoint = None
-        if resume:
-            checkpoint = read_checkpoint(config) or read_checkpoint(config, EARLIER_STATE_FILE)
-        if checkpoint is None and processes.is_main:
-            check_unused(Path(config.output))
-        train, dev = read_data(config, examples, dev_examples)
+            stack.enter_context(claim_folder(folder))
+            if not (resume and has_state(folder)):
+                check_unused(folder)
+        config, train, dev = read_data(config, examples, dev_examples)
+        checkpoints = read_checkpoints(config) if resume else []
         if config.form and examples is None:
             console.info(describe_data(FORMS[config.form], train, config.train, train[0].fields))
         if config.hold_out and dev_examples is None and not config.dev:
@@ -103,7 +104,7 @@ def prepare(
             config = with_backbone(config, loaded)
         _check_backbone(config, loaded)
         others = load_others(config, loaded) if config.beside not in ("", SELF) else []
-        stored_start = None if checkpoint is None else checkpoint.facts.initialization
+        stored_start = checkpoints[0].facts.initialization if checkpoints else None
         data = tokenize(config, loaded, train, dev, stored_start=stored_start, console=console)
         if shares_passes and (data.has_head or not loaded.layout.packable):
             what = "the run has a head" if data.has_head else f"{loaded.name!r} reads no packed rows"
@@ -118,22 +119,10 @@ def prepare(
         if others:
             loop.stand_beside(Beside.of_prefixes(others, loaded.rotation))
         stack.enter_context(gradient_checkpointing(loaded.model, config.gradient_checkpointing))
-        run = Run(loop, checkpoint, stack)
+        run = Run(loop, checkpoints, stack)
         if begin:
             run.begin()
         return run.keep_open()
-
-
-def _check_options(config: TrainConfig, processes: ProcessGroup, *, shares_passes: bool) -> None:
-    """Refuse options that do not go with this machine, these processes or other runs, before anything is read.
-
-    Raises:
-        ConfigError: One does not.
-    """
-    if config.shard and (processes.size == 1 or not config.trains_prefix):
-        raise ConfigError("shard splits the backbone of a prefix.", hint="start several processes with torchrun.")
-    if config.beside == SELF and not shares_passes:
-        raise ConfigError("beside is 'self', but this run trains alone.", hint="give files to --together.")
 
 
 # --- the backbone ----------------------------------------------------------------------------------------------------

@@ -4,43 +4,28 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 from prefixtune.errors import ConfigError
 
-Values = Mapping[str, Any]
-_ZERO = ("0", "0.0")
+Runs = dict[str, dict[str, dict[str, Any]]]
+"""Task -> method -> values by field of `TrainConfig`."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Values for some runs.
-
-    Attributes:
-        description: One line for people.
-        runs: Task -> method -> values by field of `TrainConfig`.
-    """
-
-    description: str
-    runs: Mapping[str, Mapping[str, Values]]
-
-
-def _read() -> dict[str, Preset]:
+def _read() -> dict[str, Runs]:
     text = resources.files("prefixtune.training").joinpath("presets.toml").read_text(encoding="utf-8")
-    presets = {}
+    presets: dict[str, Runs] = {}
     for name, table in tomllib.loads(text).items():
-        common = table.get("common", {})
-        runs: dict[str, Mapping[str, Values]] = {}
+        common, presets[name] = table.get("common", {}), {}
         for run in table["runs"]:
             methods = {method: {**common, **values} for method, values in run.items() if method != "tasks"}
-            runs |= dict.fromkeys(run["tasks"], methods)
-        presets[name] = Preset(table["description"], runs)
+            presets[name] |= dict.fromkeys(run["tasks"], methods)
     return presets
 
 
-PRESETS: dict[str, Preset] = _read()
+PRESETS = _read()
+"""Name -> its runs."""
 
 
 def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
@@ -58,7 +43,7 @@ def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
     Raises:
         ConfigError: The preset is unknown, or has no such run.
     """
-    runs = {} if name not in PRESETS else PRESETS[name].runs.get(task, {})
+    runs = PRESETS.get(name, {}).get(task, {})
     if method not in runs:
         raise ConfigError(
             f"there is no preset {name!r} for the task {task!r} with the method {method!r}.",
@@ -68,7 +53,7 @@ def preset(name: str, task: str, method: str = "prefix") -> dict[str, Any]:
 
 
 def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's values without those that do not go with what somebody gives beside it.
+    """Usual values, such as a preset's, without those that do not go with what somebody gives beside them.
 
     >>> values = {"initialization": "examples", "init_examples": 2, "save_dtype": "bfloat16"}
     >>> without_conflicts(values, {"initialization": "words"})
@@ -77,19 +62,24 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
     {'seed': 1}
 
     Args:
-        values: Those of a preset.
+        values: The usual ones.
         given: By field of `TrainConfig`, as values or texts.
     """
     left = dict(values)
     start = values.get("initialization")
-    wanted_start = given.get("initialization", start if str(given.get("init_examples", 0)) in _ZERO else "examples")
+    implied = "prefix" if given.get("init_prefix") else start if _is_zero(given.get("init_examples")) else "examples"
+    wanted_start = given.get("initialization", implied)
     if wanted_start != start:
         # Examples and a prefix have a length of their own.
         has_length = wanted_start in ("examples", "prefix")
         for name in ("initialization", "init_examples", *(("init_text", "prefix_length") if has_length else ())):
             left.pop(name, None)
-    wanted = {"dev": "", "hold_out": 0, **values, **given}
-    has_dev = bool(wanted["dev"]) or str(wanted["hold_out"]) not in _ZERO
-    if not has_dev or str(given.get("eval_every")) in _ZERO:
+    wanted = {**values, **given}
+    if (not wanted.get("dev") and _is_zero(wanted.get("hold_out"))) or _is_zero(given.get("eval_every", 1)):
         left.pop("patience", None)
     return left
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a number, or the text of one, is 0 or left out."""
+    return str(value) in ("None", "0", "0.0")

@@ -50,12 +50,12 @@ class Run:
 
     Attributes:
         loop: The training itself.
-        checkpoint: The state that `begin` goes on from; None: the run is new, or has begun.
+        checkpoints: The states that `begin` can go on from, which takes the first; none: the run is new, or has begun.
         events: So far.
     """
 
-    def __init__(self, loop: TrainLoop, checkpoint: Checkpoint | None, until_closed: contextlib.ExitStack) -> None:
-        self.loop, self.checkpoint = loop, checkpoint
+    def __init__(self, loop: TrainLoop, checkpoints: list[Checkpoint], until_closed: contextlib.ExitStack) -> None:
+        self.loop, self.checkpoints = loop, checkpoints
         self.events: list[Event] = []
         self._open = until_closed
         self._log: Callable[[str], None] | None = None
@@ -86,8 +86,8 @@ class Run:
             PrefixError: The folder cannot be written.
         """
         loop, is_main = self.loop, self.loop.processes.is_main
-        # It may be as large as the model.
-        checkpoint, self.checkpoint = self.checkpoint, None
+        # They may be as large as the model.
+        checkpoint, self.checkpoints = next(iter(self.checkpoints), None), []
         if checkpoint is not None:
             loop.resume(checkpoint)
             self.events = read_events(self.folder / run_folder.EVENTS_FILE, loop.state.step)

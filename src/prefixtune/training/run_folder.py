@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.errors import CheckpointError, ConfigError
-from prefixtune.utils.folders import expand_home
 
 CONFIG_FILE, EVENTS_FILE, STATE_FILE = "config.toml", "events.jsonl", "state.safetensors"
 
@@ -21,32 +20,21 @@ Event = dict[str, Any]
 """What happened: `event` is start, resume, step, evaluation, save or end; the rest are figures."""
 
 
+def has_state(folder: Path) -> bool:
+    """Whether a folder holds a state to go on from."""
+    return any((folder / name).exists() for name in (STATE_FILE, EARLIER_STATE_FILE))
+
+
 def check_unused(folder: Path) -> None:
     """Refuse a folder that holds a run.
 
     Raises:
         ConfigError: It does.
     """
-    found = {name for name in (STATE_FILE, EARLIER_STATE_FILE, PREFIX_FILE, WEIGHTS_FILE) if (folder / name).exists()}
-    if found:
-        resume = "go on with --resume (resume=True), " if found & {STATE_FILE, EARLIER_STATE_FILE} else ""
+    resume = "go on with --resume (resume=True), " * has_state(folder)
+    if resume or any((folder / name).exists() for name in (PREFIX_FILE, WEIGHTS_FILE)):
         hint = f"{resume}choose another --output (output), or delete it."
         raise ConfigError(f"{str(folder)!r} already holds a run.", hint=hint)
-
-
-def stored_config(output: str | Path) -> Path:
-    """The configuration that the run in a folder was started with.
-
-    Raises:
-        CheckpointError: The folder holds no state to go on from.
-    """
-    folder = expand_home(output)
-    if not any((folder / name).exists() for name in (STATE_FILE, EARLIER_STATE_FILE)):
-        raise CheckpointError(
-            f"there is no run to resume in {str(folder)!r}.",
-            hint="name its folder with --output (output), or start it without --resume (resume).",
-        )
-    return folder / CONFIG_FILE
 
 
 def read_events(path: Path, step: int | None = None) -> list[Event]:
@@ -56,10 +44,7 @@ def read_events(path: Path, step: int | None = None) -> list[Event]:
         CheckpointError: Another line is damaged.
     """
     events: list[Event] = []
-    try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.", hint="check its permissions.") from error
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)

@@ -128,24 +128,18 @@ def vary(
     """
     longest = max(lengths.values(), default=0)
     varied = [list(groups) for groups in batches]
-    if config.nested and longest > 1:
-        rng = random.Random(f"{config.seed}/{step}/nested")
-        for groups in varied:
-            drawn = nested_lengths(rng, longest, 1 if one_length else len(groups))
+    lengths_drawn, hidden_drawn = (random.Random(f"{config.seed}/{step}/{name}") for name in ("nested", "dropout"))
+    for groups in varied if longest > 1 else ():
+        if config.nested:
+            drawn = nested_lengths(lengths_drawn, longest, 1 if one_length else len(groups))
             groups[:] = [
                 replace(group, front=group.front._replace(length=drawn[index % len(drawn)]))
                 for index, group in enumerate(groups)
             ]
-    if config.prefix_dropout and longest > 1:
-        rng = random.Random(f"{config.seed}/{step}/dropout")
-        for groups in varied:
-            groups[:] = [
-                replace(
-                    group,
-                    hidden=tuple(sorted({*group.hidden, *dropped_positions(rng, longest, config.prefix_dropout)})),
-                )
-                for group in groups
-            ]
+        if config.prefix_dropout:
+            for index, group in enumerate(groups):
+                dropped = dropped_positions(hidden_drawn, longest, config.prefix_dropout)
+                groups[index] = replace(group, hidden=tuple(sorted({*group.hidden, *dropped})))
     return varied
 
 

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch
 from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.training.beside import SELF, Beside
-from prefixtune.training.checkpoint import Checkpoint, read_checkpoint
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.distributed import ProcessGroup, init_distributed
 from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
@@ -74,20 +72,14 @@ def train_together(
             stack.enter_context(prepare(config, loaded, *given, **options, begin=False))
             for config, given in zip(planned, inputs, strict=True)
         ]
-        begin_together(runs, resume=resume)
+        begin_together(runs)
         stop = stack.enter_context(stop_requests())
-        group = RunGroup(loaded)
-        for run in runs:
-            group.add(run)
-        while group.runs:
-            for run, event in group.step(stop):
-                run.record(event)
-                if on_event is not None and processes.is_main:
-                    on_event({**event, "run": str(run.folder)})
+        for run, event in take_steps(loaded, runs, stop):
+            run.record(event)
+            if on_event is not None and processes.is_main:
+                on_event({**event, "run": str(run.folder)})
         if stop.is_set() and not all(run.loop.ended for run in runs):
             raise KeyboardInterrupt("the states are saved")
-        if group.failed:
-            raise group.failed[0][1]
         for run in runs:
             # All of them have ended.
             (run.folder / EARLIER_STATE_FILE).unlink(missing_ok=True)
@@ -119,51 +111,40 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         )
 
 
-def begin_together(runs: Sequence[Run], *, resume: bool) -> None:
+def begin_together(runs: Sequence[Run]) -> None:
     """Give each run what stands beside its prefix, and begin or resume all of them, at one step if they see each other.
 
     Raises:
         CheckpointError: There is no such step.
     """
     loops = [run.loop for run in runs]
-    sees = any(loop.config.beside == SELF for loop in loops)
     for loop in loops:
         if loop.config.beside == SELF:
             loop.stand_beside(_other_runs([other for other in loops if other is not loop], loop.backbone))
-    if sees and resume:
-        states = [[run.checkpoint, read_checkpoint(run.loop.config, EARLIER_STATE_FILE)] for run in runs]
-        for run, checkpoint in zip(runs, common_checkpoints(loops, states), strict=True):
-            run.checkpoint = checkpoint
+    if any(loop.config.beside == SELF for loop in loops):
+        _choose_checkpoints(runs)
     for run in runs:
         run.begin()
 
 
-def common_checkpoints(
-    loops: Sequence[TrainLoop], states: Sequence[Sequence[Checkpoint | None]]
-) -> list[Checkpoint | None]:
-    """The states of the last step that all runs can resume at; None: a run starts.
+def _choose_checkpoints(runs: Sequence[Run]) -> None:
+    """Let all runs resume at the last step that all of them can resume at; a kill may come between the saves of a step.
 
-    A kill may come between the saves of a step. A run that was over by that step only has to be so.
-
-    Args:
-        loops: The runs.
-        states: Of each one, its last state and the one before it, as far as there are such.
+    A run that was over by that step only has to be so.
 
     Raises:
         CheckpointError: There is no such step.
     """
-    kept = [[some for some in pair if some is not None] for pair in states]
-    for step in sorted({some.facts.step for each in kept for some in each} | {0}, reverse=True):
-        chosen: list[Checkpoint | None] = []
-        for loop, each in zip(loops, kept, strict=True):
-            there = [some for some in each if some.facts.step == step]
-            over = [some for some in each if some.facts.step < step and some.state(loop.state).is_over]
-            if not there and not over and (step or each):
-                break
-            chosen.append((*there, *over, None)[0])
-        else:
-            return chosen
-    steps = {loop.config.output: [some.facts.step for some in each] for loop, each in zip(loops, kept, strict=True)}
+    steps = {run.loop.config.output: [one.facts.step for one in run.checkpoints] for run in runs}
+    for step in sorted({0}.union(*steps.values()), reverse=True):
+        found = [
+            [one for one in run.checkpoints if one.facts.step == step or one.is_over_by(step, run.loop.state)]
+            for run in runs
+        ]
+        if all(states or not (step or run.checkpoints) for run, states in zip(runs, found, strict=True)):
+            for run, states in zip(runs, found, strict=True):
+                run.checkpoints = states[:1]
+            return
     raise CheckpointError(
         f"the runs stand beside each other, but have no states of one step: {steps}.",
         hint="start them again in other folders.",
@@ -178,75 +159,56 @@ def _other_runs(loops: Sequence[TrainLoop], backbone: Backbone) -> Beside:
     return Beside([loop.current_prefix for loop in loops], lengths, backbone.rotation, digest)
 
 
-# --- the group -------------------------------------------------------------------------------------------------------
+# --- the steps -------------------------------------------------------------------------------------------------------
 
 
-class RunGroup:
-    """Runs that train together: each has the gradients that it has alone, up to rounding.
+def take_steps(backbone: Backbone, runs: Sequence[Run], stop: threading.Event) -> Iterator[tuple[Run, Event]]:
+    """Take all steps of runs together; yields every event as it happens, and must be used up.
+
+    A run that has taken its steps ends with the event `end`, one that was stopped without.
 
     Args:
-        backbone: Of all runs; for several at once, it must read packed rows.
+        backbone: Of all runs; for several, it must read packed rows.
+        runs: Begun or resumed.
+        stop: When it is set, all runs save after this step, and end.
 
-    Attributes:
-        failed: The runs that a `TrainingError` has ended, with it; they have left, and the others go on.
+    Raises:
+        TrainingError: The loss of a run was not finite; the others have gone on to their end.
     """
+    most_positions = positions_at_once(backbone)
+    failed: list[TrainingError] = []
+    for run in runs:
+        run.loop.most_positions = most_positions
+        yield run, run.loop.first_event()
+    remaining = {run: run.loop.remaining_steps() for run in runs}
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
-        self._most_positions = positions_at_once(backbone)
-        self._new: list[Run] = []
-        self._remaining: dict[Run, Iterator[list[tuple[Batch, bool]]]] = {}
-        self.failed: list[tuple[Run, TrainingError]] = []
+    @contextlib.contextmanager
+    def failing(run: Run) -> Iterator[None]:
+        """An error of a run ends that run alone."""
+        try:
+            yield
+        except TrainingError as error:
+            remaining.pop(run, None)
+            failed.append(error)
 
-    @property
-    def runs(self) -> list[Run]:
-        """Those that train, in the order in which they joined."""
-        return [*self._remaining, *self._new]
-
-    def add(self, run: Run) -> None:
-        """Let a run take part from the next step on."""
-        run.loop.most_positions = self._most_positions
-        self._new.append(run)
-
-    def remove(self, run: Run) -> None:
-        """Take a run out; what it has not saved is lost, unless it is saved before."""
-        self._remaining.pop(run, None)
-        self._new = [other for other in self._new if other is not run]
-
-    def step(self, stop: threading.Event) -> Iterator[tuple[Run, Event]]:
-        """Take one optimizer step of each run; yields every event as it happens, and must be used up.
-
-        A run that has taken all its steps leaves with the event `end`, one that was stopped without.
-
-        Args:
-            stop: When it is set, all runs save after this step and leave at the next one.
-        """
-        new, self._new = self._new, []
-        for run in new:
-            self._remaining[run] = run.loop.remaining_steps()
-            yield run, run.loop.first_event()
+    while remaining:
         # One answer for all runs of a step: those that stand beside each other stop and resume at the same one.
         stops = threading.Event()
         if stop.is_set():
             stops.set()
         pending: dict[Run, PendingStep] = {}
-        for run, remaining in list(self._remaining.items()):
-            with self._failing(run):
-                if (batches := next(remaining, None)) is not None:
+        for run, steps in list(remaining.items()):
+            with failing(run):
+                if (batches := next(steps, None)) is not None:
                     pending[run] = run.loop.prepare(batches)
                     continue
-                self.remove(run)
+                del remaining[run]
                 for event in run.loop.last_events():
                     yield run, event
-        # They may reach each other's gradients, so that all are scaled alike.
-        scale = min((step.scale for step in pending.values()), default=1.0)
-        for step in pending.values():
-            step.scale = scale
-        for passed in _passes(pending, self._most_positions):
-            forward_backward(self._backbone, [pending[run] for run in passed])
+        _forward_backward(backbone, pending, most_positions)
         saved = set[Run]()
         for run, step in pending.items():
-            with self._failing(run):
+            with failing(run):
                 yield run, run.loop.apply(step, stops)
                 for event in run.loop.evaluate_and_save(stops):
                     if event["event"] == "save":
@@ -254,34 +216,31 @@ class RunGroup:
                     yield run, event
         if saved and any(run.loop.config.beside == SELF for run in pending):
             # All can resume at one step.
-            for run in pending.keys() & self._remaining.keys() - saved:
+            for run in pending.keys() & remaining.keys() - saved:
                 run.loop.save()
         if stops.is_set():
             stop.set()
+    if failed:
+        raise failed[0]
 
-    @contextlib.contextmanager
-    def _failing(self, run: Run) -> Iterator[None]:
-        """An error of a run ends that run alone."""
-        try:
-            yield
-        except TrainingError as error:
-            self.remove(run)
-            self.failed.append((run, error))
+
+def _forward_backward(backbone: Backbone, pending: Mapping[Run, PendingStep], most_positions: int) -> None:
+    """The gradients of a step of each run: in their order, as many as have few enough positions share a pass."""
+    # They may reach each other's gradients, so that all are scaled alike.
+    scale = min((step.scale for step in pending.values()), default=1.0)
+    passes: list[list[PendingStep]] = []
+    left = 0
+    for step in pending.values():
+        step.scale = scale
+        if step.size > left:
+            passes.append([])
+            left = most_positions
+        passes[-1].append(step)
+        left -= step.size
+    for steps in passes:
+        forward_backward(backbone, steps)
 
 
 def positions_at_once(backbone: Backbone) -> int:
     """Most positions of a pass over a backbone, so that memory does not grow with `batch_size`."""
     return MOST_POSITIONS_ON_CPU if backbone.device.type == "cpu" else MOST_POSITIONS
-
-
-def _passes(pending: Mapping[Run, PendingStep], most_positions: int) -> list[list[Run]]:
-    """Which runs share passes: in their order, as many as together have at most so many positions in one."""
-    passes: list[list[Run]] = []
-    left = 0
-    for run, step in pending.items():
-        if step.size > left:
-            passes.append([])
-            left = most_positions
-        passes[-1].append(run)
-        left -= step.size
-    return passes

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import io
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,6 @@ def tracking(loop: TrainLoop) -> Iterator[dict[str, Tracker]]:
         ConfigError: A tracker does not start, or is not installed.
     """
     trackers: dict[str, Tracker] = {}
-    failed = True
     try:
         for name in loop.config.trackers if loop.processes.is_main else ():
             try:
@@ -48,12 +48,10 @@ def tracking(loop: TrainLoop) -> Iterator[dict[str, Tracker]]:
                     hint=f"install or mend it, or leave {name} out of report_to.",
                 ) from error
         yield trackers
-        failed = False
-    except KeyboardInterrupt:
-        failed = False
-        raise
     finally:
-        _call(trackers, lambda tracker: tracker.finish(failed and not loop.ended))
+        # A run that is stopped, by a `KeyboardInterrupt`, has not failed.
+        failed = isinstance(sys.exception(), Exception) and not loop.ended
+        _call(trackers, lambda tracker: tracker.finish(failed))
 
 
 def report(trackers: dict[str, Tracker], loop: TrainLoop, event: Event) -> None:
@@ -95,11 +93,10 @@ def _names(loop: TrainLoop, variable: str) -> tuple[str, str]:
 
 
 def _start_tensorboard(loop: TrainLoop) -> Tracker:
-    from torch.utils import tensorboard
+    from torch.utils.tensorboard.writer import SummaryWriter
 
-    module: Any = tensorboard  # which has no types
-    purge = loop.state.step + 1 if loop.resumed else None
-    writer = module.SummaryWriter(str(Path(loop.config.output) / "tensorboard"), purge_step=purge)
+    folder, purge = Path(loop.config.output) / "tensorboard", loop.state.step + 1 if loop.resumed else None
+    writer = SummaryWriter(str(folder), purge_step=purge)
 
     def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -114,19 +111,19 @@ def _start_wandb(loop: TrainLoop) -> Tracker:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    module: Any = wandb
     project, name = _names(loop, "WANDB_PROJECT")
-    run = module.init(
+    mode: Any = os.environ.get("WANDB_MODE", "offline")
+    run = wandb.init(
         project=project,
         name=name,
         dir=os.environ.get("WANDB_DIR", loop.config.output),
-        mode=os.environ.get("WANDB_MODE", "offline"),
+        mode=mode,
         config=loop.config.to_dict(),
         # Several runs may be open, also the user's own.
         reinit="create_new",
-        settings=module.Settings(console="off", silent=True),
+        settings=wandb.Settings(console="off", silent=True),
     )
-    return Tracker(lambda values, step: run.log(values, step=step), lambda failed: run.finish(exit_code=int(failed)))
+    return Tracker(run.log, lambda failed: run.finish(exit_code=int(failed)))
 
 
 def _start_mlflow(loop: TrainLoop) -> Tracker:
@@ -139,7 +136,7 @@ def _start_mlflow(loop: TrainLoop) -> Tracker:
     from mlflow.entities import Metric, Param
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or (Path(loop.config.output).resolve() / "mlflow").as_uri()
-    client: Any = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=uri)
     project, name = _names(loop, "MLFLOW_EXPERIMENT_NAME")
     found = client.get_experiment_by_name(project)
     experiment = client.create_experiment(project) if found is None else found.experiment_id
@@ -159,23 +156,24 @@ def _start_trackio(loop: TrainLoop) -> Tracker:
 
     project, name = _names(loop, "TRACKIO_PROJECT")
     options: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
-    options["resume"] = "allow" if loop.resumed else "never"
+    options |= {"resume": "allow" if loop.resumed else "never", "config": loop.config.to_dict()}
+    # It writes messages, which are no result.
+    silent = contextlib.redirect_stdout(io.StringIO())
     # It asks the hub for the user's name, wherever a token is stored, and has no option for that.
     before, remote = constants.HF_HUB_OFFLINE, any(map(os.environ.get, ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")))
     constants.HF_HUB_OFFLINE = before or not remote
-    init: Callable[..., Any] = trackio.init
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent:
             # It ends the run that is current; in a context of its own, there is none.
-            run = contextvars.Context().run(init, project, name, config=loop.config.to_dict(), **options)
+            run = contextvars.Context().run(trackio.init, project, name, **options)
     finally:
         constants.HF_HUB_OFFLINE = before
 
     def finish(failed: bool) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent:
             run.finish()
 
-    return Tracker(lambda values, step: run.log(values, step=step), finish)
+    return Tracker(run.log, finish)
 
 
 _STARTS: dict[str, Callable[[TrainLoop], Tracker]] = {

@@ -16,7 +16,7 @@ from prefixtune.training.loop import TrainLoop
 from prefixtune.training.prepare import Teach, prepare
 from prefixtune.training.progress import show_training
 from prefixtune.training.run import TrainResult, stop_requests
-from prefixtune.training.run_folder import Event, stored_config
+from prefixtune.training.run_folder import Event
 from prefixtune.training.together import train_together
 from prefixtune.utils.console import Console
 
@@ -71,14 +71,9 @@ def train(
         TrainingError: The loss is not finite; the last good state is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the state is saved.
     """
-    if resume and config is None:
-        config = TrainConfig.from_file(stored_config(options.get("output", TrainConfig.default("output"))), **options)
-    else:
-        config = TrainConfig.from_arguments(config, options)
+    config = TrainConfig.of_call(config, options, resume=resume)
     if isinstance(backbone, str | os.PathLike):
         config, backbone = config.replace(backbone=os.fspath(backbone)), None
-    if resume:
-        stored_config(config.output)
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))

@@ -116,7 +116,6 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"test": "self"}, "test"),
         ({"kinds": ("paraphrase", "list")}, "kinds"),
         ({"data": "d.jsonl"}, "data"),
     ],

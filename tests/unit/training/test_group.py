@@ -1,4 +1,4 @@
-"""Runs of a group: one that fails, stops or leaves changes nothing for the others."""
+"""Runs that train together: their passes, a batch in parts, and a stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefixtune.training import loop as loop_module
 from prefixtune.training import together as group_module
 from prefixtune.training.prepare import prepare
 from prefixtune.training.run import Run
-from prefixtune.training.together import RunGroup
+from prefixtune.training.together import take_steps
 
 
 @pytest.fixture
@@ -48,10 +48,8 @@ def test_more_runs_take_more_passes_but_no_more_memory(
     batches = next(open_one("measured").loop.remaining_steps())
     most = int(2.5 * batches[0][0].input_ids.numel())
     monkeypatch.setattr(group_module, "positions_at_once", lambda backbone: most)
-    group = RunGroup(backbone)
-    for run in runs:
-        group.add(run)
-    list(group.step(threading.Event()))
+    events = take_steps(backbone, runs, threading.Event())
+    assert next(event for _, event in events if event["event"] == "step")["step"] == 1
     assert passes == [2, 2, 1]
 
 
@@ -79,12 +77,7 @@ def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
 
 
 def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> None:
-    group = RunGroup(backbone)
-    for name in ("one", "other"):
-        group.add(open_one(name))
     stop = threading.Event()
     stop.set()
-    first = [event["event"] for _, event in group.step(stop)]
-    assert first == ["start", "start", "step", "save", "step", "save"]
-    assert list(group.step(stop)) == []
-    assert group.runs == []
+    events = take_steps(backbone, [open_one("one"), open_one("other")], stop)
+    assert [event["event"] for _, event in events] == ["start", "start", "step", "save", "step", "save"]

@@ -12,7 +12,7 @@ from prefixtune.training.presets import PRESETS, preset
 
 def test_every_preset_makes_a_configuration():
     for name in PRESETS:
-        for task, methods in PRESETS[name].runs.items():
+        for task, methods in PRESETS[name].items():
             assert task in TASKS
             for method in methods:
                 values = preset(name, task, method)

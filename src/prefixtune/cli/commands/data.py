@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from prefixtune.data import Task
     from prefixtune.evaluation.data_report import DataReport
 
-__all__ = ["data"]
-
 _MAX_TEXT = 1_500
 """Characters of a piece of the example that are shown, at most; of a longer one, its beginning and its end."""
 _MAX_LABELS = 12
@@ -69,7 +67,7 @@ def data(options: DataOptions) -> None:
 
 def _describe(task: Task) -> dict[str, Any]:
     """A task: its files, decoding and scores, and the presets that have values for it."""
-    from prefixtune.training.presets import PRESETS, preset
+    from prefixtune.training.presets import PRESETS
 
     return {
         "name": task.name,
@@ -83,9 +81,9 @@ def _describe(task: Task) -> dict[str, Any]:
         "protocol": task.protocol,
         "groups": list(task.groups),
         "presets": {
-            name: {method: preset(name, task.name, method) for method in one.runs[task.name]}
-            for name, one in PRESETS.items()
-            if task.name in one.runs
+            name: {method: dict(values) for method, values in runs[task.name].items()}
+            for name, runs in PRESETS.items()
+            if task.name in runs
         },
     }
 

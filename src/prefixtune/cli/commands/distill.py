@@ -15,18 +15,9 @@ from prefixtune.utils.console import format_seconds
 if TYPE_CHECKING:
     from prefixtune.distillation.distill import DistillResult
 
-__all__ = ["distill"]
-
 
 class DistillOptions(RunOptions, DistillConfig):
     """The options of `prefixtune distill`."""
-
-    @classmethod
-    def stored(cls, output: str) -> Path:
-        """The configuration that a folder holds."""
-        from prefixtune.distillation.distill import stored_distillation
-
-        return stored_distillation(output)
 
 
 @command

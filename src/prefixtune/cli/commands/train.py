@@ -14,8 +14,6 @@ from prefixtune.utils.config import CommaList, Layer, TextList
 if TYPE_CHECKING:
     from prefixtune.evaluation.length import LengthResult
 
-__all__ = ["length", "train"]
-
 
 class TrainingOptions(RunOptions, TrainConfig):
     """The options of a training."""
@@ -33,16 +31,11 @@ class TrainingOptions(RunOptions, TrainConfig):
         from prefixtune.training.presets import preset, without_conflicts
 
         file = list(super().layers(given))
-        values = {**(file[0].values if file else {}), **given}
-        start = {"initialization": "prefix"} if values.get("init_prefix") else {}
-        # Examples and a prefix have a length of their own.
-        examples = str(values.get("init_examples", "0")) != "0" or values.get("initialization") == "examples"
-        has_length = start or examples
-        usual = {name: value for name, value in cls.usual.items() if not (has_length and name == "prefix_length")}
+        values, usual = {**(file[0].values if file else {}), **given}, dict(cls.usual)
         if "preset" in given:
             task, method = (str(values.get(name, cls.default(name))) for name in ("task", "method"))
-            usual |= without_conflicts(preset(given["preset"], task, method), {**start, **values}) | start
-        return [Layer(usual), *file]
+            usual |= preset(given["preset"], task, method)
+        return [Layer(without_conflicts(usual, values)), *file]
 
 
 class TrainOptions(TrainingOptions):

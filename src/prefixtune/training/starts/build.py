@@ -83,7 +83,7 @@ def resolve_site_lengths(
             f"{backbone.name!r} has no site {', '.join(missing)}{notes}.",
             hint=f"choose from {', '.join(backbone.geometry)}.",
         )
-    if config.initialization == "words":
+    if config.initialization in ("words", "text"):
         words.check_words_fit(backbone, lengths)
     return lengths
 

