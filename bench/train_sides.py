@@ -193,8 +193,7 @@ class OurSide:
         num_tokens = sum(len(part.labels) for part in batches)
         prefix = self.module()
         leaf = prefix.leaves()
-        weights = [part.weights("token", part.num_targets, num_tokens, self.backbone.device) for part in batches]
-        step = PendingStep(0.0, batches, weights, prefix, leaf, 0, num_tokens)
+        step = PendingStep(0.0, batches, [1 / num_tokens] * len(batches), prefix, leaf, 0, num_tokens)
         forward_backward(self.backbone, [step])
         torch.autograd.backward(prefix.stored_tensors(), [tensor.grad for tensor in leaf.stored_tensors()])
         return step.loss

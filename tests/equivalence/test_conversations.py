@@ -69,8 +69,8 @@ def test_packed_is_one_by_one(reduction, hidden, backbone, random_prefix, random
     def loss_and_gradients(examples):
         batch = collate(backbone, examples)
         assert batch.num_targets == 5
-        weights = batch.weights(reduction, batch.num_targets, len(batch.labels))
-        loss = (batch_loss(backbone, prefix, batch) * weights).sum()
+        total = batch.num_targets if reduction == "sentence" else len(batch.labels)
+        loss = batch_loss(backbone, prefix, batch).sum() / total
         return loss, list(torch.autograd.grad(loss, tensors))
 
     whole = [replace(conversation, hidden=hidden), replace(plain, hidden=hidden)]

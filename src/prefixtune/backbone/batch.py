@@ -171,20 +171,6 @@ class Batch:
         hidden = {} if self.hidden is None else {"hidden": self.hidden}
         return {**send({**given, **more}, device), "packing": self.packing, **hidden}
 
-    def weights(
-        self, reduction: str, num_targets: int, num_tokens: int, device: torch.device | None = None
-    ) -> Float[Tensor, " N"]:
-        """Each label's weight in the loss.
-
-        Args:
-            reduction: `sentence`: a target's losses are summed, and targets averaged; `token`: tokens are averaged.
-            num_targets: Targets of the whole optimizer step.
-            num_tokens: Labels of the whole optimizer step.
-            device: Where the weights are to be; None: where torch makes tensors.
-        """
-        total = num_targets if reduction == "sentence" else num_tokens
-        return torch.full((len(self.labels),), 1.0 / total, device=device)
-
 
 def send(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Tensors on a device; on a GPU in one transfer from pinned memory, for which nothing waits."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.cli.decoding import BackboneOptions, EngineOptions
     from prefixtune.cli.options import ReadingOptions
+    from prefixtune.data.registry import Reading
     from prefixtune.engine.base import Engine
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
@@ -227,20 +228,22 @@ def short_name(text: str) -> str:
     return "+".join(path.parent.name if path.stem == "prefix" else path.stem for path in paths)
 
 
-def columns_as_trained(options: ReadingOptions, task: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    """What --data is read with: --source, --target and --form, or what the training read its own with.
+def read_as_trained(
+    options: ReadingOptions, header: Mapping[str, Any], path: str, split: str | None, *, needs_targets: bool = False
+) -> Reading:
+    """Read examples as --task, --source, --target and --form say, or as the training read its own.
 
     References are made in the same way as the training made its targets, unless --form says what the columns are.
 
     Raises:
-        PrefixError: The data cannot be read.
+        PrefixError: They cannot be read.
     """
-    from prefixtune.data import TASKS
+    from prefixtune.data import TASKS, read_data
     from prefixtune.prefix.text_format import read_text_format
 
-    columns: dict[str, Any] = {"source": options.source, "target": options.target, "form": options.form}
-    trained = read_text_format(header)
+    task = options.task or str(header.get("task") or "records")
+    source, target, trained = options.source, options.target, read_text_format(header)
     if trained is not None and task in TASKS and TASKS[task].form is not None and not options.form:
-        columns["source"] = options.source or trained.source or None
-        columns["target"] = options.target or trained.target_template or None
-    return {**columns, "prefer": str(header.get("form") or "")}
+        source, target = source or trained.source or None, target or trained.target_template or None
+    how = {"form": options.form, "prefer": str(header.get("form") or "")}
+    return read_data(task, path, source=source, target=target, split=split, needs_targets=needs_targets, **how)

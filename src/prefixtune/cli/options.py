@@ -18,9 +18,9 @@ from cyclopts import Group, Parameter, Token
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from prefixtune.cli.show import Table, print_event, show
+from prefixtune.cli.show import Table, print_event, print_json
 from prefixtune.utils.config import Config, Layer, allowed_range, has_commas
-from prefixtune.utils.console import Console
+from prefixtune.utils.console import Console, print_table
 
 _WITH_HYPHEN = ("train", "dev", "data", "test", "outputs", "against", "weights")
 _NO_DEFAULT_SHOWN = ("", 0, None, False, ())
@@ -120,8 +120,15 @@ class OutputOptions(CommandOptions):
         return Console(quiet=self.quiet or self.as_json)
 
     def show(self, facts: Mapping[str, Any], *parts: str | Table) -> None:
-        """Print a result: `facts` for programs, or lines and tables for people."""
-        show(facts, *parts, as_json=self.as_json)
+        """Print a result on stdout: `facts` as one JSON value for programs, or lines and tables for people."""
+        if self.as_json:
+            print_json(facts)
+            return
+        for part in parts:
+            if isinstance(part, Table):
+                print_table(*part)
+            else:
+                print(part)
 
 
 class ReadingOptions(CommandOptions):

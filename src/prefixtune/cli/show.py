@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefixtune.utils.console import Figure, print_table, safe_text
+from prefixtune.utils.console import Figure, safe_text
 
 if TYPE_CHECKING:
     from prefixtune.results import Evaluation, Score
@@ -39,24 +39,6 @@ class Table(NamedTuple):
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Figure | None]]
-
-
-def show(facts: Mapping[str, Any], *parts: str | Table, as_json: bool) -> None:
-    """Print a command's result on stdout.
-
-    Args:
-        facts: For programs, as one JSON value.
-        parts: The same for people: lines and tables, in order.
-        as_json: Print `facts`, not `parts`.
-    """
-    if as_json:
-        print_json(facts)
-        return
-    for part in parts:
-        if isinstance(part, Table):
-            print_table(*part)
-        else:
-            print(part)
 
 
 def outline(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:

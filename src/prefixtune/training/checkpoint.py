@@ -90,23 +90,6 @@ def load_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_verified(path, _STATE, "is not a training state", "resume a folder that `prefixtune train` made.")
 
 
-def state_facts(
-    config: TrainConfig, backbone: Backbone, data_digest: str, state: TrainState, initialization: Mapping[str, Any]
-) -> Facts:
-    """What a state stores beside the tensors."""
-    return Facts(
-        step=state.step,
-        misses=state.misses,
-        **state.best(),
-        fingerprint=backbone.fingerprint,
-        dtype=backbone.dtype_name,
-        quantized=is_quantized(backbone.model),
-        data=data_digest,
-        config=config.to_dict(),
-        initialization=dict(initialization),
-    )
-
-
 def state_tensors(trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a state stores: what trains, by name, and the optimizer's moments."""
     tensors = dict(trained)

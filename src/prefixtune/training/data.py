@@ -243,6 +243,8 @@ def _choose_labels(
                 f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
                 hint="use --task classification.",
             )
+    if config.form == "text" and backbone.kind != "decoder":
+        raise ConfigError(f"{backbone.name!r} does not go on with a text.", hint="choose a decoder-only model.")
     if backbone.kind == "encoder":
         raise ConfigError(
             f"{backbone.name!r} is an encoder, which reads text and writes none, but task {config.task!r} generates.",
@@ -295,20 +297,14 @@ def choose_template(
     """The chat template of a run, as a text format stores it; empty: source and target are written plainly.
 
     Raises:
-        ConfigError: There is no such file, the backbone cannot have the template, or there is a system message and no
-            template.
+        ConfigError: The backbone cannot have a template, or there is a system message and no template.
         DataError: The file cannot be read, or its template is too large to be stored.
     """
-    hint = "give a file with a Jinja template, or 'model' or 'none'."
     template = "" if config.chat_template == "none" else config.chat_template
     chats = backbone.kind == "decoder" and not for_labels
     if template and not chats:
         raise ConfigError(f"chat_template is {template!r}, but only decoders read chats.", hint="leave it out.")
-    if template == MODEL_TEMPLATE and not has_chat_template(backbone):
-        raise ConfigError(f"chat_template is 'model', but {backbone.name!r} has none.", hint=hint)
     if template not in ("", MODEL_TEMPLATE):
-        if not Path(template).exists():
-            raise ConfigError(f"chat_template is {template!r}, which is no file.", hint=hint)
         template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
         # Its length.
         TextFormat.from_dict({"chat_template": template})

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
+from prefixtune.backbone.devices import is_quantized
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import join
 from prefixtune.data.encoding import TokenizedExample
@@ -32,14 +33,7 @@ from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
 from prefixtune.training.beside import SELF, Beside, check_beside
-from prefixtune.training.checkpoint import (
-    Checkpoint,
-    check_same_run,
-    load_tensors,
-    save_state,
-    state_facts,
-    state_tensors,
-)
+from prefixtune.training.checkpoint import Checkpoint, Facts, check_same_run, load_tensors, save_state, state_tensors
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -60,7 +54,7 @@ class PendingStep:
     Attributes:
         started: When, in seconds.
         batches: Those of the step, one after the other.
-        weights: Each label's weight in the loss, per batch.
+        weights: What a label of each batch counts in the loss.
         prefix: As the encoder yields it; None: the model's own weights train.
         prefix_leaf: The same numbers as leaves, at which the gradients gather.
         num_targets: Targets of the step, in all processes.
@@ -72,7 +66,7 @@ class PendingStep:
 
     started: float
     batches: Sequence[Batch]
-    weights: Sequence[Tensor]
+    weights: Sequence[float]
     prefix: Prefix | None
     prefix_leaf: Prefix | None
     num_targets: int
@@ -108,22 +102,11 @@ def forward_backward(backbone: Backbone, steps: Sequence[PendingStep]) -> None:
         prefixes = [prefix for step in active for prefix in step.prefixes(index)]
         batch = batches[0] if len(active) == 1 else join(batches)
         losses = batch_loss(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
-        weights = [step.weights[index] for step in active]
-        weighted = losses * torch.cat(weights)
-        sums = [part.sum() for part in weighted.split([len(part) for part in weights])]
+        parts = losses.split([len(batch.labels) for batch in batches])
+        sums = [part.sum() * step.weights[index] for step, part in zip(active, parts, strict=True)]
         torch.stack([part * step.scale for step, part in zip(active, sums, strict=True)]).sum().backward()
         for step, part in zip(active, sums, strict=True):
             step.losses.append(part.detach())
-
-
-def _gradient_scale(dtype: torch.dtype, weights: Sequence[Tensor]) -> float:
-    """A power of two that brings the largest weight of a label in the loss near 1, where they are float16's."""
-    if dtype != torch.float16:
-        return 1.0
-    largest = max((float(part.max()) for part in weights), default=0.0)
-    if not 0 < largest < 1:
-        return 1.0
-    return float(2 ** math.floor(-math.log2(largest)))
 
 
 class TrainLoop:
@@ -277,7 +260,7 @@ class TrainLoop:
         return varied
 
     def prepare(self, batches: Sequence[tuple[Batch, bool]]) -> PendingStep:
-        """Prepare an optimizer step: the prefix once for all of its batches, and each label's weight in the loss."""
+        """Prepare an optimizer step: the prefix once for all of its batches, and what labels count in the loss."""
         started = time.perf_counter()
         own = [batch for batch, counts in batches if counts]
         sums = sum(batch.num_targets for batch in own), sum(len(batch.labels) for batch in own)
@@ -285,21 +268,20 @@ class TrainLoop:
         self.optimizer.zero_grad(set_to_none=True)
         # Every row's gradient gathers at the leaf; then it flows back through the encoder once.
         prefix = None if self.encoder is None else self.encoder()
-        weights = [
-            batch.weights(self.config.loss_reduction, num_targets, num_tokens, self.backbone.device) * float(counts)
-            for batch, counts in batches
-        ]
         self.leaf = None if prefix is None else prefix.leaves()
+        total = num_targets if self.config.loss_reduction == "sentence" else num_tokens
+        # In float16, a power of two that brings the weights near 1.
+        scale = 2.0 ** math.floor(math.log2(total)) if self.backbone.dtype == torch.float16 else 1.0
         return PendingStep(
             started,
             [batch for batch, _ in batches],
-            weights,
+            [counts / total for _, counts in batches],
             prefix,
             self.leaf,
             num_targets,
             num_tokens,
             self.beside,
-            _gradient_scale(self.backbone.dtype, weights),
+            scale,
         )
 
     def apply(self, step: PendingStep, stop: threading.Event) -> Event:
@@ -439,7 +421,17 @@ class TrainLoop:
         path = Path(self.config.output) / STATE_FILE
         if self.config.beside == SELF and path.exists():
             os.replace(path, path.with_name(EARLIER_STATE_FILE))
-        facts = state_facts(self.config, self.backbone, self.data_digest, self.state, self.initialization)
+        facts = Facts(
+            step=self.state.step,
+            misses=self.state.misses,
+            **self.state.best(),
+            fingerprint=self.backbone.fingerprint,
+            dtype=self.backbone.dtype_name,
+            quantized=is_quantized(self.backbone.model),
+            data=self.data_digest,
+            config=self.config.to_dict(),
+            initialization=dict(self.initialization),
+        )
         save_state(path, state_tensors(self._named_tensors(), self.optimizer), facts.model_dump())
 
     def resume(self, checkpoint: Checkpoint) -> None:

@@ -102,7 +102,7 @@ def prepare(
             loaded = as_backbone(backbone)
             check_given(config, loaded)
             config = with_backbone(config, loaded)
-        _check_backbone(config, loaded)
+        check_passes_gradients(loaded)
         others = load_others(config, loaded) if config.beside not in ("", SELF) else []
         stored_start = checkpoints[0].facts.initialization if checkpoints else None
         data = tokenize(config, loaded, train, dev, stored_start=stored_start, console=console)
@@ -179,19 +179,6 @@ def check_passes_gradients(backbone: Backbone) -> None:
     """
     if not passes_gradients(backbone.model):
         raise ConfigError("on a GPU no gradient passes through 4-bit weights.", hint="train with --quantize int8.")
-
-
-def _check_backbone(config: TrainConfig, backbone: Backbone) -> None:
-    """Refuse, before anything is tokenized, what a backbone cannot do.
-
-    Raises:
-        ConfigError: It passes no gradients, cannot hide positions where the prefix is, or does not go on with a text.
-    """
-    check_passes_gradients(backbone)
-    if config.prefix_dropout and backbone.kind == "encoder-decoder" and set(config.site_lengths) == {"decoder"}:
-        raise ConfigError(f"prefix_dropout hides nothing where sites is {config.sites!r}.", hint="set it to 0.")
-    if config.form == "text" and backbone.kind != "decoder":
-        raise ConfigError(f"{backbone.name!r} does not go on with a text.", hint="choose a decoder-only model.")
 
 
 def _with_general(config: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.errors import ConfigError, DataError, PrefixError
+from prefixtune.errors import DataError, PrefixError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.config import TrainConfig
@@ -56,7 +56,7 @@ def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any
 @pytest.mark.parametrize(
     ("options", "kind", "says"),
     [
-        ({"chat_template": "model"}, "llama", "has none"),
+        ({"chat_template": "model"}, "llama", "no chat template"),
         ({"chat_template": "FILE"}, "t5", "chat_template is"),
         ({"system": "Be short."}, "llama", "no chat template"),
     ],
@@ -65,8 +65,8 @@ def test_templates_that_a_backbone_cannot_have(
     tiny_backbone: Any, template: Path, options: dict[str, str], kind: str, says: str
 ) -> None:
     options = {name: str(template) if value == "FILE" else value for name, value in options.items()}
-    with pytest.raises(ConfigError, match=says):
-        choose_template(TrainConfig(**options), tiny_backbone(kind), has_messages=True)
+    with pytest.raises(PrefixError, match=says):
+        training_format(TrainConfig(**options), tiny_backbone(kind), has_messages=True)
 
 
 def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None
         path.write_bytes(content)
         with pytest.raises(PrefixError, match=r"template|bad"):
             choose_template(TrainConfig(chat_template=str(path)), backbone)
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(DataError, match=r"none\.jinja"):
         choose_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")), backbone)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import DecodingOptions
-from prefixtune.cli.loading import Trained, columns_as_trained, load_trained, read_trained, started_engine
+from prefixtune.cli.loading import Trained, load_trained, read_as_trained, read_trained, started_engine
 from prefixtune.cli.options import PREFIX, Conflicts, PathText, ReadingOptions, command, option
 from prefixtune.cli.show import Table, format_score, score_tables
 from prefixtune.errors import ConfigError, PrefixError
@@ -75,7 +75,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
     # Everything that can be wrong is reported before the model loads.
     trained = read_trained(options, [options.prefix] if options.prefix else [], options.run_folder)
-    name, columns, examples = _read_examples(options, trained.headers[0])
+    header = trained.headers[0]
+    name, examples = _read_examples(options, header)
     task, scored = TASKS[name], examples[: options.limit or None]
     protocol = options.protocol or task.protocol
     check_examples(scored, protocol)
@@ -89,7 +90,7 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.print_config:
             print(config.to_toml().rstrip())
             return
-        outcome = _decode(options, trained, scored, task, config, _read_shots(options, name, columns))
+        outcome = _decode(options, trained, scored, task, config, _read_shots(options, header))
     split = f" ({options.split})" if options.split else ""
     of = options.outputs or options.run_folder or options.prefix or options.backbone or "the bare model"
     outcome = outcome.with_facts(
@@ -103,18 +104,15 @@ def evaluate(options: EvaluateOptions) -> None:
     options.show({**outcome.summary(), "run": options.run_folder}, *_tables(options, outcome))
 
 
-def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[Example]]:
-    """The task's name, what its files are read with, and the examples; a line says how data of one's own is read.
+def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple[str, list[Example]]:
+    """The task's name, and the examples; a line says how data of one's own is read.
 
     Raises:
         ConfigError: An option is for texts that are generated, but the data is texts alone.
     """
-    from prefixtune.data import read_data
     from prefixtune.data.forms import describe_data
 
-    name, split = options.task or header.get("task") or "records", options.split or None
-    columns = columns_as_trained(options, name, header)
-    read = read_data(name, options.data, split=split, needs_targets=True, **columns)
+    read = read_as_trained(options, header, options.data, options.split or None, needs_targets=True)
     if read.form is not None:
         options.console.info(describe_data(read.form, read.examples, options.data, read.columns))
         given = [options.flag(name) for name in ("metrics", "shots", "instruction") if options.has(name)]
@@ -123,7 +121,7 @@ def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple
                 f"{', '.join(given)}: not for texts alone, whose perplexity is measured.",
                 hint="leave it out, or name a source and a target (--source, --target).",
             )
-    return read.task, columns, read.examples
+    return read.task, read.examples
 
 
 def _score(options: EvaluateOptions, task: Task, examples: Sequence[Example]) -> Evaluation:
@@ -225,17 +223,15 @@ def _prompting(options: EvaluateOptions, backbone: Backbone, shots: Sequence[Exa
     return few_shot_format(default_format(backbone), shots, backbone.separator, backbone.end) if shots else None
 
 
-def _read_shots(options: EvaluateOptions, task: str, columns: dict[str, Any]) -> list[Example]:
+def _read_shots(options: EvaluateOptions, header: Mapping[str, Any]) -> list[Example]:
     """The solved examples of --shots.
 
     Raises:
         ConfigError: There are too few.
     """
-    from prefixtune.data import read_task
-
     if not options.shots or options.train is None:
         return []
-    examples = read_task(task, options.train, split="train", **columns)
+    examples = read_as_trained(options, header, options.train, "train").examples
     shots = [example for example in examples if example.targets][: options.shots]
     if len(shots) < options.shots:
         raise ConfigError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import BackboneOptions
-from prefixtune.cli.loading import columns_as_trained, load_trained, read_trained, short_name
+from prefixtune.cli.loading import load_trained, read_as_trained, read_trained, short_name
 from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, ReadingOptions, command, option
 from prefixtune.cli.show import Table
 from prefixtune.errors import PrefixError
@@ -159,13 +159,10 @@ def _read_examples(options: ExplainOptions, prefix: Prefix) -> list[Example]:
     Raises:
         PrefixError: A file cannot be read, no example has a target, or one has a label that the prefix does not know.
     """
-    from prefixtune.data import read_task
     from prefixtune.data.labels import check_labels, labels_of
 
-    labels, split = labels_of(prefix), options.split or None
-    name = options.task or str(prefix.header.get("task") or "records")
-    columns = columns_as_trained(options, name, prefix.header)
-    examples = [one for one in read_task(name, options.data, split=split, **columns) if one.targets][: options.rows]
+    labels, read = labels_of(prefix), read_as_trained(options, prefix.header, options.data, options.split or None)
+    examples = [one for one in read.examples if one.targets][: options.rows]
     if not examples:
         raise PrefixError(f"no example of {options.data!r} has a target.", hint="name the column with --target.")
     if labels is not None:

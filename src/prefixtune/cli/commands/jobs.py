@@ -154,13 +154,12 @@ def _create(client: _Client, options: JobsOptions) -> dict[str, Any]:
     extension: dict[str, Any] = {"name": options.name} if options.name else {}
     for text in options.option:
         name, _, value = text.partition("=")
-        try:
+        extension[name] = value
+        with contextlib.suppress(ValueError, RecursionError):
             extension[name] = json.loads(value, parse_constant=str)
-        except (ValueError, RecursionError):
-            extension[name] = value
     if options.questions:
-        own = options.questions == "self"
-        extension["questions"] = "self" if own else file_id(options.questions, "fine-tune")
+        is_made = options.questions == "self"
+        extension["questions"] = "self" if is_made else file_id(options.questions, "fine-tune")
     if "seed" in extension:
         request["seed"] = extension.pop("seed")
     if given := {name: extension.pop(name) for name in _HYPERPARAMETERS if name in extension}:

@@ -22,8 +22,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.prefix.compose import join
 from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.prefix import KeyValue, Prefix
+from prefixtune.prefix.rotation import Rotation
 
 _PIECE = 4096
 """Most tokens of a text that are compacted at once."""
@@ -69,13 +71,7 @@ def take(prefix: Prefix, kept: Mapping[Site, Int[Tensor, " P"]]) -> Prefix:
 
 def side_by_side(parts: Sequence[Prefix]) -> Prefix:
     """Prefixes of the same sites, one after the other, at the positions that their keys have."""
-    joined = {}
-    for site in parts[0].sites:
-        layers = zip(*(part.layers[site] for part in parts), strict=True)
-        joined[site] = tuple(
-            (torch.cat([k for k, _ in some], 1), torch.cat([v for _, v in some], 1)) for some in layers
-        )
-    return Prefix(joined)
+    return join(parts, Rotation("none"), shared=False)
 
 
 def can_move(backbone: Backbone) -> bool:
