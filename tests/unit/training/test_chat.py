@@ -1,11 +1,5 @@
 """Which chat template writes the data of a run, and that its prefix says so."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.backbone.prefixes import load_prefix
@@ -34,13 +28,13 @@ CHATS = [
 
 
 @pytest.fixture
-def template(tmp_path: Path) -> Path:
+def template(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(TEMPLATE)
     return path
 
 
-def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any, tiny_backbone: Any) -> None:
+def test_the_models_own_template_is_for_data_with_messages(default_backbone, tiny_backbone):
     config = TrainConfig()
     assert choose_template(config, default_backbone, has_messages=True) == "model"
     assert choose_template(config, default_backbone) == ""
@@ -61,15 +55,13 @@ def test_the_models_own_template_is_for_data_with_messages(default_backbone: Any
         ({"system": "Be short."}, "llama", "no chat template"),
     ],
 )
-def test_templates_that_a_backbone_cannot_have(
-    tiny_backbone: Any, template: Path, options: dict[str, str], kind: str, says: str
-) -> None:
+def test_templates_that_a_backbone_cannot_have(tiny_backbone, template, options, kind, says):
     options = {name: str(template) if value == "FILE" else value for name, value in options.items()}
     with pytest.raises(PrefixError, match=says):
         training_format(TrainConfig(**options), tiny_backbone(kind), has_messages=True)
 
 
-def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None:
+def test_files_that_hold_no_template(tiny_backbone, tmp_path):
     backbone = tiny_backbone("llama")
     for content in (b"", b"x" * 20000, b"\xff\xfe\xff"):
         path = tmp_path / "bad.jinja"
@@ -81,9 +73,7 @@ def test_files_that_hold_no_template(tiny_backbone: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("start", [{}, {"init_examples": 2}])
-def test_a_run_on_conversations(
-    tiny_backbone: Callable[..., Any], tmp_path: Path, template: Path, start: dict[str, int]
-) -> None:
+def test_a_run_on_conversations(tiny_backbone, tmp_path, template, start):
     backbone = tiny_backbone("llama", max_position_embeddings=512)
     result = train(
         backbone=backbone,
@@ -109,7 +99,7 @@ def test_a_run_on_conversations(
     assert len(generate(backbone, ["Hi", chat], prefix, max_new_tokens=3)) == 2
 
 
-def test_conversations_without_a_template(tiny_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_conversations_without_a_template(tiny_backbone, tmp_path):
     with pytest.raises(DataError, match=r"example 1 .* has several turns, which needs a chat template"):
         train(backbone=tiny_backbone("llama"), examples=CHATS, prefix_length=3, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
