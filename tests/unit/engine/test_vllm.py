@@ -19,7 +19,7 @@ from prefixtune.backbone.shapes import load_shapes
 from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, join_outputs
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.errors import BackboneError, ConfigError, RequestError
-from prefixtune.prefix.folder import PrefixReference
+from prefixtune.prefix.folder import PrefixReference, path_of
 
 NEW = 6
 
@@ -67,7 +67,7 @@ class FakeServer:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 reference = PrefixReference.of_request(body.get("kv_transfer_params"), body.get("cache_salt"))
                 if reference is not None and fake.folder is not None:
-                    path = reference.path(fake.folder)
+                    path = path_of(fake.folder, reference.name)
                     if reference.fault or not path.exists() or PrefixReference.of_file(path) != reference:
                         self.reply(500, {"error": {"message": "Internal server error"}})
                         return

@@ -15,7 +15,7 @@ from prefixtune.errors import CheckpointError, ConfigError
 from prefixtune.interop.vllm import prefix_cache
 from prefixtune.interop.vllm.model import check_kv_cache, geometry_of, heads_of_rank
 from prefixtune.interop.vllm.prefix_cache import PrefixCache
-from prefixtune.prefix.folder import PrefixReference
+from prefixtune.prefix.folder import PrefixReference, path_of
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 
@@ -240,7 +240,7 @@ def cache_in(folder, max_bytes=2**20, heads=slice(0, 1)):
 def test_a_worker_gets_its_own_heads(make, tmp_path):
     reference = make("pubs")
     pairs = cache_in(tmp_path).get(reference)
-    stored = read_artifact(reference.path(tmp_path)).layers["decoder"]
+    stored = read_artifact(path_of(tmp_path, reference.name)).layers["decoder"]
     for pair, tensors in zip(pairs, stored, strict=True):
         for part, tensor in zip(pair, tensors, strict=True):
             assert torch.equal(part, tensor[:1].transpose(0, 1).to(torch.bfloat16))
@@ -270,10 +270,10 @@ def test_files_that_cannot_be_used(make, tmp_path):
     make("pubs", seed=1)
     with pytest.raises(CheckpointError):
         cache_in(tmp_path).get(reference)
-    reference.path(tmp_path).unlink()
+    path_of(tmp_path, reference.name).unlink()
     with pytest.raises(OSError, match="pubs"):
         cache_in(tmp_path).get(reference)
     other = PrefixCache(tmp_path, 2**20, SHAPES[:2], slice(0, 1), torch.device("cpu"), torch.float32)
-    shutil.copy(make("trains").path(tmp_path), tmp_path / "copy.safetensors")
+    shutil.copy(path_of(tmp_path, make("trains").name), tmp_path / "copy.safetensors")
     with pytest.raises(CheckpointError):
         other.get(PrefixReference.of_file(tmp_path / "copy.safetensors"))
