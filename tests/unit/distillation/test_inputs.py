@@ -1,30 +1,24 @@
 """What a distillation reads, and what it refuses before a model loads."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import Job, read_jobs
+from prefixtune.distillation.inputs import read_jobs
 from prefixtune.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def of_prompt(tmp_path: Path) -> dict[str, Any]:
+def of_prompt(tmp_path):
     """Of a run on a prompt, without its inputs."""
     (tmp_path / "prompt.txt").write_text("Answer in small letters.")
     return {"prompt": str(tmp_path / "prompt.txt"), "output": str(tmp_path / "run")}
 
 
 @pytest.fixture
-def documents(tmp_path: Path) -> Callable[..., list[Job]]:
+def documents(tmp_path):
     """A function: `documents({"owl.txt": b"text"}, questions)` reads the jobs of a folder with these files."""
 
-    def read(files: dict[str, bytes], questions: str = "self", **options: Any) -> list[Job]:
+    def read(files, questions="self", **options):
         (tmp_path / "docs").mkdir()
         for name, content in files.items():
             (tmp_path / "docs" / name).write_bytes(content)
@@ -36,7 +30,7 @@ def documents(tmp_path: Path) -> Callable[..., list[Job]]:
     return read
 
 
-def test_a_folder_has_its_text_files_in_order(documents: Callable[..., list[Job]]) -> None:
+def test_a_folder_has_its_text_files_in_order(documents):
     jobs = documents({"b.md": b"two", "a.txt": b" one\n", "notes.pdf": b"none"})
     assert [(job.name, job.text, job.output.name) for job in jobs] == [("a", "one", "a"), ("b", "two", "b")]
 
@@ -46,12 +40,12 @@ def test_a_folder_has_its_text_files_in_order(documents: Callable[..., list[Job]
     [{}, {"a.txt": b"x", "a.md": b"y"}, {"a.txt": b"  \n"}, {"a.txt": b"\xff\xfe\xfa"}],
     ids=["empty folder", "one name twice", "empty", "no UTF-8"],
 )
-def test_wrong_documents(documents: Callable[..., list[Job]], files: dict[str, bytes]) -> None:
+def test_wrong_documents(documents, files):
     with pytest.raises(DataError):
         documents(files)
 
 
-def test_questions_of_each_document(documents: Callable[..., list[Job]], tmp_path: Path) -> None:
+def test_questions_of_each_document(documents, tmp_path):
     asked = tmp_path / "questions"
     asked.mkdir()
     (asked / "owl.csv").write_text("question,answer\nWho?,Mira\n")
@@ -60,9 +54,7 @@ def test_questions_of_each_document(documents: Callable[..., list[Job]], tmp_pat
 
 
 @pytest.mark.parametrize("questions", ["questions", "questions/owl.csv"], ids=["one is missing", "one for two"])
-def test_questions_that_are_not_of_each_document(
-    documents: Callable[..., list[Job]], tmp_path: Path, questions: str
-) -> None:
+def test_questions_that_are_not_of_each_document(documents, tmp_path, questions):
     (tmp_path / "questions").mkdir()
     (tmp_path / "questions" / "owl.csv").write_text("question,answer\nWho?,Mira\n")
     with pytest.raises(DataError):
@@ -77,16 +69,12 @@ def test_questions_that_are_not_of_each_document(
     ],
     ids=["no text", "an answer is no text"],
 )
-def test_wrong_questions(
-    documents: Callable[..., list[Job]], write_rows: Callable[..., str], rows: list[dict[str, Any]]
-) -> None:
+def test_wrong_questions(documents, write_rows, rows):
     with pytest.raises(DataError):
         documents({"owl.txt": b"The owl."}, write_rows("questions/owl.jsonl", rows))
 
 
-def test_each_of_several_answers_is_learned(
-    documents: Callable[..., list[Job]], write_rows: Callable[..., str]
-) -> None:
+def test_each_of_several_answers_is_learned(documents, write_rows):
     rows = [
         {"question": "Where?", "answers": ["Ashby", "In Ashby"]},
         {"question": "How many?", "answers": 24},
@@ -100,9 +88,7 @@ def test_each_of_several_answers_is_learned(
 
 
 @pytest.mark.parametrize("names", [("question", "answer"), ("source", "target")])
-def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
-    of_prompt: dict[str, Any], write_rows: Callable[..., str], tmp_path: Path, names: tuple[str, str]
-) -> None:
+def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(of_prompt, write_rows, tmp_path, names):
     data = str(tmp_path / "data")
     write_rows("data/train.jsonl", [dict(zip(names, ("a train?", "b"), strict=True))])
     with pytest.raises(DataError):
@@ -120,12 +106,12 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(
         ({"data": "d.jsonl"}, "data"),
     ],
 )
-def test_what_a_document_does_not_use_is_refused(options: dict[str, Any], name: str) -> None:
+def test_what_a_document_does_not_use_is_refused(options, name):
     with pytest.raises(ConfigError, match=name):
         DistillConfig(**{"document": "doc.txt", "questions": "self", **options})
 
 
-def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt: dict[str, Any]) -> None:
+def test_a_start_from_examples_is_no_choice_and_a_prefix_is_one(of_prompt):
     with pytest.raises(ConfigError, match="initialization"):
         DistillConfig(data="inputs.jsonl", **of_prompt, initialization="examples")
     started = DistillConfig(data="inputs.jsonl", **of_prompt, init_prefix="p")

@@ -1,11 +1,7 @@
 """The text around questions, and the chat template cut in two."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -23,17 +19,17 @@ TEMPLATE = (
 )
 
 
-def with_template(backbone: Backbone, template: str | None) -> Backbone:
+def with_template(backbone, template):
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = template
     return dataclasses.replace(backbone, tokenizer=tokenizer)
 
 
-def config(**options: Any) -> DistillConfig:
+def config(**options):
     return DistillConfig(document="d", questions="q", **options)
 
 
-def test_view_and_question_are_what_the_chat_template_writes(backbone: Backbone) -> None:
+def test_view_and_question_are_what_the_chat_template_writes(backbone):
     backbone = with_template(backbone, TEMPLATE)
     wording = choose_wording(config(ask="chat"), backbone, None)
     text = wording.view(backbone, "Be kind.") + wording.text_format.format_prompt("Hi?", "")
@@ -46,12 +42,12 @@ def test_view_and_question_are_what_the_chat_template_writes(backbone: Backbone)
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}", "{{ raise_exception('no system') }}"])
-def test_a_template_without_a_system_message_is_refused(backbone: Backbone, template: str | None) -> None:
+def test_a_template_without_a_system_message_is_refused(backbone, template):
     with pytest.raises((ConfigError, RequestError), match="chat template"):
         choose_wording(config(ask="chat"), with_template(backbone, template), None)
 
 
-def test_auto(backbone: Backbone) -> None:
+def test_auto(backbone):
     tuned = TextFormat("{source} =>", "{target}")
     chatty = with_template(backbone, TEMPLATE)
     document = choose_wording(config(), chatty, None)
@@ -64,9 +60,7 @@ def test_auto(backbone: Backbone) -> None:
     assert taught.prompt == "<user>{source}</user>\n<assistant>"
 
 
-def test_a_teacher_without_a_format_of_its_own_is_asked_as_for_a_prompt(
-    backbone: Backbone, tiny_backbone: Callable[..., Any]
-) -> None:
+def test_a_teacher_without_a_format_of_its_own_is_asked_as_for_a_prompt(backbone, tiny_backbone):
     teacher = DistillConfig(teacher="t", data="d")
     turn = backbone.end.join(("{% for m in messages %}<{{ m.role }}>{{ m.content }}", "\n{% endfor %}<assistant>"))
     # No text stands before the question: a template without a system message will do.
@@ -80,7 +74,7 @@ def test_a_teacher_without_a_format_of_its_own_is_asked_as_for_a_prompt(
     assert (reader.prompt, reader.target) == ("{source}", "{target}")
 
 
-def test_a_chat_template_whose_answers_end_elsewhere_is_no_default_for_a_teacher(backbone: Backbone) -> None:
+def test_a_chat_template_whose_answers_end_elsewhere_is_no_default_for_a_teacher(backbone):
     ends_elsewhere = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<pad>{% endfor %}"
     other, teacher = with_template(backbone, ends_elsewhere), DistillConfig(teacher="t", data="d")
     assert choose_wording(teacher, other, None).prompt == "Input: {source}\nOutput:"
@@ -90,7 +84,7 @@ def test_a_chat_template_whose_answers_end_elsewhere_is_no_default_for_a_teacher
         choose_wording(teacher, backbone, chat_format(backbone, ends_elsewhere))
 
 
-def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone: Backbone, enclosing_tokenizer: Any) -> None:
+def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone, enclosing_tokenizer):
     wording = choose_wording(config(), backbone, None)
     assert wording.view(backbone, " The Owl.\n") == "The Owl.\n\n"
     beginning = dataclasses.replace(backbone, tokenizer=enclosing_tokenizer)
@@ -99,19 +93,19 @@ def test_a_text_in_view_begins_as_the_tokenizer_begins_texts(backbone: Backbone,
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "lfm2"])
-def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(name: str, tiny_tokenizer: Any) -> None:
+def test_a_model_whose_other_layers_get_nothing_of_a_text_in_view_is_refused(name, tiny_tokenizer):
     hybrid = Backbone.from_model(make_model(name, tiny_tokenizer), tiny_tokenizer, name)
     with pytest.raises(ConfigError):
         check_view(hybrid)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "deepseek_v3"])
-def test_a_model_with_attention_alone_reads_a_text_in_view(name: str, tiny_tokenizer: Any) -> None:
+def test_a_model_with_attention_alone_reads_a_text_in_view(name, tiny_tokenizer):
     windows = {"sliding_window": 32} if name.startswith("gemma") else {}
     check_view(Backbone.from_model(make_model(name, tiny_tokenizer, **windows), tiny_tokenizer, name))
 
 
-def test_the_bare_model_is_asked_as_without_a_system_message(backbone: Backbone) -> None:
+def test_the_bare_model_is_asked_as_without_a_system_message(backbone):
     template = "{% if messages[0].role != 'system' %}<system>Default</system>\n{% endif %}" + TEMPLATE
     backbone = with_template(backbone, template)
     wording = choose_wording(config(ask="chat"), backbone, None)

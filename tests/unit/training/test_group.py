@@ -1,12 +1,7 @@
 """Runs that train together: their passes, a batch in parts, and a stop."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,16 +11,15 @@ from patching import replace_everywhere
 from prefixtune.training import loop as loop_module
 from prefixtune.training import together as group_module
 from prefixtune.training.prepare import prepare
-from prefixtune.training.run import Run
 from prefixtune.training.together import take_steps
 
 
 @pytest.fixture
-def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def open_one(backbone, examples, tmp_path):
     """`open_one(name, **fields)`: a run in the folder of that name, open until the test ends."""
     with contextlib.ExitStack() as stack:
 
-        def open_named(name: str, **fields: Any) -> Run:
+        def open_named(name, **fields):
             data = {part: fields.pop(part) for part in ("examples", "dev_examples") if part in fields}
             fields = {"max_steps": 3, "prefix_length": 2, "init_text": "ab", "batch_size": 4, **fields}
             config = pt.TrainConfig(output=str(tmp_path / name), **fields)
@@ -34,12 +28,10 @@ def open_one(backbone: Any, examples: list[pt.Example], tmp_path: Path) -> Itera
         yield open_named
 
 
-def test_more_runs_take_more_passes_but_no_more_memory(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_runs_take_more_passes_but_no_more_memory(backbone, open_one, monkeypatch):
     own, passes = loop_module.forward_backward, []
 
-    def counted(backbone: Any, steps: Any) -> None:
+    def counted(backbone, steps):
         passes.append(len(steps))
         own(backbone, steps)
 
@@ -54,9 +46,7 @@ def test_more_runs_take_more_passes_but_no_more_memory(
 
 
 @pytest.mark.parametrize("fields", [{}, {"prefix_dropout": 0.5}, {"nested": True}, {"gradient_accumulation": 2}])
-def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
-    backbone: Any, open_one: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
-) -> None:
+def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(backbone, open_one, monkeypatch, fields):
     # Targets of different lengths: the loss is not the mean of the parts' losses.
     several = [pt.Example(f"n : {letter}", (f"{letter * 9} it is.", f"{letter}.")) for letter in "abcdefgh"]
     loop = open_one("run", batch_size=8, prefix_length=4, examples=several, **fields).loop
@@ -76,7 +66,7 @@ def test_a_large_batch_is_computed_in_parts_with_the_same_gradients(
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_stop_saves_all_runs(backbone: Any, open_one: Callable[..., Run]) -> None:
+def test_a_stop_saves_all_runs(backbone, open_one):
     stop = threading.Event()
     stop.set()
     events = take_steps(backbone, [open_one("one"), open_one("other")], stop)

@@ -1,7 +1,5 @@
 """Presets: the paper's figures, valid in a configuration, and the error of a wrong name."""
 
-from __future__ import annotations
-
 import pytest
 
 from prefixtune.data import TASKS

@@ -1,10 +1,6 @@
 """A start from solved examples: which ones, how many, what the header says, and resuming without choosing again."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,19 +21,19 @@ EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bc
 SHORT = [pt.Example(letter, (f"{letter}.",)) for letter in "abcdef"]
 
 
-def run(folder: Path, **options: Any) -> pt.TrainConfig:
+def run(folder, **options):
     return pt.TrainConfig(
         **{"max_steps": 4, "save_every": 2, "batch_size": 2, "eval_every": 2, "output": str(folder), **options}
     )
 
 
-def lengths(backbone: Any, examples: list[pt.Example] = EXAMPLES) -> list[int]:
+def lengths(backbone, examples=EXAMPLES):
     """Tokens of each example's prompt, target and end: one per character, and the format's spaces and separator."""
     texts = [f" {e.source} {backbone.separator} {e.targets[0]} " for e in examples]
     return [len(backbone.encode(text)) + 1 for text in texts]
 
 
-def test_their_number_sets_the_length(backbone: Any, tmp_path: Path):
+def test_their_number_sets_the_length(backbone, tmp_path):
     result = pt.train(run(tmp_path / "run", init_examples=2), backbone=backbone, examples=EXAMPLES)
     start = result.prefix.header["initialization"]
     each = lengths(backbone)
@@ -47,13 +43,13 @@ def test_their_number_sets_the_length(backbone: Any, tmp_path: Path):
     assert result.prefix.prefix_length == start["prefix_length"] == sum(start["lengths"])
 
 
-def test_a_length_that_none_fits_is_refused(backbone: Any, tmp_path: Path):
+def test_a_length_that_none_fits_is_refused(backbone, tmp_path):
     config = run(tmp_path, initialization="examples", prefix_length=3)
     with pytest.raises(DataError, match=rf"they take {min(lengths(backbone))} to"):
         tokenize(config, backbone, EXAMPLES, ())
 
 
-def test_more_examples_than_there_are_is_refused(backbone: Any, tmp_path: Path):
+def test_more_examples_than_there_are_is_refused(backbone, tmp_path):
     twice = [*EXAMPLES, *EXAMPLES, pt.Example("no target")]
     with pytest.raises(ConfigError, match="init_examples"):
         pt.train(run(tmp_path / "run", init_examples=6), backbone=backbone, examples=twice)
@@ -83,12 +79,12 @@ def test_options_imply_each_other():
         {"initialization": "examples", "method": "full"},
     ],
 )
-def test_contradictions(options: dict[str, Any]):
+def test_contradictions(options):
     with pytest.raises(ConfigError, match="init_examples"):
         pt.TrainConfig(**options)
 
 
-def test_fewer_positions_than_examples_are_refused(backbone: Any, tmp_path: Path):
+def test_fewer_positions_than_examples_are_refused(backbone, tmp_path):
     with pytest.raises(DataError, match="init_examples is 4"):
         tokenize(run(tmp_path, init_examples=4, prefix_length=3), backbone, EXAMPLES, ())
 
@@ -105,7 +101,7 @@ def test_farthest_first_goes_round():
     assert sorted(order) == [0, 1, 2, 3]
 
 
-def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
+def test_diverse_takes_one_of_each_kind(backbone, tmp_path):
     """Of nine near twins and one other, the other is among two."""
     twins = [pt.Example(f"aaaaaaaaaaaaaaaaaa{letter}", ("x",)) for letter in "abcdefghi"]
     config = run(tmp_path, init_examples=2, seed=1)
@@ -116,16 +112,14 @@ def test_diverse_takes_one_of_each_kind(backbone: Any, tmp_path: Path):
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
-    backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(backbone, tmp_path, monkeypatch):
     options = {"init_examples": 2, "max_steps": 6}
     whole = pt.train(run(tmp_path / "whole", **options), backbone=backbone, examples=EXAMPLES)
 
     class Stopped(Exception):
         pass
 
-    def stop(event: Any) -> None:
+    def stop(event):
         if event["event"] == "save" and event["step"] == 2:
             raise Stopped
 
@@ -133,7 +127,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
     with pytest.raises(Stopped):
         pt.train(config, backbone=backbone, examples=EXAMPLES, on_event=stop)
 
-    def fail(*_: Any, **__: Any) -> Any:
+    def fail(*_, **__):
         raise AssertionError("chosen again")
 
     monkeypatch.setattr("prefixtune.training.starts.examples.farthest_first", fail)
@@ -143,7 +137,7 @@ def test_a_resumed_run_is_the_same_bit_by_bit_and_does_not_choose_again(
     assert resumed.prefix.header["initialization"] == whole.prefix.header["initialization"]
 
 
-def test_a_state_that_names_other_examples_is_refused(backbone: Any, tmp_path: Path):
+def test_a_state_that_names_other_examples_is_refused(backbone, tmp_path):
     config = run(tmp_path / "run", init_examples=2)
     pt.train(config, backbone=backbone, examples=EXAMPLES)
     path = tmp_path / "run" / "state.safetensors"
@@ -154,7 +148,7 @@ def test_a_state_that_names_other_examples_is_refused(backbone: Any, tmp_path: P
         pt.train(config, backbone=backbone, examples=EXAMPLES, resume=True)
 
 
-def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any, tmp_path: Path):
+def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone, tmp_path):
     examples = [pt.Example("n : a", ("a it is.",)), *EXAMPLES[1:3], pt.Example("n : a", ("yes, a.",))]
     data = tokenize(run(tmp_path, init_examples=3), backbone, examples, EXAMPLES[:1])
     blocks = data.plan.blocks
@@ -166,7 +160,7 @@ def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone: Any,
     assert data.dev.examples[0].hidden == ()
 
 
-def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp_path: Path):
+def test_compacted_examples_keep_evenly_spaced_positions_each(backbone, tmp_path):
     config = run(tmp_path, init_examples=2, prefix_length=11)
     data = tokenize(config, backbone, EXAMPLES, ())
     assert data.plan.lengths == (6, 5)
@@ -189,7 +183,7 @@ def test_compacted_examples_keep_evenly_spaced_positions_each(backbone: Any, tmp
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
-def test_compacted_examples_keep_keys_of_where_they_stand(name: str, tiny_backbone: Any):
+def test_compacted_examples_keep_keys_of_where_they_stand(name, tiny_backbone):
     backbone = tiny_backbone(name)
     rows = [tuple(range(4, 24)), tuple(range(30, 42))]
     prefix = from_examples(backbone, rows, lengths=[15, 8])
@@ -201,7 +195,7 @@ def test_compacted_examples_keep_keys_of_where_they_stand(name: str, tiny_backbo
         assert float(distances.amin(-1).max()) < 1e-4
 
 
-def test_compacted_examples_end_where_positions_do(tiny_backbone: Any, tmp_path: Path):
+def test_compacted_examples_end_where_positions_do(tiny_backbone, tmp_path):
     """In a model whose positions are a table, no example is computed past its end."""
     backbone = tiny_backbone("gpt2")
     examples = [pt.Example(f"s{n} " + "q" * 70, ("t" * 8,)) for n in range(6)]
@@ -212,7 +206,7 @@ def test_compacted_examples_end_where_positions_do(tiny_backbone: Any, tmp_path:
     assert encoder.bake().is_finite()
 
 
-def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, tmp_path: Path):
+def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone, tmp_path):
     """The prefix takes positions, so that a long source is cut in training, though it is whole in the prefix."""
     backbone = tiny_backbone("llama")
     examples = [pt.Example("w " + "q" * 100, (text,)) for text in ("one.", "two.")] + [pt.Example("a b", ("c.",))]
@@ -223,14 +217,14 @@ def test_a_source_that_is_cut_does_not_see_its_block_either(tiny_backbone: Any, 
 
 
 @pytest.mark.parametrize("count", [1, 0])
-def test_a_prefix_that_no_example_sees_is_refused(count: int, backbone: Any, tmp_path: Path):
+def test_a_prefix_that_no_example_sees_is_refused(count, backbone, tmp_path):
     options = {"init_examples": 1} if count else {"initialization": "examples", "prefix_length": 90}
     twice = [pt.Example("n : a", ("a it is.",)), pt.Example("n : a", ("yes, a.",))]
     with pytest.raises(ConfigError, match="init_examples"):
         pt.train(run(tmp_path / "run", **options), backbone=backbone, examples=twice)
 
 
-def test_steps_leave_out_where_each_example_begins(tiny_backbone: Any, tmp_path: Path):
+def test_steps_leave_out_where_each_example_begins(tiny_backbone, tmp_path):
     backbone = tiny_backbone("llama")
     config = run(tmp_path, init_examples=2)
     plan = tokenize(config, backbone, EXAMPLES, ()).plan
@@ -240,7 +234,7 @@ def test_steps_leave_out_where_each_example_begins(tiny_backbone: Any, tmp_path:
     assert float(encoder.sites["decoder"].scale[0]) == pytest.approx(float(key[:, kept].square().mean().sqrt()))
 
 
-def test_an_encoder_decoders_sites(tiny_backbone: Any, tmp_path: Path):
+def test_an_encoder_decoders_sites(tiny_backbone, tmp_path):
     backbone = tiny_backbone("bart")
     plan = tokenize(run(tmp_path, init_examples=2, sites="encoder,cross"), backbone, EXAMPLES, ()).plan
     assert set(plan.site_lengths) == {"encoder", "cross"}
@@ -251,14 +245,14 @@ def test_an_encoder_decoders_sites(tiny_backbone: Any, tmp_path: Path):
         tokenize(run(tmp_path, init_examples=2, sites="decoder"), backbone, EXAMPLES, ())
 
 
-def test_an_encoder_reads_each_alone_so_that_all_may_be_longer_than_it_reads(tiny_backbone: Any, tmp_path: Path):
+def test_an_encoder_reads_each_alone_so_that_all_may_be_longer_than_it_reads(tiny_backbone, tmp_path):
     backbone = tiny_backbone("bart", max_position_embeddings=20)
     assert backbone.max_positions == 20
     options = {"init_examples": 6, "sites": "encoder,cross"}
     assert tokenize(run(tmp_path, **options), backbone, SHORT, ()).plan.site_lengths["cross"] > 20
 
 
-def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone: Any, tmp_path: Path):
+def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone, tmp_path):
     backbone = tiny_backbone("llama")
     examples = [pt.Example(f"text {n}", (("good", "bad")[n % 2],)) for n in range(6)]
     words = run(tmp_path, init_examples=2, task="classification")
@@ -272,12 +266,10 @@ def test_labels_by_words_are_solved_examples_and_a_head_has_none(tiny_backbone: 
 # --- held out --------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_sources_are_the_development_examples(
-    backbone: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_held_out_sources_are_the_development_examples(backbone, tmp_path, capsys):
     examples = [pt.Example(f"n : {n}", (f"{n} it is.",)) for n in range(20)]
     config = run(tmp_path / "run", hold_out=0.1, dev_limit=2, patience=3)
-    events: list[Any] = []
+    events = []
     pt.train(config, backbone=backbone, examples=examples, on_event=events.append)
     assert "2 sources are held out of training" in capsys.readouterr().err
     assert (events[0]["num_sources"], events[0]["num_dev_targets"]) == (18, 2)
@@ -286,13 +278,13 @@ def test_held_out_sources_are_the_development_examples(
     assert json.dumps(header["training"]["dev_loss"]) != "null"
 
 
-def test_the_only_source_cannot_be_held_out(tmp_path: Path, no_backbone_loads: None):
+def test_the_only_source_cannot_be_held_out(tmp_path, no_backbone_loads):
     with pytest.raises(DataError, match=r"hold_out is 0.1, but there is only one training source"):
         pt.train(run(tmp_path / "run", hold_out=0.1), examples=EXAMPLES[:1])
 
 
 @pytest.mark.parametrize(("task", "length"), [("records", 2), ("summarization", 20)])
-def test_quick_trains_on_a_few_examples_short_or_long(task: str, length: int, tiny_backbone: Any, tmp_path: Path):
+def test_quick_trains_on_a_few_examples_short_or_long(task, length, tiny_backbone, tmp_path):
     """Rows that are shorter or longer than the prefix: a share of each example's positions is kept."""
     values = {**preset("quick", task), "max_steps": 2, "task": task, "output": str(tmp_path / "run")}
     examples = [pt.Example(f"{n} : " + "ab " * length, ("cd " * length,)) for n in range(8)]

@@ -1,11 +1,5 @@
 """A start from a text: where it is read from, what is refused, prompts, and what the header says of it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from prefixtune.errors import BackboneError, ConfigError, DataError
@@ -17,11 +11,11 @@ from zoo import MAX_POSITIONS
 TEXT = "The Gannet goes to Ashby."
 
 
-def config(text: str = TEXT, length: int = 0, **options: Any) -> TrainConfig:
+def config(text=TEXT, length=0, **options):
     return TrainConfig(initialization="text", init_text=text, prefix_length=length, **options)
 
 
-def test_a_file_is_read_as_it_is(tmp_path: Path, tiny_backbone: Callable[..., Any]):
+def test_a_file_is_read_as_it_is(tmp_path, tiny_backbone):
     path = tmp_path / "prompt.txt"
     path.write_text(TEXT, encoding="utf-8")
     backbone = tiny_backbone("llama")
@@ -37,7 +31,7 @@ def test_a_file_is_read_as_it_is(tmp_path: Path, tiny_backbone: Callable[..., An
 @pytest.mark.parametrize(
     "content", [None, b"", b" \n ", b"\x89PNG\r\n", "Zürich".encode("latin-1"), b"x" * (MAX_TEXT_BYTES + 1)]
 )
-def test_files_that_hold_no_text_are_refused(tmp_path: Path, content: bytes | None):
+def test_files_that_hold_no_text_are_refused(tmp_path, content):
     path = tmp_path / "prompt.txt"
     if content is not None:
         path.write_bytes(content)
@@ -45,14 +39,14 @@ def test_files_that_hold_no_text_are_refused(tmp_path: Path, content: bytes | No
         read_init_text(f"@{path}")
 
 
-def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone: Callable[..., Any]):
+def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone):
     with pytest.raises(DataError, match=f"has {len(TEXT)} tokens, but prefix_length is 26") as error:
         resolve_site_lengths(config(length=26), tiny_backbone("llama"))
     assert "--prefix-length" in error.value.hint
 
 
 @pytest.mark.parametrize("how", ["cut", "stride", "match"])
-def test_a_text_longer_than_the_model_is_brought_to_length_in_pieces(how: str, tiny_backbone: Callable[..., Any]):
+def test_a_text_longer_than_the_model_is_brought_to_length_in_pieces(how, tiny_backbone):
     backbone = tiny_backbone("llama")
     encoder, start = build_encoder(config(TEXT * 20, 11, compaction=how), backbone)
     assert encoder.bake().prefix_length == 11
@@ -60,7 +54,7 @@ def test_a_text_longer_than_the_model_is_brought_to_length_in_pieces(how: str, t
     assert start.description.get("turned_back", 20 * len(TEXT) - 11) == 20 * len(TEXT) - 11
 
 
-def test_a_text_that_does_not_fit_is_refused(tiny_backbone: Callable[..., Any]):
+def test_a_text_that_does_not_fit_is_refused(tiny_backbone):
     backbone = tiny_backbone("gpt2")
     with pytest.raises(ConfigError, match=f"170.*{MAX_POSITIONS}"):
         build_encoder(config("x" * 170), backbone)
@@ -69,7 +63,7 @@ def test_a_text_that_does_not_fit_is_refused(tiny_backbone: Callable[..., Any]):
 
 
 @pytest.mark.parametrize("how", ["stride", "match"])
-def test_keys_that_turn_with_the_texts_length_are_not_compacted(how: str, tiny_backbone: Callable[..., Any]):
+def test_keys_that_turn_with_the_texts_length_are_not_compacted(how, tiny_backbone):
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     backbone = tiny_backbone("llama", rope_parameters=rope)
     with pytest.raises(BackboneError, match="dynamic"):
@@ -81,7 +75,7 @@ def test_keys_that_turn_with_the_texts_length_are_not_compacted(how: str, tiny_b
     assert build_encoder(config(length=5, compaction=how), tiny_backbone("gpt2"))[0].bake().prefix_length == 5
 
 
-def test_a_text_beyond_the_original_length_of_longrope_is_refused(tiny_backbone: Callable[..., Any]):
+def test_a_text_beyond_the_original_length_of_longrope_is_refused(tiny_backbone):
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 20, **factors}
     backbone = tiny_backbone("llama", rope_parameters=rope)
@@ -90,7 +84,7 @@ def test_a_text_beyond_the_original_length_of_longrope_is_refused(tiny_backbone:
     assert build_encoder(config(TEXT[:20]), backbone)[0].bake().prefix_length == 20
 
 
-def test_only_the_lengths_that_sites_use_have_to_fit(tiny_backbone: Callable[..., Any]):
+def test_only_the_lengths_that_sites_use_have_to_fit(tiny_backbone):
     backbone = tiny_backbone("bart")
     assert resolve_site_lengths(config(sites="encoder, cross=5"), backbone) == {"encoder": len(TEXT), "cross": 5}
     short = config("abcdefg", 10, sites="encoder=5,cross=5")
