@@ -13,7 +13,7 @@ from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.data import tokenize
 from prefixtune.training.presets import preset
 from prefixtune.training.starts.build import build_encoder
-from prefixtune.training.starts.examples import farthest_first, from_examples
+from prefixtune.training.starts.examples import from_examples
 
 EXAMPLES = [pt.Example(f"n : {word}", (f"{word} it is.",)) for word in ("a", "bcd", "ef", "ghijkl", "m")]
 
@@ -92,15 +92,6 @@ def test_fewer_positions_than_examples_are_refused(backbone, tmp_path):
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
-def test_farthest_first_goes_round():
-    """The one nearest to the mean, then the two ends of a line, then what is left."""
-    states = torch.tensor([[1.0, 0.1], [0.1, 0.0], [-1.0, 0.0], [0.9, 0.0]])
-    order = farthest_first(states)
-    assert order[0] == 1
-    assert set(order[1:3]) in ({0, 2}, {3, 2})
-    assert sorted(order) == [0, 1, 2, 3]
-
-
 def test_diverse_takes_one_of_each_kind(backbone, tmp_path):
     """Of nine near twins and one other, the other is among two."""
     twins = [pt.Example(f"aaaaaaaaaaaaaaaaaa{letter}", ("x",)) for letter in "abcdefghi"]
@@ -160,28 +151,6 @@ def test_an_example_and_others_of_its_source_do_not_see_its_block(backbone, tmp_
     assert data.dev.examples[0].hidden == ()
 
 
-def test_compacted_examples_keep_evenly_spaced_positions_each(backbone, tmp_path):
-    config = run(tmp_path, init_examples=2, prefix_length=11)
-    data = tokenize(config, backbone, EXAMPLES, ())
-    assert data.plan.lengths == (6, 5)
-    encoder, start = build_encoder(config, backbone, plan=data.plan)
-    prefix = encoder.bake()
-    assert prefix.prefix_length == start.description["prefix_length"] == 11
-    first, second = (example.row for example in data.plan.chosen)
-    # Each one's last position is the last of those that it keeps; before position 0, its keys are turned back.
-    begin = 11 - len(second)
-    ids = [torch.tensor([row]) for row in (first, second)]
-    own = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[0]), 6 - len(first))
-    other = backbone.rotation.turn(prefix_from_tokens(backbone.model, backbone.layout, ids[1]), begin)
-    for layer, (key, _) in enumerate(prefix.layers["decoder"]):
-        own_key, other_key = own.layers["decoder"][layer][0], other.layers["decoder"][layer][0]
-        assert torch.allclose(key[:, 0], own_key[:, 0], atol=1e-5)
-        assert torch.allclose(key[:, 5], own_key[:, len(first) - 1], atol=1e-5)
-        assert torch.allclose(key[:, 6], other_key[:, 0], atol=1e-5)
-        assert torch.allclose(key[:, 10], other_key[:, len(second) - 1], atol=1e-5)
-    assert data.train.examples[data.plan.chosen[1].index].hidden == (6, 7, 8, 9, 10)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
 def test_compacted_examples_keep_keys_of_where_they_stand(name, tiny_backbone):
     backbone = tiny_backbone(name)
@@ -222,16 +191,6 @@ def test_a_prefix_that_no_example_sees_is_refused(count, backbone, tmp_path):
     twice = [pt.Example("n : a", ("a it is.",)), pt.Example("n : a", ("yes, a.",))]
     with pytest.raises(ConfigError, match="init_examples"):
         pt.train(run(tmp_path / "run", **options), backbone=backbone, examples=twice)
-
-
-def test_steps_leave_out_where_each_example_begins(tiny_backbone, tmp_path):
-    backbone = tiny_backbone("llama")
-    config = run(tmp_path, init_examples=2)
-    plan = tokenize(config, backbone, EXAMPLES, ()).plan
-    encoder, start = build_encoder(config, backbone, plan=plan)
-    kept = [n for n in range(sum(plan.lengths)) if n not in (0, plan.lengths[0])]
-    key = start.prefix.layers["decoder"][0][0]
-    assert float(encoder.sites["decoder"].scale[0]) == pytest.approx(float(key[:, kept].square().mean().sqrt()))
 
 
 def test_an_encoder_decoders_sites(tiny_backbone, tmp_path):
