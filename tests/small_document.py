@@ -22,7 +22,7 @@ REQUESTS = {"train": [["Sing of rain.", "Drip, drop."], ["Count to 3.", "1 2 3"]
 
 @pytest.fixture
 def backbone(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(silence, "_requests", lambda: REQUESTS)
+    monkeypatch.setattr(silence, "general_requests", lambda: REQUESTS)
     return tiny_backbone("llama", max_position_embeddings=512)
 
 

@@ -1,6 +1,6 @@
 """Answer general requests with the bare model: the first 60 are trained on, the others are for reports.
 
-    python -m research.memories.general REQUESTS.txt src/prefixtune/training/general.json
+    python -m research.memories.general REQUESTS.txt src/prefixtune/prefix/general.json
 
 The requests were written by hand, one a line.
 """

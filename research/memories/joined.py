@@ -116,33 +116,23 @@ def measure(backbone: Backbone, memories: list[Prefix], tests: list[Rows], confi
     asked = [[Question(row["question"], row["answer"]) for row in rows] for rows in tests]
     examples = [encode_questions(backbone, questions, wording, count * config.prefix_length) for questions in asked]
 
-    def over(fronts: dict[int, list[tuple[int, ...]]]) -> dict[str, Any]:
-        scores, exact = torch.zeros(3, dtype=torch.float64), []
-        for own, orders in fronts.items():
-            found = [
-                score(backbone, concatenate([memories[number] for number in order], backbone.rotation), examples[own])
-                for order in orders
-            ]
-            exact.append(round(sum(one[0] for one in found) / len(found) / len(examples[own]), 4))
-            scores += torch.tensor(found, dtype=torch.float64).sum(0)
-        return {
-            "exact": round(sum(exact) / count, 4),
-            "loss": round(float(scores[1] / scores[2]), 4),
-            "documents": exact,
-        }
+    def over(fronts: dict[int, tuple[int, ...]]) -> dict[str, Any]:
+        exact, loss, tokens = list[float](), 0.0, 0
+        for own, front in fronts.items():
+            joined = concatenate([memories[number] for number in front], backbone.rotation)
+            found = score(backbone, joined, examples[own])
+            exact.append(round(found[0] / len(examples[own]), 4))
+            loss, tokens = loss + found[1], tokens + found[2]
+        return {"exact": round(sum(exact) / count, 4), "loss": round(loss / tokens, 4), "documents": exact}
 
     numbers = range(count)
     result = {
-        "alone": over({own: [(own,)] for own in numbers}),
-        "another": over({own: [((own + 1) % count,)] for own in numbers}),
+        "alone": over({own: (own,) for own in numbers}),
+        "another": over({own: ((own + 1) % count,) for own in numbers}),
     }
     for size in sorted({size for size in (2, 4, 8, 16, count) if size <= count}):
-        # Each own memory with the next ones; turned, so that it stands at up to four places.
-        sets = {own: [(own + step) % count for step in range(size)] for own in numbers}
-        turns = range(0, size, max(1, size // 4))
-        result[f"joined_{size}"] = over(
-            {own: [(*some[turn:], *some[:turn]) for turn in turns] for own, some in sets.items()}
-        )
+        # Each own memory with the next ones. All stand at the same positions, so that their order means nothing.
+        result[f"joined_{size}"] = over({own: tuple((own + step) % count for step in range(size)) for own in numbers})
     result["kept"] = round(result[f"joined_{count}"]["exact"] / result["alone"]["exact"], 4)
     return result
 

@@ -22,7 +22,7 @@ EXAMPLES = [Example(f"{name} eats", (f"what {name} likes",)) for name in ("Kim",
 
 @pytest.fixture
 def backbone(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(module, "_requests", lambda: REQUESTS)
+    monkeypatch.setattr(module, "general_requests", lambda: REQUESTS)
     return tiny_backbone("llama")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import JobOrigin
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.routing import router
 from prefixtune.server.auth import Caller
 from prefixtune.server.prefixes import PrefixFile, PrefixFolder, not_served
 from prefixtune.server.responses import bad_request, forbidden, not_found
@@ -21,6 +23,8 @@ from prefixtune.server.settings import ServeConfig
 
 SEPARATOR = "+"
 """Between the names of joined prefixes; no file's name may have it."""
+ROUTE = "route:"
+"""Before a pattern of names of memories, of which one answers; no file's name may have it."""
 _BACKBONE = PrefixFile(None, {"description": "the bare backbone"})
 """What stands for the file of the bare backbone."""
 
@@ -148,6 +152,26 @@ class Catalog:
         except (RequestError, BackboneError, ConfigError) as error:
             raise bad_request(error.message, "model", hint=error.hint) from None
         return ServedModel(names, prefix, prefix.header)
+
+    def route(self, model: str, text: str, caller: Caller) -> str:
+        """The name of the memory that a text is about, by its stored questions; the bare backbone's, if it is none.
+
+        Args:
+            model: `route:` and a name or a pattern, as in `route:manual-*`, which the memories to choose from fit.
+            text: The last of the user's.
+            caller: Who must be allowed to use them.
+
+        Raises:
+            ApiError: No memory with stored questions fits that the caller may use.
+        """
+        pattern = model.removeprefix(ROUTE)
+        fits = [one["id"] for one in self.describe_all(caller) if fnmatchcase(one["id"], pattern)]
+        headers = {name: self._served(name, caller).header for name in fits}
+        headers = {name: header for name, header in headers.items() if header.get("questions")}
+        if not headers:
+            raise not_found("model", model)
+        number = router(list(headers.values()), list(headers))(text)
+        return self.backbone_id if number is None else list(headers)[number]
 
     def load_header(self, model: str, caller: Caller) -> Mapping[str, Any]:
         """The header of a model's file, or of joined prefixes; empty for the bare backbone.

@@ -7,12 +7,9 @@ requests were written by hand, and the answers of those that are trained on by S
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from prefixtune.data.examples import Example
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.routing import general_requests
 from prefixtune.prefix.text_format import TextFormat
 
 __all__ = ["general_examples", "general_of_step", "measure_silence"]
@@ -34,13 +32,6 @@ _NEW_TOKENS = 32
 _BATCH = 32
 _AROUND = 32
 """Tokens that are left free for the text around a request and its answer."""
-
-
-@cache
-def _requests() -> dict[str, Any]:
-    """`train`: pairs of a request and an answer; `test`: other requests."""
-    made: dict[str, Any] = json.loads(files("prefixtune.training").joinpath("general.json").read_text("utf-8"))
-    return made
 
 
 @torch.no_grad()
@@ -53,7 +44,7 @@ def general_examples(backbone: Backbone, text_format: TextFormat, prefix_length:
         prefix_length: P; what finds no room behind it is left out.
     """
     room = (backbone.max_positions or 2**20) - backbone.prefix_positions(prefix_length)
-    fits = [pair for pair in _requests()["train"] if len(backbone.encode(" ".join(pair))) + _AROUND <= room]
+    fits = [pair for pair in general_requests()["train"] if len(backbone.encode(" ".join(pair))) + _AROUND <= room]
     pairs = [Example(request, (answer,)) for request, answer in fits]
     rows = encode_examples(backbone, pairs, text_format, prefix_length=prefix_length).examples if pairs else []
     taught: list[TokenizedExample] = []
@@ -85,7 +76,7 @@ def measure_silence(
     """
     longest = max(prefix.length() for prefix in prefixes.values())
     room = (backbone.max_positions or 2**20) - backbone.prefix_positions(longest) - _NEW_TOKENS
-    asked = [ids for ids in encode_prompts(backbone, text_format, _requests()["test"]) if len(ids) <= room]
+    asked = [ids for ids in encode_prompts(backbone, text_format, general_requests()["test"]) if len(ids) <= room]
     config = GenerateConfig(max_new_tokens=_NEW_TOKENS, batch_size=_BATCH)
     texts = generate_ids(backbone, asked, [None] * len(asked), config=config)
     # The end token is a token of a text, too.

@@ -14,7 +14,7 @@ EXAMPLES = [pt.Example(f"n : {letter}", (f"{letter}{letter} it is.", "unused")) 
 @pytest.fixture(autouse=True)
 def few_requests(monkeypatch):
     """Requests about other things that tiny models take no time for."""
-    monkeypatch.setattr(silence, "_requests", lambda: {"train": [], "test": ["Sing.", "Count to 3."]})
+    monkeypatch.setattr(silence, "general_requests", lambda: {"train": [], "test": ["Sing.", "Count to 3."]})
 
 
 @pytest.fixture

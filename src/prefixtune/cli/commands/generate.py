@@ -128,11 +128,11 @@ def _read_texts(options: GenerateOptions, trained: Trained) -> list[Source]:
 
 
 def _route(options: GenerateOptions, prefixes: Sequence[Prefix], texts: Sequence[Source]) -> list[int | None]:
-    """Which prefix each text gets by --route; None: no stored question shares a word with it; empty: not asked for."""
+    """Which prefix each text gets by --route; None: it is about none; empty: not asked for."""
     from prefixtune.data.chat import as_conversation
     from prefixtune.prefix.routing import router
 
-    find = router(prefixes, options.prefix) if options.route else None
+    find = router([prefix.header for prefix in prefixes], options.prefix) if options.route else None
     return [] if find is None else [find(as_conversation(text)[-1]["content"]) for text in texts]
 
 

@@ -25,7 +25,7 @@ from prefixtune.server.api.choices import ChatChoices, CompletionChoices
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router
 from prefixtune.server.api.generation import DONE, KEEP_ALIVE, Generation, event, event_stream, start_texts
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest, OpenAIRequest
-from prefixtune.server.catalog import ServedModel
+from prefixtune.server.catalog import ROUTE, ServedModel
 from prefixtune.server.responses import JsonAnswer, bad_request
 
 _DROPPED_HEADER = "x-prefixtune-dropped-messages"
@@ -91,7 +91,14 @@ async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
     """The requested model, once the request is checked and counted."""
     request.check(context.state.config)
     context.admit(len(request.prompts) * request.n)
-    return await run_in_threadpool(context.state.catalog.load, request.model, context.caller, request.prefixes)
+    catalog, model = context.state.catalog, request.model
+    if model.startswith(ROUTE):
+        prompt, *others = request.prompts
+        text = prompt[-1]["content"] if isinstance(prompt, list) else prompt
+        if others or not isinstance(text, str):
+            raise bad_request("one text at a time is routed, and no token ids.", "prompt")
+        model = await run_in_threadpool(catalog.route, model, text, context.caller)
+    return await run_in_threadpool(catalog.load, model, context.caller, request.prefixes)
 
 
 async def _respond(

@@ -153,7 +153,7 @@ class ResponseFormat(Part):
 class OpenAIRequest(GenerationRequest):
     """What OpenAI's two requests share."""
 
-    model: str = Field("", description="A name that /v1/models lists; or names of prefixes to join, with + between.")
+    model: str = Field("", description="A name of /v1/models; names to join, with + between; or route: and a pattern.")
     prefixes: Texts | None = Field(None, description="Names of prefixes to join, instead of `model`.")
     n: int = Field(1, ge=1, description="Texts for each prompt.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
