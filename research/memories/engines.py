@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -34,7 +35,7 @@ def main() -> None:
     asked = [row for *_, test in found for row in test]
     texts, right = [row["question"] for row in asked], [row["answer"] for row in asked]
     joined = concatenate(memories, backbone.rotation)
-    how = {"max_new_tokens": 8}
+    how: dict[str, Any] = {"max_new_tokens": 8}
     ours = generate(backbone, texts, joined, **how)
     with LlamaCppEngine(load_shapes("smollm2-135m"), options.gguf, num_slots=4, threads=1) as engine:
         theirs = generate(backbone, texts, joined, engine=engine, **how)
