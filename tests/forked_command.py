@@ -37,7 +37,7 @@ class ForkedCommand:
         out, self.stdout = _output(stdout)
         err, self.stderr = (os.dup(out), None) if stderr == subprocess.STDOUT else _output(stderr)
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(_start_forking())
+        self._connection.connect(start_forking())
         asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(Path.cwd())}).encode()
         socket.send_fds(self._connection, [len(asked).to_bytes(4, "big")], [theirs, out, err])
         self._connection.sendall(asked)
@@ -106,7 +106,7 @@ def _read(stream):
 
 
 @functools.cache
-def _start_forking():
+def start_forking():
     """Start the process that forks; the path of its socket."""
     folder = tempfile.TemporaryDirectory()
     path = os.path.join(folder.name, "socket")

@@ -7,7 +7,7 @@ from tools.examples_page import EXAMPLES, NAMES, run_example
 
 EXPECTED = {
     "first_prefix": ("runs/first_prefix/prefix.safetensors", "numbers, "),
-    "own_chats": ("runs/own_chats/prefix.safetensors", "a conversation:"),
+    "own_chats": ("runs/own_chats/prefix.safetensors", "conversations that it was not trained on:"),
     "memory_of_a_document": ("runs/guide/prefix.safetensors", "32 positions"),
     "joined": ("runs/Plover/prefix.safetensors", "all three joined"),
     "serve_and_ask": ("prefixes/opposites.safetensors", ", capitals, opposites\n"),

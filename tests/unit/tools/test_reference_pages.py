@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from prefixtune.cli.main import command_options
 from prefixtune.training.config import TrainConfig
 from tools.site import reference
@@ -13,13 +15,14 @@ from tools.site import reference
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_page_of_a_gpu_is_current() -> None:
-    command = [sys.executable, "-m", "tools.gpu_page", "--check"]
+@pytest.mark.parametrize("page", ["gpu_page", "gallery"])
+def test_the_page_is_current(page):
+    command = [sys.executable, "-m", f"tools.{page}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_command_field_and_endpoint_has_its_place(tmp_path: Path) -> None:
+def test_every_command_field_and_endpoint_has_its_place(tmp_path):
     reference.write(tmp_path)
     commands = (tmp_path / "cli.md").read_text(encoding="utf-8")
     for name in command_options():

@@ -1,10 +1,16 @@
-"""A tutorial's commands run in order, in an empty folder with an empty home, and stop at the first that fails."""
+"""A tutorial's blocks run in order, in an empty folder with an empty home; what fails, or is not printed, is told."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from tools.tutorials import WrongPageError, follow, read_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = """# Page
@@ -19,25 +25,78 @@ python -c 'import prefixtune, os; print(prefixtune.__version__, os.listdir(), os
 exit 5
 ```
 
+```python
+print(open("here").read().upper())
+```
+
+<!-- right -->
+```text
+ONE
+```
+
+<!-- short: false => true -->
 ```bash
-cat here | tr a-z A-Z
 false
 echo never
 ```
 
+<!-- long -->
 ```bash
 echo after
+```
+
+<!-- right -->
+```text
+after
 ```
 """
 
 
-def test_blocks_run_in_order_until_one_fails(tmp_path: Path) -> None:
-    page, home = tmp_path / "page.md", tmp_path / "home"
-    page.write_text(PAGE)
-    command = [sys.executable, "-m", "tools.tutorials", str(page), "--home", str(home)]
+def run(page, home, *options):
+    command = [sys.executable, "-m", "tools.tutorials", str(page), "--home", str(home), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     printed = [line for line in done.stdout.split("\n") if line and not line.startswith("---")]
-    assert done.returncode == 1
+    return done.returncode, printed, done.stderr
+
+
+def test_blocks_run_in_order_until_one_fails(tmp_path):
+    page, home = tmp_path / "page.md", tmp_path / "home"
+    page.write_text(PAGE)
+    code, printed, error = run(page, home)
+    assert code == 1
     assert f"0.1.0 ['here'] {home}" in printed
     assert "ONE" in printed
     assert "after" not in printed
+    assert "exit code 1" in error
+
+
+def test_the_short_form_replaces_and_leaves_out(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    code, printed, _ = run(page, tmp_path / "home", "--short")
+    assert code == 0
+    assert printed.index("ONE") < printed.index("never") < printed.index("=== page.md: 1 lines as the page has them")
+    assert "after" not in printed
+
+
+def test_a_line_that_was_not_printed_is_wrong(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\necho Athens; echo Oslo\n```\n\n<!-- right -->\n```text\nAthens\nRome\n```\n")
+    with pytest.raises(WrongPageError) as error:
+        follow(page, tmp_path, dict(os.environ))
+    assert str(error.value).splitlines()[1:] == ["Rome"]
+
+
+def test_a_replacement_that_finds_nothing_is_wrong():
+    with pytest.raises(WrongPageError):
+        list(read_blocks("<!-- short: --steps 9 => --steps 1 -->\n```bash\ntrain --steps 8\n```\n", short=True))
+
+
+def test_what_runs_in_the_background_ends_with_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\nsleep 600 > log 2>&1 &\necho $! > pid\n```\n```bash\nkill -0 $(cat pid)\n```\n")
+    follow(page, tmp_path, dict(os.environ))
+    process, end = Path("/proc") / (tmp_path / "pid").read_text().strip(), time.monotonic() + 10
+    while process.exists() and " Z" not in (process / "stat").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
