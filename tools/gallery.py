@@ -116,6 +116,8 @@ def page(made: Mapping[str, Any]) -> str:
         rows.append(f"| {name}: {example} | {' | '.join(map(str, cells))} | **{m['prefix']} {of}** |")
     commands = "\n".join(f"{COMMANDS[name]} --output runs/{name}" for name in made["entries"])
     machine = f"Measured on: {made['machine']}, {made['date']}."
+    if left := [name for name in COMMANDS if name not in made["entries"]]:
+        machine += f" Not measured yet, though their rows are there: {', '.join(left)}."
     toys = "\n".join([_head("task", "rows", "positions", "steps", "seconds", "right"), *_toys()])
     parts = [INTRODUCTION, MADE, "\n".join([head, *rows]), machine, f"```bash\n{commands}\n```", SCORED]
     return "\n\n".join([*parts, FROM_RESEARCH, toys, MEMORIES, "\n".join(_memories())]) + "\n"
