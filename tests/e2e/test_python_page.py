@@ -34,7 +34,7 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ModelCard, "validate", lambda card: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    monkeypatch.setattr("prefixtune.prefix.hub.download", lambda repo_id, **_: hub / repo_id / "prefix.safetensors")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, name, **_: str(hub / repo_id / name))
     monkeypatch.chdir(tmp_path)
     names = {}
     blocks = re.findall(r"(?<!not run -->\n)^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
