@@ -229,11 +229,11 @@ def default_backbone():
 def data(tmp_path):
     """The data folder of a service of training, with its database (`jobs.folder.DataFolder`)."""
     from prefixtune.jobs.folder import DataFolder
-    from prefixtune.jobs.queue import migrate
+    from prefixtune.jobs.queue import JobQueue
 
     made = DataFolder(tmp_path / "data")
-    made.root.mkdir()
-    migrate(f"sqlite:///{made.database}")
+    made.make()
+    JobQueue(f"sqlite:///{made.database}").close()
     return made
 
 

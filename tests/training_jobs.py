@@ -2,14 +2,20 @@
 
 import json
 import os
+import secrets
 import subprocess
 import time
 
 from forked_command import ForkedCommand
-from prefixtune.jobs.job import Job, new_job_id
+from prefixtune.jobs.job import Job
 
 ROWS = [{"prompt": f"n : {letter}", "completion": f" {letter}{letter} it is."} for letter in "abcdefgh"]
 CONFIG = {"prefix_length": 2, "init_text": "ab", "batch_size": 4, "max_steps": 6, "warmup_steps": 2}
+
+
+def new_job_id():
+    """An id of a job that there is not."""
+    return f"ftjob-{secrets.token_hex(12)}"
 
 
 def make_job(data, name="answers", *, rows=ROWS, **fields):

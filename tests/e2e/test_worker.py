@@ -8,7 +8,7 @@ import pytest
 import live_server
 from forked_command import ForkedCommand
 from prefixtune.backbone.identity import backbone_identity
-from prefixtune.jobs.events import JobEvents
+from prefixtune.jobs.folder import JobEvents
 from prefixtune.prefix.prefix import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 

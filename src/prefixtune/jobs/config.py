@@ -82,7 +82,7 @@ class WorkerConfig(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,40}$")] = _machine(
         "",
         description="of this worker, which no other one has: letters, digits and -; started again under it, it goes on "
-        "with its jobs (default: this machine's name and a number)",
+        "with its jobs (default: this machine's name and some digits)",
     )
     threads: _Number = _machine(0, description="threads that train; 0: as many as cores")
     nice: Annotated[int, Field(ge=0, le=19)] = _machine(

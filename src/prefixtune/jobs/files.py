@@ -2,56 +2,111 @@
 
 A file is written into a hidden folder, checked as training would read it, and moved to its place in one rename. What a
 killed process left is removed by the next upload.
+
+A large file is checked by a process. In a thread of the server, Python would slow down all texts that are generated,
+and what a few kilobytes unpack to may need more memory than there is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
 import os
 import secrets
 import shutil
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import from_json, to_json
 
 from prefixtune.data.examples import Example
-from prefixtune.data.files import FORMATS, recognize_format
-from prefixtune.data.streams import GZIP_MAGIC
-from prefixtune.errors import RequestError
-from prefixtune.jobs.file_check import FileFacts, check_file, sample_rows
-from prefixtune.jobs.folder import DataFolder, is_file_id
-from prefixtune.utils.files import flush_to_disk, fsync, work_folder
-from prefixtune.utils.locks import file_lock
+from prefixtune.data.files import FORMATS, iter_file, recognize_format
+from prefixtune.data.forms import FORMS, describe_data, fitting_forms, make_example
+from prefixtune.data.registry import read_data
+from prefixtune.data.streams import GZIP_MAGIC, read_text
+from prefixtune.errors import DataError, PrefixError, RequestError
+from prefixtune.jobs.folder import FILE_ID, DataFolder
+from prefixtune.jobs.job import RefusedError
+from prefixtune.prefix.folder import change_folder
+from prefixtune.utils.files import atomic_files, fsync, remove_abandoned, work_folder
 
 Purpose = Literal["fine-tune", "document", "fine-tune-results"]
 """What a file is for; results are made by workers."""
-_META = "meta.json"
-_LOCK, _LOCK_SECONDS = ".files.lock", 30.0
-"""Among the servers that share the folder: held while a file gets its place."""
+MAX_DOCUMENT_BYTES = 2**24
+"""Most bytes of a document."""
+_META, _METRICS = "meta.json", "step_metrics.csv"
+"""What is known of a file; and what the file of a job's metrics is called, as OpenAI calls it."""
+_LOCK_SECONDS = 30.0
 _HEAD, _MAX_FILENAME, _MAX_SAMPLED = 512, 200, 100
 """Bytes by which the format of a file is recognized; the longest name; and examples of a sample."""
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
+_INLINE_BYTES, _MEMORY, _SECONDS = 2**18, 2**32, 300.0
+"""Largest file that is checked in a thread; memory and time of the process that checks."""
+_PROCESSES = threading.BoundedSemaphore(2)
+_MODULE = "prefixtune.jobs.files"
+
+
+class FileFacts(BaseModel, frozen=True):
+    """What an uploaded file holds.
+
+    Attributes:
+        summary: One line for people.
+        form: As jobs name it; `document`: a text; empty: several fit, and a job must name one of `forms`.
+        forms: All forms that its columns fit.
+        task: Of the form.
+        rows: Of the file; 0 for a document.
+        examples: After equal sources are merged; 0 where the form is not known.
+        targets: With earlier answers of conversations; 0: nothing to train on, as in a file of questions.
+        characters: Of all examples, or of the document.
+    """
+
+    summary: str = ""
+    form: str = ""
+    forms: list[str] = []
+    task: str = "records"
+    rows: int = 0
+    examples: int = 0
+    targets: int = 0
+    characters: int = 0
+
+
+class StoredFile(BaseModel, frozen=True):
+    """What is known about a file.
+
+    Attributes:
+        id: `file-...`.
+        owner: The name of the key that uploaded it.
+        bytes: Its size.
+        created_ns: When, in nanoseconds since 1970.
+        filename: As its owner calls it: no path, one line.
+        purpose: What it is for.
+        ending: Of its format, as in `.jsonl.gz`: by its name, or else by its first bytes.
+        status: `processed`: it can be trained on; `error`: it cannot.
+        status_details: What is wrong with it, and in which row; it names no path. Empty: nothing.
+        facts: What it holds; None: it is wrong, or a result.
+    """
+
+    id: str = Field(default_factory=lambda: f"file-{secrets.token_hex(12)}")
+    owner: str
+    bytes: int
+    created_ns: int = Field(default_factory=time.time_ns)
+    filename: str
+    purpose: Purpose
+    ending: str
+    status: Literal["processed", "error"] = "processed"
+    status_details: str = ""
+    facts: FileFacts | None = None
 
 
 class UnknownFileError(RequestError):
     """There is no such file, or it is somebody else's."""
-
-
-class FileRefusedError(RequestError):
-    """A file is not taken.
-
-    Attributes:
-        code: `empty_file`, `file_too_large`, `too_many_files` or `no_room`.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -69,50 +124,6 @@ class FileLimits:
     max_total_bytes: int = 2**30
 
 
-class StoredFile(BaseModel):
-    """What is known about a file.
-
-    Attributes:
-        id: `file-...`.
-        owner: The name of the key that uploaded it.
-        bytes: Its size.
-        created_ns: When, in nanoseconds since 1970.
-        filename: As its owner calls it: no path, one line.
-        purpose: What it is for.
-        ending: Of its format, as in `.jsonl.gz`: by its name, or else by its first bytes.
-        status: `processed`: it can be trained on; `error`: it cannot.
-        status_details: What is wrong with it, and in which row; empty: nothing.
-        facts: What it holds; None: it is wrong, or a result.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str = Field(default_factory=lambda: f"file-{secrets.token_hex(12)}")
-    owner: str
-    bytes: int
-    created_ns: int = Field(default_factory=time.time_ns)
-    filename: str
-    purpose: Purpose
-    ending: str
-    status: Literal["processed", "error"] = "processed"
-    status_details: str = ""
-    facts: FileFacts | None = None
-
-    @property
-    def created(self) -> int:
-        """When, in seconds since 1970."""
-        return self.created_ns // 10**9
-
-
-def result_file_id(job_id: str) -> str:
-    """The id of the file with a job's metrics, the same each time that it is written.
-
-    >>> result_file_id("ftjob-0123456789abcdef01234567")
-    'file-0123456789abcdef01234567'
-    """
-    return f"file-{job_id.removeprefix('ftjob-')}"
-
-
 class FileStore:
     """The files of all owners. Several processes may use one folder; all methods block.
 
@@ -121,7 +132,7 @@ class FileStore:
     """
 
     def __init__(self, folder: DataFolder) -> None:
-        self._root = folder.files
+        self._folder, self._root = folder, folder.files
 
     def put(
         self, owner: str, file: IO[bytes], filename: str, purpose: Purpose, limits: FileLimits | None = None
@@ -138,51 +149,46 @@ class FileStore:
             limits: How much the owner may keep.
 
         Raises:
-            FileRefusedError: It is empty or too large, or there is no room for it.
-            OSError: The disk is full, or fails.
+            RefusedError: It is empty or too large, or there is no room for it.
+            PrefixError, OSError: The disk is full, or fails.
         """
         limits, filename = limits or FileLimits(), _shown_name(filename)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        head = file.read(_HEAD)
+        head, size = file.read(_HEAD), file.seek(0, os.SEEK_END)
         file.seek(0)
         self._check_room(owner, size, limits)
         ending = _ending_of(filename, head, purpose)
         stored = StoredFile(owner=owner, bytes=size, filename=filename, purpose=purpose, ending=ending)
-        with self._work() as made:
-            with open(made / f"data{ending}", "wb") as copy:
+        self._folder.make()
+        remove_abandoned(self._root)
+        with contextlib.ExitStack() as stack, atomic_files(self._root / stored.id) as made:
+            path = made / f"data{ending}"
+            with open(path, "wb") as copy:
                 shutil.copyfileobj(file, copy, 2**20)
-            report = check_file(made / f"data{ending}", filename, ending)
-            status = "error" if report.error else "processed"
-            stored = stored.model_copy(update={"status": status, "status_details": report.error, "facts": report.facts})
-            with file_lock(self._root / _LOCK, _LOCK_SECONDS) as held:
-                if not held:
-                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-                # Other uploads may have ended meanwhile.
-                self._check_room(owner, size, limits)
-                _publish(made, stored)
+            stored = check_file(path, stored)
+            (made / _META).write_text(stored.model_dump_json(), encoding="utf-8")
+            stack.enter_context(change_folder(self._root, _LOCK_SECONDS))
+            # Other uploads may have ended meanwhile.
+            self._check_room(owner, size, limits)
         return stored
 
-    def put_result(self, owner: str, file_id: str, filename: str, data: bytes) -> StoredFile:
-        """Store what a job left; the second time under one id, the first file stays.
+    def put_metrics(self, owner: str, job_id: str, data: bytes) -> StoredFile:
+        """Store the metrics of a job, whose id is in the file's; the second time, they are replaced.
 
         Args:
             owner: The job's.
-            file_id: By `result_file_id`.
-            filename: As its owner reads it.
-            data: All of it.
+            job_id: The job's.
+            data: A table as CSV.
 
         Raises:
-            OSError: It cannot be written.
+            PrefixError: It cannot be written.
         """
-        facts: dict[str, Any] = {"id": file_id, "owner": owner, "bytes": len(data), "filename": filename}
-        stored = StoredFile(**facts, purpose="fine-tune-results", ending=Path(filename).suffix)
-        with self._work() as made:
-            (made / f"data{stored.ending}").write_bytes(data)
-            # Another worker may have stored it just now.
-            with contextlib.suppress(FileExistsError):
-                _publish(made, stored)
-        return self.get(owner, file_id)
+        facts: Any = {"owner": owner, "bytes": len(data), "filename": _METRICS, "purpose": "fine-tune-results"}
+        stored = StoredFile(id=job_id.replace("ftjob", "file"), ending=".csv", **facts)
+        self._folder.make()
+        with change_folder(self._root, _LOCK_SECONDS), atomic_files(self._root / stored.id) as made:
+            (made / "data.csv").write_bytes(data)
+            (made / _META).write_text(stored.model_dump_json(), encoding="utf-8")
+        return stored
 
     def get(self, owner: str | None, file_id: str) -> StoredFile:
         """What is known about a file.
@@ -194,7 +200,7 @@ class FileStore:
         Raises:
             UnknownFileError: There is none.
         """
-        stored = _read(self._root / file_id) if is_file_id(file_id) else None
+        stored = _read(self._root / file_id) if FILE_ID.fullmatch(file_id) else None
         if stored is None or owner not in (None, stored.owner):
             raise UnknownFileError(f"there is no file {file_id[:128]!r}.")
         return stored
@@ -205,8 +211,9 @@ class FileStore:
 
     def sample(self, file: StoredFile) -> Sequence[Example]:
         """The first examples of a file; none of a document, or where its form is not known."""
-        form = file.facts.form if file.facts and file.purpose == "fine-tune" else ""
-        return sample_rows(self.path(file), file.ending, form, _MAX_SAMPLED) if form else []
+        form = FORMS.get(file.facts.form) if file.facts and file.purpose == "fine-tune" else None
+        records = itertools.islice(iter_file(self.path(file)), _MAX_SAMPLED if form else 0)
+        return [make_example(record, form) for record in records if form]
 
     def list(self, owner: str | None) -> Sequence[StoredFile]:
         """All files of an owner, or of all owners, the newest first."""
@@ -220,66 +227,34 @@ class FileStore:
         Raises:
             OSError: It cannot be deleted.
         """
-        with self._work() as temporary, contextlib.suppress(FileNotFoundError):
+        with work_folder(self._root, "deleted") as temporary, contextlib.suppress(FileNotFoundError):
             # One rename: it is there with all that belongs to it, or not at all.
             os.replace(self._root / file.id, temporary / "file")
             fsync(self._root)
-
-    @contextlib.contextmanager
-    def _work(self) -> Iterator[Path]:
-        """A hidden folder for what comes or goes; those that killed processes left are removed."""
-        # What is uploaded is nobody else's business.
-        self._root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._root.mkdir(exist_ok=True)
-        with work_folder(self._root, "work") as folder:
-            yield folder
 
     def _check_room(self, owner: str, size: int, limits: FileLimits) -> None:
         """Refuse a file of so many bytes where there is no room for it.
 
         Raises:
-            FileRefusedError: It is refused.
+            RefusedError: It is refused.
         """
         kept = [file.bytes for file in self.list(owner) if file.purpose != "fine-tune-results"]
+        most_bytes, most_files, most_in_all = limits.max_bytes, limits.max_files, limits.max_total_bytes
         for code, is_wrong, message in (
             ("empty_file", not size, "the file is empty"),
-            ("file_too_large", size > limits.max_bytes, f"a file may have {limits.max_bytes:,} bytes; split it"),
-            ("too_many_files", len(kept) >= limits.max_files, f"{limits.max_files:,} files may be kept; delete one"),
-            (
-                "no_room",
-                sum(kept) + size > limits.max_total_bytes,
-                f"all files may have {limits.max_total_bytes:,} bytes",
-            ),
+            ("file_too_large", size > most_bytes, f"a file may have {most_bytes:,} bytes; split it"),
+            ("too_many_files", len(kept) >= most_files, f"{most_files:,} files may be kept; delete one"),
+            ("no_room", sum(kept) + size > most_in_all, f"all files may have {most_in_all:,} bytes"),
         ):
             if is_wrong:
-                raise FileRefusedError(code, f"{message}.")
-
-
-def _publish(folder: Path, stored: StoredFile) -> None:
-    """Move a complete folder to its place.
-
-    Raises:
-        FileExistsError: Something is there.
-        OSError: It cannot be moved.
-    """
-    (folder / _META).write_text(stored.model_dump_json(), encoding="utf-8")
-    flush_to_disk(*folder.iterdir())
-    fsync(folder)
-    try:
-        os.rename(folder, folder.parent / stored.id)
-    except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            raise FileExistsError(error.errno, error.strerror) from None
-        raise
-    fsync(folder.parent)
+                raise RefusedError("file", f"{message}.", code)
 
 
 def _read(folder: Path) -> StoredFile | None:
     """What is known about a file; None: it is not there, or not readable."""
-    try:
+    with contextlib.suppress(OSError, ValidationError):
         return StoredFile.model_validate_json((folder / _META).read_bytes())
-    except (OSError, ValidationError):
-        return None
+    return None
 
 
 def _shown_name(filename: str) -> str:
@@ -296,9 +271,96 @@ def _ending_of(filename: str, head: bytes, purpose: Purpose) -> str:
     if purpose == "document":
         return suffixes[-1] if suffixes and suffixes[-1] in _TEXT_ENDINGS else ".txt"
     zipped = ".gz" if head.startswith(GZIP_MAGIC) else ""
-    named = [suffix for suffix in suffixes if suffix in FORMATS]
-    if named:
-        return named[-1] + zipped
-    if zipped:
-        return f".jsonl{zipped}"
-    return recognize_format(head) or (".tsv" if b"\t" in head.split(b"\n", 1)[0] else ".csv")
+    table = ".tsv" if b"\t" in head.split(b"\n", 1)[0] else ".csv"
+    recognized = ".jsonl" if zipped else recognize_format(head) or table
+    return next((suffix for suffix in reversed(suffixes) if suffix in FORMATS), recognized) + zipped
+
+
+# --- what a file holds ------------------------------------------------------------------------------------------------
+
+
+def check_file(path: Path, file: StoredFile) -> StoredFile:
+    """What is known about a file after it has been read; blocks.
+
+    Args:
+        path: Its data; the ending is that of its format.
+        file: What is known before.
+    """
+    # A small file that is packed may be large.
+    if file.bytes <= _INLINE_BYTES and path.suffix not in (".gz", ".parquet"):
+        return _read_whole(path, file)
+    try:
+        with _PROCESSES:
+            # Not among its arguments, which everybody on the machine may read.
+            work, command = to_json([path, file]), [sys.executable, "-P", "-m", _MODULE]
+            done = subprocess.run(command, input=work, capture_output=True, timeout=_SECONDS, check=True)
+        return StoredFile.model_validate_json(done.stdout)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        what = f"{file.filename} could not be read to its end in {_SECONDS:,.0f} seconds or for lack of memory."
+        return _wrong(file, f"{what} Split it.")
+
+
+def main() -> None:
+    """Read from standard input which file is to be checked, and check it: in bounded memory, and without haste."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(10)
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY if hard < 0 else min(_MEMORY, hard), hard))
+    path, file = from_json(sys.stdin.buffer.read())
+    sys.stdout.write(_read_whole(Path(path), StoredFile.model_validate(file)).model_dump_json())
+
+
+def _read_whole(path: Path, file: StoredFile) -> StoredFile:
+    facts_of = _document_facts if file.purpose == "document" else _row_facts
+    try:
+        return file.model_copy(update={"facts": facts_of(path, file.filename)})
+    except PrefixError as error:
+        # Hints may name options of a command line, which is not the reader's.
+        hint = "" if "--" in error.hint else error.hint
+        return _wrong(file, f"{error.message} {hint[:1].upper()}{hint[1:]}".replace(str(path), file.filename).strip())
+
+
+def _wrong(file: StoredFile, what: str) -> StoredFile:
+    return file.model_copy(update={"status": "error", "status_details": what[:1000]})
+
+
+def _document_facts(path: Path, name: str) -> FileFacts:
+    text = read_text(path, max_bytes=MAX_DOCUMENT_BYTES)
+    if not any(map(str.isalnum, text)):
+        raise DataError(f"{name} holds no words.", hint="check that it is the right file.")
+    summary = f"{name}: a document of {len(text.split()):,} words"
+    return FileFacts(summary=summary, form="document", forms=["document"], task="document", characters=len(text))
+
+
+def _row_facts(path: Path, name: str) -> FileFacts:
+    first = next(iter_file(path)).values
+    forms = fitting_forms(first)
+    rows = sum(1 for _ in iter_file(path))
+    if len(forms) > 1:
+        readings = " or ".join(f"{form.title} ({form.name})" for form in forms)
+        summary = f"{name}: rows of {readings}: a job must name the form"
+        return FileFacts(summary=summary, forms=[form.name for form in forms], rows=rows)
+    # Questions may stand alone: those about a document.
+    is_open = not forms and "question" in first
+    read = read_data("records", path, form="question" if is_open else "", needs_targets=not is_open)
+    assert read.form is not None
+    turns = [message for example in read.examples for message in example.messages]
+    targets = [target for example in read.examples for target in example.targets]
+    sources = [message.content for message in turns] + [one.source for one in read.examples if not one.messages]
+    return FileFacts(
+        summary=describe_data(read.form, read.examples, name, read.columns),
+        form=read.form.name,
+        forms=[read.form.name],
+        task=read.task,
+        rows=rows,
+        examples=len(read.examples),
+        targets=len(targets) + sum(message.role == "assistant" for message in turns),
+        characters=sum(map(len, sources + targets)),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,26 +1,20 @@
-"""What a job is, where it stands, and what it leaves."""
+"""What a job is, where it stands, what it leaves, and why it fails or waits."""
 
 from __future__ import annotations
 
+import errno
 import re
-import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from prefixtune.errors import RequestError
-from prefixtune.prefix.folder import check_name
+from prefixtune import errors
+from prefixtune.prefix.folder import FolderBusyError
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 """As OpenAI's fine-tuning jobs name them."""
-UNFINISHED: tuple[JobStatus, ...] = ("queued", "running", "paused")
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
-
-
-def new_job_id() -> str:
-    """An id that nobody can guess."""
-    return f"ftjob-{secrets.token_hex(12)}"
 
 
 class _Stored(BaseModel):
@@ -28,7 +22,7 @@ class _Stored(BaseModel):
 
     # A newer version may have stored more: whoever lists goes on without it, and `PROTOCOL` keeps such a job from
     # workers that would train by a part of it.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True)
 
 
 class Job(_Stored):
@@ -64,16 +58,16 @@ class Job(_Stored):
     kind: Literal["examples", "document"] = "examples"
     backbone: str = ""
     fingerprint: str = ""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = {}
     training_file: str = ""
     validation_file: str = ""
     questions_file: str = ""
     seed: int = 0
-    hyperparameters: dict[str, Any] = Field(default_factory=dict)
-    extension: dict[str, Any] = Field(default_factory=dict)
-    integrations: list[dict[str, Any]] = Field(default_factory=list)
+    hyperparameters: dict[str, Any] = {}
+    extension: dict[str, Any] = {}
+    integrations: list[dict[str, Any]] = []
     suffix: str = ""
-    metadata: dict[str, str] = Field(default_factory=dict)
+    metadata: dict[str, str] = {}
 
 
 class JobResult(_Stored):
@@ -90,7 +84,7 @@ class JobResult(_Stored):
     name: str
     trained_tokens: int
     steps: int
-    result_files: list[str] = Field(default_factory=list)
+    result_files: list[str] = []
     best_loss: float | None = None
 
 
@@ -106,6 +100,19 @@ class JobError(_Stored):
     code: str
     message: str
     param: str | None = None
+
+
+class RefusedError(errors.RequestError):
+    """A request for training is wrong.
+
+    Attributes:
+        param: The field at fault.
+        code: For programs; None: there is none.
+    """
+
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class JobPausedError(Exception):
@@ -136,14 +143,7 @@ class JobState:
     worker: str = ""
 
 
-# --- names of results and their checkpoints ---
-
-_MAX_LENGTH = 112
-"""Longest name of a result, so that `.step-N` can follow it."""
-_CHECKPOINT = re.compile(r"\.step-[0-9]+\Z")
-
-
-def checkpoint_name(name: str, step: int) -> str:
+def checkpoint_name(name: str, step: int | str) -> str:
     """What a checkpoint of a result is served as.
 
     >>> checkpoint_name("support", 40)
@@ -152,18 +152,40 @@ def checkpoint_name(name: str, step: int) -> str:
     return f"{name}.step-{step}"
 
 
-def check_result_name(name: str) -> None:
-    """Refuse names that no result can have.
+# --- why a job fails or waits -----------------------------------------------------------------------------------------
 
-    Raises:
-        RequestError: It is no name of a prefix, too long, or that of a checkpoint.
-    """
-    check_name(name)
-    if len(name) > _MAX_LENGTH:
-        raise RequestError(
-            f"the name {name[:32]!r}... has {len(name)} characters.", hint=f"use at most {_MAX_LENGTH} characters."
-        )
-    if _CHECKPOINT.search(name):
-        raise RequestError(
-            f"{name!r} is a name for a checkpoint.", hint="use a name that does not end with '.step-' and a number."
-        )
+_CODES: tuple[tuple[type[errors.PrefixError], str, str | None], ...] = (
+    (errors.DataError, "invalid_training_file", "training_file"),
+    (errors.ConfigError, "invalid_hyperparameters", None),
+    (errors.BackboneError, "unsupported_model", "model"),
+    (errors.CheckpointError, "invalid_state", None),
+    (errors.TrainingError, "training_failed", "hyperparameters.learning_rate_multiplier"),
+)
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^/'\"]+/)*")
+"""Before the name of a file."""
+
+
+def pause_reason(error: Exception) -> str:
+    """Why a job is paused by an error, as a part of a sentence: what the disk refuses may pass; empty: it fails."""
+    if isinstance(error, JobPausedError):
+        return str(error)
+    if isinstance(error, errors.DataError | errors.ConfigError | errors.BackboneError):
+        return ""
+    refused = [one for one in errors.causes(error) if isinstance(one, FolderBusyError | OSError)]
+    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in refused):
+        return "the disk of the training service is full"
+    return "a file or folder of the training service cannot be used now" if refused else ""
+
+
+def failure_of(error: Exception) -> JobError:
+    """What a job's owner is told of the error that ended it: without any path of the machine."""
+    if errors.is_out_of_memory(error):
+        message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
+        return JobError(code="out_of_memory", message=message, param="hyperparameters.batch_size")
+    for kind, code, param in _CODES:
+        if isinstance(error, kind):
+            # A hint may name an option of a command line, which is not the reader's.
+            message = _FOLDERS.sub("", error.message if "--" in error.hint else str(error))
+            return JobError(code=code, message=message[:1000], param=param)
+    message = "the training failed for a reason that was not foreseen; the service's log has it."
+    return JobError(code="internal_error", message=message)

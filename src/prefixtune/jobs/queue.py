@@ -7,10 +7,11 @@ cancelled workflow is a paused job, as it may be resumed. One that is marked as 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobState, JobStatus
@@ -19,10 +20,9 @@ if TYPE_CHECKING:
     from dbos import WorkflowStatus
 
 APPLICATION, WORKFLOW = "prefixtune", "train"
-PROTOCOL = "3"
+PROTOCOL = "4"
 """What workers understand. Raised when a job's stored form changes: a worker takes no job of another version."""
 
-_T = TypeVar("_T")
 _STATES: dict[str, JobStatus] = {
     "ENQUEUED": "queued",
     "DELAYED": "queued",
@@ -47,41 +47,30 @@ def queue_name(backbone: str) -> str:
     return f"train-{backbone}"
 
 
-def migrate(database_url: str) -> None:
-    """Make the database's tables, or bring them up to date; safe beside others that do the same.
-
-    Raises:
-        QueueUnavailableError: It cannot be reached.
-    """
-    from dbos import DBOS
-
-    _reach(lambda: DBOS.migrate(database_url))
-
-
 class JobQueue:
     """All jobs, for those who ask and look; every method may wait for the database, so call it in a thread.
 
     Args:
-        database_url: `sqlite:///...` or `postgresql://...`; its tables exist (`migrate`).
+        database_url: `sqlite:///...` or `postgresql://...`; its tables are made or brought up to date.
 
     Raises:
         QueueUnavailableError: The database cannot be reached; every method may raise it, too.
     """
 
     def __init__(self, database_url: str) -> None:
-        from dbos import DBOSClient, DBOSPortableJSONSerializer
+        from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer
 
         # Its warnings hold statements with their values, and callers say themselves that the database is away.
         logging.getLogger("dbos").setLevel(logging.ERROR)
-        self._client: DBOSClient = _reach(
-            lambda: DBOSClient(
+        with _reaching():
+            DBOS.migrate(database_url)
+            self._client = DBOSClient(
                 system_database_url=database_url,
                 # The default is pickle, which runs code.
                 serializer=DBOSPortableJSONSerializer(),
                 application_name=APPLICATION,
                 retry_connection_errors=False,
             )
-        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -91,47 +80,42 @@ class JobQueue:
 
     def add(self, job: Job) -> None:
         """Queue a job; one with an id that is queued already is the same job."""
-        _reach(
-            lambda: self._client.enqueue(
-                {
-                    "workflow_name": WORKFLOW,
-                    "queue_name": queue_name(job.backbone),
-                    "queue_partition_key": job.owner,
-                    "workflow_id": job.id,
-                    "app_version": PROTOCOL,
-                    "authenticated_user": job.owner,
-                    "attributes": {_CANCELLED: False},
-                },
-                job.model_dump(mode="json"),
-            )
-        )
+        options: Any = {
+            "workflow_name": WORKFLOW,
+            "queue_name": queue_name(job.backbone),
+            "queue_partition_key": job.owner,
+            "workflow_id": job.id,
+            "app_version": PROTOCOL,
+            "authenticated_user": job.owner,
+            "attributes": {_CANCELLED: False},
+        }
+        with _reaching():
+            self._client.enqueue(options, job.model_dump(mode="json"))
 
     def cancel(self, job_id: str) -> JobState:
         """Cancel a job for good, wherever it stands; one that has ended stays as it is. Returns how it stands then."""
-        _reach(lambda: self._client.cancel_workflow(job_id))
-        if self.get(job_id).status not in ENDED:
-            # Now nobody goes on with it, even if somebody resumes it in the same moment.
-            _reach(lambda: self._client.update_workflow_attributes(job_id, {_CANCELLED: True}, merge=True))
+        if self.pause(job_id).status not in ENDED:
+            with _reaching():
+                self._client.update_workflow_attributes(job_id, {_CANCELLED: True}, merge=True)
+            if self._list(workflow_ids=[job_id], status=_ACTIVE):
+                # Somebody has resumed it in the same moment.
+                self.pause(job_id)
         return self.get(job_id)
 
     def pause(self, job_id: str) -> JobState:
         """Stop a job that waits or runs so that it can be resumed; returns how it stands then."""
-        _reach(lambda: self._client.cancel_workflow(job_id))
+        with _reaching():
+            self._client.cancel_workflow(job_id)
         return self.get(job_id)
 
     def resume(self, job_id: str) -> JobState:
-        """Queue a paused job again; returns how it stands then."""
+        """Queue a job again that is paused, or that nobody trains any more; returns how it stands then."""
         queue = queue_name(self.get(job_id).job.backbone)
-        _reach(lambda: self._client.resume_workflow(job_id, queue_name=queue))
-        return self.get(job_id)
-
-    def give_back(self, worker: str, backbone: str) -> list[str]:
-        """Queue the jobs of a worker that trains no more again; returns their ids."""
-        queue = queue_name(backbone)
-        ids = [job.workflow_id for job in self._list(status="PENDING", queue_name=queue, executor_id=worker)]
-        if ids:
-            _reach(lambda: self._client.resume_workflows(ids, queue_name=queue))
-        return ids
+        with _reaching():
+            self._client.resume_workflow(job_id, queue_name=queue)
+        state = self.get(job_id)
+        # Nobody goes on with it if it was cancelled in the same moment.
+        return self.pause(job_id) if state.status == "cancelled" else state
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -149,34 +133,34 @@ class JobQueue:
         """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
         for offset in itertools.count(0, _PAGE):
             page = self._list(user=owner, sort_desc=True, limit=_PAGE, offset=offset)
-            yield from map(_state, page)
+            yield from page
             if len(page) < _PAGE:
                 return
 
     def unfinished(self) -> list[JobState]:
         """All jobs that have not ended, the oldest first."""
-        found = map(_state, self._list(status=[*_ACTIVE, "CANCELLED"]))
-        return [state for state in found if state.status not in ENDED]
+        return [state for state in self._list(status=[*_ACTIVE, "CANCELLED"]) if state.status not in ENDED]
 
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""
         return bool(self._list(queue_name=queue_name(backbone), status=_ACTIVE, app_version=PROTOCOL, limit=1))
 
-    def workers(self, backbone: str) -> set[str]:
-        """The names of workers that have jobs of a backbone; some may be dead."""
-        return {job.executor_id or "" for job in self._list(queue_name=queue_name(backbone), status="PENDING")}
+    def running(self, backbone: str) -> list[JobState]:
+        """The jobs of a backbone that workers have; some of these may be dead."""
+        return self._list(queue_name=queue_name(backbone), status="PENDING")
 
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """How jobs stand, by their ids; those that do not exist are left out."""
-        pages = (list(job_ids[start : start + _PAGE]) for start in range(0, len(job_ids), _PAGE))
-        return {job.workflow_id: _state(job) for page in pages for job in self._list(workflow_ids=page)}
+        return {state.job.id: state for state in (self._list(workflow_ids=list(job_ids)) if job_ids else ())}
 
-    def _list(self, **query: Any) -> list[WorkflowStatus]:
+    def _list(self, **query: Any) -> list[JobState]:
         """Jobs, the oldest first."""
-        return _reach(lambda: self._client.list_workflows(name=WORKFLOW, **query))
+        with _reaching():
+            return list(map(_state, self._client.list_workflows(name=WORKFLOW, **query)))
 
 
-def _reach(action: Callable[[], _T]) -> _T:
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
     """Do something with the database; what its library raises when it is away becomes one error.
 
     Raises:
@@ -185,13 +169,11 @@ def _reach(action: Callable[[], _T]) -> _T:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return action()
+        yield
     except SQLAlchemyError as error:
         # The library's message may hold the database's address and its password.
         reason = type(getattr(error, "orig", None) or error).__name__
-        raise QueueUnavailableError(
-            f"the database of jobs cannot be reached ({reason}).", hint="try again later."
-        ) from error
+        raise QueueUnavailableError(f"the database of jobs cannot be reached ({reason}).", hint="try later.") from error
 
 
 def _state(workflow: WorkflowStatus) -> JobState:

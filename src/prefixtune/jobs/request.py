@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.distillation.config import SELF, DistillConfig
-from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.job import Job, check_result_name
+from prefixtune.errors import PrefixError
+from prefixtune.jobs.job import Job, RefusedError
 from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.training.presets import preset, without_conflicts
@@ -15,8 +16,12 @@ from prefixtune.training.presets import preset, without_conflicts
 if TYPE_CHECKING:
     from prefixtune.jobs.files import StoredFile
 
-_PLACEHOLDERS = frozenset({"train", "dev", "document", "questions", "output", "init_prefix"})
-"""Paths, which the worker fills in."""
+_PATHS = frozenset({"train", "dev", "document", "questions", "output", "init_prefix"})
+"""Fields that the worker fills in."""
+_NAME = re.compile(r"(?!.*\.step-[0-9]+\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,111}")
+"""Of a result: so that `.step-N` can follow it, and not the name of a checkpoint."""
+_OF_START = ("start", "prefix_length", "init_text", "init_examples")
+"""Options that a prefix to go on from has itself."""
 _QUICK_TARGETS, _FEWEST_EXAMPLES = range(8, 201), 4
 _FEWEST_STEPS, _EPOCHS = 24, 5
 _EVALUATIONS = 8
@@ -27,19 +32,6 @@ _MOST_QUESTIONS = 1000
 """Without an answer, which the model has to write."""
 _CHARACTERS_OF_WINDOW = 2048
 """Of a text that is learned in windows; an estimate."""
-
-
-class JobRefusedError(RequestError):
-    """A request for a job is wrong.
-
-    Attributes:
-        param: The field at fault.
-        code: For programs; None: there is none.
-    """
-
-    def __init__(self, param: str, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.code = param, code
 
 
 def settle_job(
@@ -64,7 +56,7 @@ def settle_job(
         start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
 
     Raises:
-        JobRefusedError: Something is wrong with the request.
+        RefusedError: Something is wrong with the request.
     """
     options, facts = asked.extension, training.facts
     numbers = {name: value for name, value in hyperparameters.items() if value != "auto"}
@@ -90,7 +82,7 @@ def settle_job(
     if steps > max_steps:
         message = f"{steps:,} steps are asked for, but a job of this key may take {max_steps:,} (max_steps)."
         param = "prefixtune.max_steps" if "max_steps" in options else "hyperparameters.n_epochs"
-        raise JobRefusedError(param, message, "too_many_steps")
+        raise RefusedError(param, message, "too_many_steps")
     values |= {"batch_size": batch_size, "max_steps": steps, "seed": asked.seed}
     if "learning_rate_multiplier" in numbers:
         values["learning_rate"] = usual_rate * numbers["learning_rate_multiplier"]
@@ -102,7 +94,7 @@ def settle_job(
     settled: dict[str, Any] = {
         "name": _result_name(asked),
         "kind": "document" if is_document else "examples",
-        "config": config.model_dump(mode="json", include=set(config.model_fields_set) - _PLACEHOLDERS),
+        "config": config.model_dump(mode="json", include=set(config.model_fields_set) - _PATHS),
         "training_file": training.id,
         "validation_file": validation.id if validation else "",
         "questions_file": questions.id if questions else "",
@@ -122,11 +114,9 @@ def settle_job(
 def _result_name(asked: Job) -> str:
     """What the result will be served as."""
     name = str(asked.extension.get("name") or f"{asked.suffix or 'ft'}-{asked.id[-8:]}")
-    try:
-        check_result_name(name)
-    except RequestError as error:
-        param = "prefixtune.name" if "name" in asked.extension else "suffix"
-        raise JobRefusedError(param, error.message, "invalid_name") from None
+    if not _NAME.fullmatch(name):
+        message = f"{name[:128]!r} is no name: use at most 112 letters, digits, '.', '_' and '-', without '.step-N'."
+        raise RefusedError("prefixtune.name" if "name" in asked.extension else "suffix", message, "invalid_name")
     return name
 
 
@@ -134,41 +124,30 @@ def _check_file(param: str, file: StoredFile, form: str | None) -> None:
     """Refuse a file that cannot be read in a form; None: as a document."""
     code, forms = f"invalid_{param.removeprefix('prefixtune.')}", file.facts.forms if file.facts else []
     if file.status != "processed":
-        message = f"{file.id} cannot be trained on: {file.status_details.rstrip('.')}. Upload a corrected file."
-        raise JobRefusedError(param, message, code)
-    if form is None:
-        return
-    if not form and forms:
-        raise JobRefusedError("prefixtune.form", f"'training_file' can be read as {forms}; say which by this option.")
-    if form not in forms or file.purpose != "fine-tune":
-        raise JobRefusedError(param, f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", code)
+        what = file.status_details.rstrip(".")
+        raise RefusedError(param, f"{file.id} cannot be trained on: {what}. Upload a corrected file.", code)
+    if form == "" and forms:
+        raise RefusedError("prefixtune.form", f"'training_file' can be read as {forms}; say which by this option.")
+    if form is not None and (form not in forms or file.purpose != "fine-tune"):
+        raise RefusedError(param, f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", code)
 
 
 def _check_options(
-    asked: Job,
-    numbers: Mapping[str, Any],
-    questions: StoredFile | None,
-    start_lengths: Mapping[str, int] | None,
+    asked: Job, numbers: Mapping[str, Any], questions: StoredFile | None, start_lengths: Mapping[str, int] | None
 ) -> None:
     """Refuse options that mean nothing in this job, or do not go together."""
     options, facts = asked.extension, questions.facts if questions else None
-    begun = ("start", "prefix_length", "init_text", "init_examples") if start_lengths is not None else ()
+    begun = [name for name in _OF_START if name in options and start_lengths is not None]
+    unanswered = facts.rows - facts.targets if facts else 0
     for name, is_wrong, message in (
-        *(
-            (name, name in options, f"training goes on from {asked.model!r}, which has its own {name}")
-            for name in begun
-        ),
+        *((name, True, f"training goes on from {asked.model!r}, which has its own {name}") for name in begun),
         # A command line would read a file.
-        ("init_text", str(options.get("init_text", "")).startswith("@"), "init_text must not begin with '@'"),
+        ("init_text", str(options.get("init_text")).startswith("@"), "init_text must not begin with '@'"),
         ("max_steps", "n_epochs" in numbers and "max_steps" in options, "both n_epochs and max_steps are given"),
-        (
-            "questions",
-            facts is not None and facts.rows - facts.targets > _MOST_QUESTIONS,
-            f"the model answers at most {_MOST_QUESTIONS:,} questions that have no answer",
-        ),
+        ("questions", unanswered > _MOST_QUESTIONS, f"at most {_MOST_QUESTIONS:,} questions may have no answer"),
     ):
         if is_wrong:
-            raise JobRefusedError(f"prefixtune.{name}", f"{message}.")
+            raise RefusedError(f"prefixtune.{name}", f"{message}.")
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -179,21 +158,18 @@ def _num_targets(file: StoredFile, form: str | None, options: Mapping[str, Any])
     assert file.facts is not None
     if file.purpose == "document":
         return int(options.get("num_questions", DistillConfig.default("num_questions")))
-    if form is None:
-        return file.facts.rows
     # Texts are learned in windows.
     windows = file.facts.characters // _CHARACTERS_OF_WINDOW if form == "text" else 0
-    return max(file.facts.targets or file.facts.rows, windows)
+    return max((file.facts.targets if form else 0) or file.facts.rows, windows)
 
 
 def _given_values(asked: Job, form: str | None, start_lengths: Mapping[str, int] | None) -> dict[str, Any]:
     """What the request says, as the configuration calls it."""
     no_config = ("name", "document", "questions") if form is None else ("name", "preset")
-    given = {name: value for name, value in asked.extension.items() if name not in no_config}
+    names = {"start": "initialization"}
+    given = {names.get(name, name): value for name, value in asked.extension.items() if name not in no_config}
     if form is not None:
         given["form"] = form
-    if "start" in given:
-        given["initialization"] = given.pop("start")
     if start_lengths is not None:
         length, sites = max(start_lengths.values()), spell_lengths(start_lengths)
         given |= {"initialization": "prefix", "init_prefix": "start", "prefix_length": length, "sites": sites}
@@ -216,7 +192,7 @@ def _preset_values(
     if chosen is None:
         return {}
     message = f"the preset 'quick' is for at least {_FEWEST_EXAMPLES} examples whose targets are texts."
-    raise JobRefusedError("prefixtune.preset", message)
+    raise RefusedError("prefixtune.preset", message)
 
 
 def _validate(values: Mapping[str, Any], *, is_document: bool) -> TrainConfig:
@@ -226,4 +202,4 @@ def _validate(values: Mapping[str, Any], *, is_document: bool) -> TrainConfig:
             return DistillConfig(**values, output="run", document="document", questions=SELF)
         return TrainConfig(**values, output="run", train="train")
     except PrefixError as error:
-        raise JobRefusedError("prefixtune", error.message.replace("initialization", "start")) from None
+        raise RefusedError("prefixtune", error.message.replace("initialization", "start")) from None

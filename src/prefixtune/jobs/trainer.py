@@ -1,4 +1,4 @@
-"""The steps of a job's workflow: train it, publish what it has trained.
+"""The steps of a job's workflow: train it, publish what it has trained; and what its owner is told of it.
 
 The worker may be killed at any moment: whoever claims the job next goes on from its last saved state.
 """
@@ -6,41 +6,32 @@ The worker may be killed at any moment: whoever claims the job next goes on from
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dbos import PortableWorkflowError
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import (
-    BackboneError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    PrefixError,
-    RequestError,
-    TrainingError,
-    causes,
-    is_out_of_memory,
-)
-from prefixtune.jobs.events import JobEvents
+from prefixtune.distillation.config import SELF, DistillConfig
+from prefixtune.distillation.distill import open_memory
+from prefixtune.errors import BackboneError, PrefixError, TrainingError
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder
-from prefixtune.jobs.job import Job, JobError, JobPausedError
-from prefixtune.jobs.publish import publish
+from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
+from prefixtune.jobs.job import Job, failure_of, pause_reason
+from prefixtune.jobs.publish import keep_checkpoint, publish
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
-from prefixtune.jobs.run import Reporter, open_job
-from prefixtune.prefix.folder import FolderBusyError
+from prefixtune.prefix.fingerprint import fingerprints_match
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.prepare import prepare
 from prefixtune.training.run import Run
 from prefixtune.training.run_folder import Event
 from prefixtune.training.together import positions_at_once
+from prefixtune.utils.console import Console, Progress
 
 Step = Callable[[str, Callable[[], Any]], Any]
 """Does a step of a workflow, of this name, or returns what it left when it was done before."""
@@ -49,6 +40,13 @@ MAX_ATTEMPTS = 5
 """How often a job is begun without getting any further: one that kills its worker each time must end."""
 _ASK_SECONDS, _AWAY_SECONDS = 0.5, 3.0
 """Between two questions to the database, and after one that it did not answer."""
+_MOST_SAVES, _MOST_LOST = 50, 100
+"""A run's state is saved so often, and at least after so many steps: a kill loses no more."""
+_MOST_STEPS_TOLD = 2000
+"""Of a longer run, every second step is an event, or every third ..."""
+OnProgress = Callable[[str, int, int | None], None]
+"""Called with what is being prepared, how much of it is done, and how much there is."""
+_T = TypeVar("_T")
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -72,7 +70,6 @@ class Trainer:
         stop: Ends the work after the running step.
         max_bytes: Largest prefix that servers take.
         idle_since: When the last job was left, by the monotonic clock.
-        claims: Who trains a job here, by its id.
     """
 
     data: DataFolder
@@ -83,7 +80,6 @@ class Trainer:
     stop: threading.Event
     max_bytes: int = 2**30
     idle_since: float = field(default_factory=time.monotonic)
-    claims: dict[str, _Claim] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -98,8 +94,7 @@ class Trainer:
             PortableWorkflowError: It failed.
             LeftError: It was left.
         """
-        # An earlier claim of the same job notices that it holds no more.
-        claim = self.claims[job.id] = _Claim(job, self)
+        claim = _Claim(job, self)
         with self._turn:
             try:
                 step("train", lambda: claim.guard(claim.train))
@@ -109,22 +104,16 @@ class Trainer:
                 with contextlib.suppress(OSError):
                     claim.attempts.unlink(missing_ok=True)
                 note("job_left", job=job.id, status=claim.status)
-                if claim.status == "cancelled":
-                    # Somebody may have resumed it in the same moment.
-                    with contextlib.suppress(QueueUnavailableError, RequestError):
-                        self.jobs.cancel(job.id)
                 raise
             finally:
                 self.idle_since = time.monotonic()
-                if self.claims.get(job.id) is claim:
-                    del self.claims[job.id]
         claim.tell("The job has succeeded.", key="succeeded")
         note("job_succeeded", job=job.id, model=job.name, steps=result["steps"])
         return result
 
 
 class _Claim:
-    """A claim of a job: holds until the job is stopped, or claimed again."""
+    """A job that this worker has claimed, until it is stopped or another worker has it."""
 
     def __init__(self, job: Job, trainer: Trainer) -> None:
         self.job, self.trainer, self.folder = job, trainer, trainer.data.job(job.id)
@@ -134,51 +123,46 @@ class _Claim:
     # --- the steps ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train the job's run to its end, from where an earlier worker left it."""
+        """Train the job's run to its end, from where an earlier worker left it; or leave it with its state saved."""
         # A byte for each worker that begins, before it does anything that may kill it.
         with self.attempts.open("ab") as file:
             if file.tell() >= MAX_ATTEMPTS:
                 raise TrainingError(f"{MAX_ATTEMPTS} workers in a row ended while they trained this job.")
             file.write(b".")
         with open_job(self.job, self.folder, self.trainer.backbone, self._prepare) as run:
-            self._take_steps(run)
+            loop, leave = run.loop, threading.Event()
+            loop.most_positions = positions_at_once(self.trainer.backbone)
+            report, begun_at = Reporter(self.job, self.folder, run, self.events).report, loop.state.step
+            note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
+
+            def on_event(event: Event) -> None:
+                report(event)
+                if event["event"] == "save" and event["step"] > begun_at:
+                    self.attempts.unlink(missing_ok=True)
+                try:
+                    self.ask()
+                except LeftError:
+                    leave.set()
+
+            try:
+                run.train(leave, on_event)
+            except KeyboardInterrupt:
+                if self.status in ("paused", "cancelled"):
+                    self.tell(f"Training is {self.status} at step {loop.state.step}/{loop.state.total_steps}.")
+                raise LeftError from None
 
     def _prepare(self, what: str, done: int, total: int | None) -> None:
         self.ask()
         if total:
             self.events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
 
-    def _take_steps(self, run: Run) -> None:
-        """All steps that are left; or, if the job is stopped, this one: then its state is saved."""
-        loop, leave = run.loop, threading.Event()
-        loop.most_positions = positions_at_once(self.trainer.backbone)
-        report, begun_at = Reporter(self.job, self.folder, run, self.events).report, loop.state.step
-        note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
-
-        def on_event(event: Event) -> None:
-            report(event)
-            if event["event"] == "save" and event["step"] > begun_at:
-                self.attempts.unlink(missing_ok=True)
-            try:
-                self.ask()
-            except LeftError:
-                leave.set()
-
-        try:
-            run.train(leave, on_event)
-        except KeyboardInterrupt:
-            if self.status in ("paused", "cancelled"):
-                self.tell(f"Training is {self.status} at step {loop.state.step}/{loop.state.total_steps}.")
-            raise LeftError from None
-
     def publish(self) -> dict[str, Any]:
         """Publish what was trained; returns the job's result."""
-        trainer, files = self.trainer, FileStore(self.trainer.data)
         self.ask(now=True)
-        result = publish(self.job, self.folder, trainer.backbone, trainer.prefixes, files, max_bytes=trainer.max_bytes)
+        at = self.trainer
+        result = publish(self.job, self.folder, at.backbone, at.prefixes, FileStore(at.data), max_bytes=at.max_bytes)
         self.tell(f"The new model is served as {self.job.name!r}.", key="published")
-        stored: dict[str, Any] = result.model_dump(mode="json")
-        return stored
+        return result.model_dump(mode="json")
 
     # --- whether it goes on -------------------------------------------------------------------------------------------
 
@@ -192,20 +176,21 @@ class _Claim:
             LeftError: It was left, or paused.
         """
         try:
-            self.ask()
-            with contextlib.ExitStack() as stack:
-                while not stack.enter_context(self.folder.hold()):
-                    # A worker that has lost the job has not left it yet.
-                    self.ask()
-                    time.sleep(0.1)
-                return work()
+            while True:
+                self.ask()
+                with self.folder.hold() as held:
+                    if held:
+                        return work()
+                # A worker that has lost the job has not left it yet.
+                time.sleep(0.1)
         except Exception as error:
-            if reason := _pause_reason(error):
+            if reason := pause_reason(error):
                 note("job_paused", logging.WARNING, job=self.job.id, reason=str(error))
                 self.tell(f"The job is paused: {reason}. Resume it when that has changed.", level="warn")
-                self._pause()
+                self.ask(now=True)
+                self._reach(lambda: self.trainer.jobs.pause(self.job.id))
                 raise LeftError from None
-            failed = _failure(error)
+            failed = failure_of(error)
             unforeseen = error if failed.code == "internal_error" else None
             note("job_failed", logging.WARNING, unforeseen, job=self.job.id, reason=str(error))
             self.tell(f"The job has failed: {failed.message}", level="error", key="failed")
@@ -213,43 +198,31 @@ class _Claim:
             raise PortableWorkflowError(failed.message, "JobFailedError", failed.code, failed.model_dump()) from None
 
     def ask(self, *, now: bool = False) -> None:
-        """See whether the job is still this claim's to train: from time to time or, if it must be known, at once.
-
-        While the database does not answer, nothing goes on.
+        """See whether the job is still this worker's to train: from time to time or, if it must be known, at once.
 
         Raises:
             LeftError: It is not, or the worker is to end.
         """
-        trainer = self.trainer
-        while not trainer.stop.is_set() and trainer.claims.get(self.job.id) is self:
-            if time.monotonic() < self._ask_at and not now:
-                return
-            try:
-                state = trainer.jobs.states([self.job.id]).get(self.job.id)
-            except QueueUnavailableError as error:
-                self._wait(error)
-                continue
+        if now or time.monotonic() >= self._ask_at or self.trainer.stop.is_set():
+            state = self._reach(lambda: self.trainer.jobs.states([self.job.id])).get(self.job.id)
             self._ask_at = time.monotonic() + _ASK_SECONDS
             self.status = state.status if state else "deleted"
-            if state and (state.status, state.worker) == ("running", trainer.worker):
-                return
-            break
-        raise LeftError
+            if state is None or (state.status, state.worker) != ("running", self.trainer.worker):
+                raise LeftError
 
-    def _pause(self) -> None:
-        """Pause the job as its owner would, once the database answers; not if it was stopped meanwhile."""
-        while True:
-            self.ask(now=True)
+    def _reach(self, action: Callable[[], _T]) -> _T:
+        """Do something with the database; while it does not answer, as where it is on a full disk, nothing goes on.
+
+        Raises:
+            LeftError: The worker is to end.
+        """
+        while not self.trainer.stop.is_set():
             try:
-                self.trainer.jobs.pause(self.job.id)
-                return
+                return action()
             except QueueUnavailableError as error:
-                # As where the database is on the full disk, and can be read only.
-                self._wait(error)
-
-    def _wait(self, error: QueueUnavailableError) -> None:
-        note("database_away", logging.WARNING, reason=error.message)
-        self.trainer.stop.wait(_AWAY_SECONDS)
+                note("database_away", logging.WARNING, reason=error.message)
+                self.trainer.stop.wait(_AWAY_SECONDS)
+        raise LeftError
 
     def tell(self, message: str, **options: Any) -> None:
         """Tell the job's owner something, if the disk lets one."""
@@ -262,40 +235,93 @@ def note(event: str, level: int = logging.INFO, error: Exception | None = None, 
     _log.log(level, event, exc_info=error, extra={"fields": fields})
 
 
-# --- why a job ends or waits ------------------------------------------------------------------------------------------
-
-_CODES: tuple[tuple[type[PrefixError], str, str | None], ...] = (
-    (DataError, "invalid_training_file", "training_file"),
-    (ConfigError, "invalid_hyperparameters", None),
-    (BackboneError, "unsupported_model", "model"),
-    (CheckpointError, "invalid_state", None),
-    (TrainingError, "training_failed", "hyperparameters.learning_rate_multiplier"),
-)
-_FOLDERS = re.compile(r"(?<![\w.])/(?:[^/'\"]+/)*")
-"""Before the name of a file."""
+# --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _pause_reason(error: Exception) -> str:
-    """Why a job is paused by an error, as a part of a sentence: what the disk refuses may pass; empty: it fails."""
-    if isinstance(error, JobPausedError):
-        return str(error)
-    refused = [one for one in causes(error) if isinstance(one, FolderBusyError | OSError)]
-    if not refused or isinstance(error, DataError | ConfigError | BackboneError):
-        return ""
-    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in refused):
-        return "the disk of the training service is full"
-    return "a file or folder of the training service cannot be used now"
+def open_job(
+    job: Job, folder: JobFolder, backbone: Backbone, on_progress: OnProgress
+) -> contextlib.AbstractContextManager[Run]:
+    """The run of a job, ready to train; it goes on where an earlier worker left it.
+
+    Args:
+        job: What was asked for.
+        folder: Its folder, which nobody else uses.
+        backbone: What it is trained on.
+        on_progress: Called while a document's questions and answers are made.
+
+    Raises:
+        BackboneError: The job is for other weights.
+        PrefixError: As `prepare` and `open_memory` do.
+    """
+    if job.fingerprint and not fingerprints_match(job.fingerprint, backbone.fingerprint):
+        message = "the worker's model has other weights than the server's."
+        raise BackboneError(message, hint="give both the same backbone.")
+    inputs = {path.name.partition(".")[0]: str(path) for path in folder.inputs.iterdir()}
+    save_every = min(_MOST_LOST, max(1, int(job.config.get("max_steps", 0)) // _MOST_SAVES))
+    values = {**job.config, **inputs, "backbone": backbone.name, "output": str(folder.run), "save_every": save_every}
+    if job.kind == "document":
+        return open_memory(DistillConfig(**{"questions": SELF, **values}), backbone, _Reporting(on_progress))
+    return prepare(TrainConfig(**values), backbone, resume=True)
 
 
-def _failure(error: Exception) -> JobError:
-    """What a job's owner is told of the error that ended it: without any path of the machine."""
-    if is_out_of_memory(error):
-        message = "a training step needs more memory than there is; choose a smaller batch_size or shorter examples."
-        return JobError(code="out_of_memory", message=message, param="hyperparameters.batch_size")
-    for kind, code, param in _CODES:
-        if isinstance(error, kind):
-            # A hint may name an option of a command line, which is not the reader's.
-            message = _FOLDERS.sub("", error.message if "--" in error.hint else str(error))
-            return JobError(code=code, message=message[:1000], param=param)
-    message = "the training failed for a reason that was not foreseen; the service's log has it."
-    return JobError(code="internal_error", message=message)
+class Reporter:
+    """Reports the events of a run.
+
+    Args:
+        job: What is trained.
+        folder: Its folder.
+        run: Ready or resumed.
+        events: What its owner sees.
+    """
+
+    def __init__(self, job: Job, folder: JobFolder, run: Run, events: JobEvents) -> None:
+        self._job, self._folder, self._loop, self._events = job, folder, run.loop, events
+        self._trained_tokens = sum(event.get("target_tokens", 0) for event in run.events)
+        self._loss: float | None = None
+        self._opened, self._begun_at = time.monotonic(), run.loop.state.step
+
+    def report(self, event: Event) -> None:
+        """Report an event, right after it happened.
+
+        Raises:
+            PrefixError: It cannot be written.
+        """
+        step, total = self._loop.state.step, self._loop.state.total_steps
+        match event["event"]:
+            case "start":
+                self._events.add("Training has started.", key="started")
+            case "resume":
+                self._events.add(f"Training goes on at step {step}/{total}.")
+            case "step":
+                self._trained_tokens += event["target_tokens"]
+                self._loss = event["loss_per_token"]
+                if step % -(-total // _MOST_STEPS_TOLD) == 0 or step in (1, total):
+                    # By what the steps of this worker took, with their evaluations and states.
+                    seconds = (time.monotonic() - self._opened) / (step - self._begun_at)
+                    figures = {"learning_rate": event["lr"], "seconds": event["seconds"]}
+                    figures |= {"seconds_left": (total - step) * seconds, "trained_tokens": self._trained_tokens}
+                    self._add_metrics("training", {"train_loss": event["loss_per_token"], **figures})
+            case "evaluation":
+                keep_checkpoint(self._job, self._folder, self._loop, event, self._loss)
+                if "loss" in event:
+                    figures = {name: event[name] for name in ("best_loss", "best_step")}
+                    self._add_metrics("validation", {"valid_loss": event["loss"], **figures})
+
+    def _add_metrics(self, what: str, figures: dict[str, float]) -> None:
+        step, total = self._loop.state.step, self._loop.state.total_steps
+        message = f"Step {step}/{total}: {what} loss={next(iter(figures.values())):.2f}"
+        self._events.add(message, data={"step": step, "total_steps": total, **figures}, key=f"{what}/{step}")
+
+
+class _Reporting(Console):
+    """Reports progress to a function instead of people."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        super().__init__(quiet=True)
+        self._on_progress = on_progress
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int | None, *, start: int = 0) -> Iterator[Progress]:
+        """Report the progress of the block."""
+        self._on_progress(title, start, total)
+        yield Progress(lambda step, figures: self._on_progress(title, step, total))

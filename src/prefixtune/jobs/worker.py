@@ -1,8 +1,8 @@
 """A worker: one process that trains the jobs of a queue one after the other, one process per device.
 
-It may be killed at any moment. Its name is its executor's in DBOS: started again under the same name, it goes on with
-its jobs. It holds a lock of that name, which the system lets go however it ends; whoever finds such a lock free queues
-the jobs of that worker again. Asked to end, it saves, and gives its job back within seconds.
+It may be killed at any moment. Whoever trains a job holds a lock in the job's folder, which the system lets go however
+the worker ends: the others queue a job again whose lock they find free. The worker's name is its executor's in DBOS:
+started again under the same name, it goes on with its jobs. Asked to end, it saves, and gives its job back in seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -31,17 +32,15 @@ from prefixtune.errors import PrefixError
 from prefixtune.jobs.config import WorkerConfig, jobs_folder
 from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import ENDED, Job, JobState
-from prefixtune.jobs.publish import remove_checkpoints, take_back
-from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, migrate, queue_name
+from prefixtune.jobs.publish import take_back
+from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, queue_name
 from prefixtune.jobs.trainer import Trainer, note
-from prefixtune.prefix.folder import ENDING, remove_abandoned_copies
-from prefixtune.utils.files import reporting_write_errors
-from prefixtune.utils.locks import acquire_lock
+from prefixtune.prefix.folder import ENDING
+from prefixtune.utils.files import remove_abandoned, reporting_write_errors
 
 _POLLING_SECONDS, _LOOK_SECONDS = 0.5, 0.2
-_CHORE_SECONDS = 3.0
-_PATIENCE = 5.0
-"""Seconds that a worker waits for the lock of the name that it was given: the one before may just be ending."""
+_CHORE_SECONDS, _ORPHAN_SECONDS = 3.0, 86_400.0
+"""Between two looks at what others left; and the age of a job's folder that is removed, as no such job was queued."""
 
 
 def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
@@ -52,39 +51,33 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
-        PrefixError: The backbone cannot be loaded, the data folder cannot be used, another worker has the name, or the
-            database cannot be reached at the start: whoever starts the worker starts it again.
+        PrefixError: The backbone cannot be loaded, the data folder cannot be used, or the database cannot be reached at
+            the start: whoever starts the worker starts it again.
     """
     data = DataFolder(jobs_folder(config.data_folder, config.prefixes))
     with reporting_write_errors(data.root):
-        data.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        data.workers.mkdir(exist_ok=True)
+        data.make()
     url = config.database_url or f"sqlite:///{data.database}"
     backbone, identity = _load(config), backbone_identity(config.backbone)
-    prefixes = Path(config.prefixes).absolute()
-    migrate(url)
-    with contextlib.ExitStack() as stack:
-        jobs = JobQueue(url)
-        stack.callback(jobs.close)
-        name = stack.enter_context(hold_name(data.workers, config.name))
-        max_bytes = config.cache_mib * 2**20
-        trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=max_bytes)
-        # Under its name, the next worker takes them up all the same.
-        stack.callback(_try, lambda: jobs.give_back(name, identity))
-        stack.enter_context(launch(url, name, identity, trainer.run))
-        note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
-        due = 0.0
-        while not stop.wait(_LOOK_SECONDS):
-            if time.monotonic() >= due:
-                _try(lambda: take_over(jobs, data.workers, name, identity))
-                _try(lambda: clear_ended(data, jobs, prefixes))
-                due = time.monotonic() + _CHORE_SECONDS
-            idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
-            if 0 < config.idle_seconds <= idle:
-                stop.set()
-        note("worker_stopping", worker_name=name)
-        while trainer.is_busy:
-            time.sleep(_LOOK_SECONDS)
+    machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
+    prefixes, name = Path(config.prefixes).absolute(), config.name or f"{machine}-{secrets.token_hex(3)}"
+    with contextlib.closing(JobQueue(url)) as jobs:
+        trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=config.cache_mib * 2**20)
+        with launch(url, name, identity, trainer.run):
+            note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
+            due = 0.0
+            while not stop.wait(_LOOK_SECONDS):
+                if time.monotonic() >= due:
+                    _try(lambda: take_over(jobs, data, identity, but=name))
+                    _try(lambda: clear_ended(data, jobs, prefixes))
+                    due = time.monotonic() + _CHORE_SECONDS
+                idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
+                if 0 < config.idle_seconds <= idle:
+                    stop.set()
+            note("worker_stopping", worker_name=name)
+            while trainer.is_busy:
+                time.sleep(_LOOK_SECONDS)
+        _try(lambda: take_over(jobs, data, identity))
 
 
 def _load(config: WorkerConfig) -> Backbone:
@@ -149,44 +142,6 @@ def launch(
         DBOS.destroy(workflow_completion_timeout_sec=0)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def hold_name(locks: Path, wanted: str = "") -> Iterator[str]:
-    """Hold a worker's name while the block runs; yields it.
-
-    Args:
-        locks: The folder of all workers' locks.
-        wanted: The name; empty: this machine's, with the first number that no other worker has.
-
-    Raises:
-        PrefixError: Another worker has it, or the folder cannot be used.
-    """
-    machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
-    for name in [wanted] if wanted else [f"{machine}-{number}" for number in range(1, 100)]:
-        with reporting_write_errors(locks):
-            lock = acquire_lock(locks / f"{name}.lock", _PATIENCE if wanted else 0.0)
-        if lock is not None:
-            try:
-                yield name
-            finally:
-                lock.release()
-            return
-    raise PrefixError(f"another worker is called {name!r}.", hint="give each worker a --name of its own.")
-
-
-def take_over(jobs: JobQueue, locks: Path, name: str, backbone: str) -> None:
-    """Queue the jobs of dead workers again."""
-    for other in jobs.workers(backbone) - {name}:
-        if lock := acquire_lock(locks / f"{other}.lock", 0.0):
-            try:
-                for job_id in jobs.give_back(other, backbone):
-                    note("job_taken_over", job=job_id, worker_name=other)
-            finally:
-                lock.release()
-
-
 # --- chores -----------------------------------------------------------------------------------------------------------
 
 
@@ -198,25 +153,45 @@ def _try(chore: Callable[[], object]) -> None:
         note("chore_failed", logging.WARNING, reason=str(error))
 
 
+def take_over(jobs: JobQueue, data: DataFolder, backbone: str, *, but: str = "") -> None:
+    """Queue the jobs again that workers have claimed and nobody trains: their worker has died, or is just ending.
+
+    Args:
+        jobs: The queue.
+        data: Where their folders are.
+        backbone: Whose jobs.
+        but: A worker whose jobs are left to it.
+    """
+    for state in jobs.running(backbone):
+        if state.worker != but:
+            with data.job(state.job.id).hold() as is_free:
+                if is_free:
+                    jobs.resume(state.job.id)
+                    note("job_taken_over", job=state.job.id, worker_name=state.worker)
+
+
 def clear_ended(data: DataFolder, jobs: JobQueue, prefixes: Path) -> None:
     """Remove what jobs that have ended need no more, and what one that did not succeed has published."""
-    remove_abandoned_copies(prefixes)
+    for parent in (data.files, data.jobs, prefixes):
+        remove_abandoned(parent)
     # Whoever has no inputs is not looked at again.
-    with_inputs = [path.parent.name for path in data.jobs.glob("ftjob-*/inputs")]
-    for state in jobs.states(with_inputs).values():
-        if state.status in ENDED:
-            _try(functools.partial(_clear, data.job(state.job.id), state, prefixes))
+    folders = [data.job(path.parent.name) for path in data.jobs.glob("ftjob-*/inputs")]
+    states = jobs.states([folder.root.name for folder in folders])
+    for folder in folders:
+        _try(functools.partial(_clear, folder, states.get(folder.root.name), prefixes))
 
 
-def _clear(folder: JobFolder, state: JobState, prefixes: Path) -> None:
-    with folder.hold() as held:
-        if not held:
-            return
-        if state.status != "succeeded":
-            for name in take_back(state.job, prefixes):
-                note("result_removed", job=state.job.id, model=name)
-            remove_checkpoints(folder)
-        # States, what a teacher said, and the prefix, which is published.
-        for path in folder.run.glob(f"*{ENDING}"):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(folder.inputs)
+def _clear(folder: JobFolder, state: JobState | None, prefixes: Path) -> None:
+    if state is None:
+        # The database went away before the job was queued.
+        if time.time() - folder.inputs.stat().st_mtime > _ORPHAN_SECONDS:
+            shutil.rmtree(folder.root)
+    elif state.status in ENDED:
+        with folder.hold() as held:
+            if held:
+                for name in take_back(state.job, prefixes) if state.status != "succeeded" else ():
+                    note("result_removed", job=state.job.id, model=name)
+                # States, what a teacher said, and the prefix and checkpoints, which are published.
+                for path in folder.run.rglob(f"*{ENDING}"):
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(folder.inputs)

@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from prefixtune.errors import CheckpointError, PrefixError, RequestError, first_line
 from prefixtune.prefix.prefix import read_outline
-from prefixtune.utils.files import remove_abandoned
 from prefixtune.utils.locks import file_lock
 
 ENDING = ".safetensors"
@@ -102,12 +101,6 @@ def check_regular_file(folder: Path, name: str) -> None:
     path = path_of(folder, name)
     if not stat.S_ISREG(os.stat(path).st_mode) or path.resolve().parent != folder.resolve():
         raise CheckpointError("it is no regular file in the folder.", hint="copy the file into the folder.")
-
-
-def remove_abandoned_copies(folder: Path) -> int:
-    """Remove the unfinished files of processes that were killed while they put one there; returns how many."""
-    names = {left.name[1:].rsplit(".", 2)[0] for left in folder.glob(f".*{ENDING}.*.tmp")}
-    return sum(remove_abandoned(folder, name) for name in names)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))

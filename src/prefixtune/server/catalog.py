@@ -255,11 +255,8 @@ class Catalog:
 
     # --- changing them ------------------------------------------------------------------------------------------------
 
-    def delete(self, model: str, caller: Caller) -> JobOrigin | None:
+    def delete(self, model: str, caller: Caller) -> None:
         """Remove what a job made, a result together with its checkpoints; admins remove any prefix.
-
-        Returns:
-            The job that had made it.
 
         Raises:
             ApiError: There is no such model, or it is not the caller's.
@@ -281,4 +278,3 @@ class Catalog:
             # Somebody else may have deleted it.
             with contextlib.suppress(RequestError):
                 self.store.delete(name)
-        return origin

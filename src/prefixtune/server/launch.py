@@ -26,6 +26,7 @@ from prefixtune.server.logs import configure_logging, log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training_worker import STOP_SECONDS, TrainingWorker, start_worker
 from prefixtune.utils.console import Console
+from prefixtune.utils.files import remove_abandoned
 
 if TYPE_CHECKING:
     from prefixtune.engine.base import Engine
@@ -78,7 +79,6 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
     # Slow imports: errors of the folder and the address come before them.
     from prefixtune.backbone.load import load_tokenizer
     from prefixtune.inference.prompts import newline_tokens
-    from prefixtune.server.api.models import clear_uploads
     from prefixtune.server.prefixes import PrefixFolder
     from prefixtune.server.state import ServerState
 
@@ -93,7 +93,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
         backbone = worker.backbone
         console.info(f"{config.num_slots} texts at once, of {worker.max_length:,} positions at most (fewer take less)")
     store = PrefixFolder(config.prefixes, backbone, max_bytes=config.cache_mib * 2**20)
-    clear_uploads(store.folder)
+    # Those of another replica that serves the same folder are locked.
+    remove_abandoned(store.folder)
     state = ServerState(config, backbone, store, worker)
     if worker is not None:
         # Both take a moment, for which the first request should not wait.

@@ -16,10 +16,8 @@ from fastapi.concurrency import run_in_threadpool
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder, is_job_id
-from prefixtune.jobs.publish import remove_checkpoints
-from prefixtune.jobs.queue import JobQueue, QueueUnavailableError, migrate
-from prefixtune.prefix.header import JobOrigin
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.server.auth import Caller, Gate
 from prefixtune.server.logs import log
 from prefixtune.server.responses import unavailable
@@ -98,24 +96,13 @@ class Training:
         with self._opening:
             if self._queue is None:
                 try:
-                    # What is uploaded is nobody else's business.
-                    self.folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    self.folder.make()
                 except OSError as error:
                     log("training_unavailable", level=logging.ERROR, reason=str(error))
                     message = "the data folder cannot be used; the server's log has the reason."
                     raise unavailable(message, "training_unavailable") from None
-                migrate(self.database_url)
                 self._queue = JobQueue(self.database_url)
             return self._queue
-
-    def remove_checkpoints(self, origin: JobOrigin | None) -> None:
-        """Remove a job's own copies of its checkpoints, once its result is gone.
-
-        Args:
-            origin: Of the prefix that is gone, whatever it was.
-        """
-        if origin is not None and origin.step is None and is_job_id(origin.id):
-            remove_checkpoints(self.folder.job(origin.id))
 
     def has_jobs(self) -> bool:
         """Whether jobs of this server's backbone wait or run; blocks.

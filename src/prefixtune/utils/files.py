@@ -156,7 +156,7 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: It cannot be made.
     """
-    remove_abandoned(parent, name)
+    remove_abandoned(parent, glob.escape(name))
     folder = Path(parent) / f".{name}.{secrets.token_hex(8)}.tmp"
     with file_lock(folder.with_suffix(".lock")):
         folder.mkdir()
@@ -166,10 +166,15 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_abandoned(parent: Path, name: str) -> int:
-    """Remove the work folders that killed processes left; returns how many there were."""
+def remove_abandoned(parent: Path, pattern: str = "*") -> int:
+    """Remove the work folders that killed processes left; returns how many there were.
+
+    Args:
+        parent: Where they are.
+        pattern: Of their names, as in `work_folder`.
+    """
     count = 0
-    for folder in parent.glob(f".{glob.escape(name)}.*.tmp"):
+    for folder in parent.glob(f".{pattern}.*.tmp"):
         path = folder.with_suffix(".lock")
         # If it cannot be locked, it may be in use.
         with contextlib.suppress(OSError):

@@ -5,24 +5,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from child_process import kill, start_child
-from prefixtune.jobs import file_check
-from prefixtune.jobs.files import (
-    FileLimits,
-    FileRefusedError,
-    FileStore,
-    Purpose,
-    StoredFile,
-    UnknownFileError,
-    result_file_id,
-)
+from prefixtune.jobs import files
+from prefixtune.jobs.files import FileLimits, FileStore, Purpose, StoredFile, UnknownFileError
 from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.job import RefusedError
 
 ROW = '{{"prompt": "question {0}", "completion": "answer {0}"}}\n'
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
@@ -110,13 +103,13 @@ def test_documents(put: Put) -> None:
 
 
 def test_a_large_file_is_checked_in_a_process_within_time_and_memory(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_check, "_INLINE_BYTES", 100)
+    monkeypatch.setattr(files, "_INLINE_BYTES", 100)
     facts = put(rows(2000), "a.jsonl").facts
     assert facts is not None
     assert (facts.rows, facts.targets) == (2000, 2000)
     for name, value in (("_SECONDS", 0.0), ("_MODULE", "prefixtune.no_module")):
         with monkeypatch.context() as patched:
-            patched.setattr(file_check, name, value)
+            patched.setattr(files, name, value)
             assert put(rows(100), "a.jsonl").status == "error"
 
 
@@ -143,8 +136,8 @@ def test_owners_see_their_own_files(put: Put, store: FileStore) -> None:
 
 
 def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
-    def refused(data: bytes, **limits: int) -> str:
-        with pytest.raises(FileRefusedError) as caught:
+    def refused(data: bytes, **limits: int) -> str | None:
+        with pytest.raises(RefusedError) as caught:
             put(data, "a.jsonl", **limits)
         return caught.value.code
 
@@ -157,20 +150,17 @@ def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
     assert len(names(folder)) == 1
 
 
-def test_a_result_is_written_once_whoever_writes_it(store: FileStore, folder: DataFolder) -> None:
-    file_id = result_file_id("ftjob-0123456789abcdef01234567")
-    threads = [
-        threading.Thread(target=store.put_result, args=("ann", file_id, "metrics.csv", b"step,loss\n1,2\n"))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stored = store.get("ann", file_id)
-    assert (stored.purpose, stored.filename, stored.status) == ("fine-tune-results", "metrics.csv", "processed")
+def test_metrics_are_kept_once_whoever_writes_them(store: FileStore, folder: DataFolder) -> None:
+    job_id = "ftjob-0123456789abcdef01234567"
+    with ThreadPoolExecutor(4) as pool:
+        written = {
+            one.id for one in pool.map(lambda _: store.put_metrics("ann", job_id, b"step,loss\n1,2\n"), range(4))
+        }
+    assert written == {"file-0123456789abcdef01234567"}
+    stored = store.get("ann", *written)
+    assert (stored.purpose, stored.filename, stored.status) == ("fine-tune-results", "step_metrics.csv", "processed")
     assert store.path(stored).read_bytes() == b"step,loss\n1,2\n"
-    assert names(folder) == [file_id]
+    assert names(folder) == [*written]
     # Results are no uploads, which are counted.
     store.put("ann", io.BytesIO(rows(1)), "a.jsonl", "fine-tune", FileLimits(max_files=1))
 

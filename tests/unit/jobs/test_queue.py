@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from dbos import PortableWorkflowError
 
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import RequestError
 from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs import worker as worker_module
-from prefixtune.jobs.job import Job, JobError, JobResult, new_job_id
-from prefixtune.jobs.queue import JobQueue, migrate
+from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.job import Job, JobError, JobResult
+from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import LeftError
-from prefixtune.jobs.worker import hold_name, launch, take_over
-from training_jobs import wait_for, wait_until
+from prefixtune.jobs.worker import launch, take_over
+from training_jobs import new_job_id, wait_for, wait_until
 
 NAME = "tests-1"
 How = Callable[[Job], JobResult]
@@ -63,7 +64,7 @@ class Worker:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a database with its tables."""
     made = f"sqlite:///{tmp_path_factory.mktemp('queue') / 'jobs.sqlite'}"
-    migrate(made)
+    JobQueue(made).close()
     return made
 
 
@@ -159,16 +160,6 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue, add: Calla
         assert queue.get(job.id).status == "cancelled"
 
 
-def test_a_worker_has_a_name_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "_PATIENCE", 0.1)
-    with hold_name(tmp_path) as first, hold_name(tmp_path) as second, hold_name(tmp_path, "mine") as mine:
-        assert (first != second, mine) == (True, "mine")
-        with pytest.raises(PrefixError, match="mine"), hold_name(tmp_path, "mine"):
-            pass
-    with hold_name(tmp_path) as again:
-        assert again == first
-
-
 # --- with a worker ----------------------------------------------------------------------------------------------------
 
 
@@ -254,13 +245,17 @@ def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(
 def test_what_a_dead_worker_had_is_queued_again(
     queue: JobQueue, worker: Worker, add: Callable[..., Job], tmp_path: Path
 ) -> None:
+    data = DataFolder(tmp_path)
+    data.make()
     job = add()
     wait_for_start(worker, job)
-    with hold_name(tmp_path, NAME):
-        # It lives.
-        take_over(queue, tmp_path, "tests-2", "b1")
+    with data.job(job.id).hold():
+        # Somebody trains it.
+        take_over(queue, data, "b1", but="tests-2")
+    # Its own worker knows.
+    take_over(queue, data, "b1", but=NAME)
     assert not has_begun(worker, job, 2)
-    take_over(queue, tmp_path, "tests-2", "b1")
+    take_over(queue, data, "b1", but="tests-2")
     worker.leave(job)
     wait_until(functools.partial(has_begun, worker, job, 2), 20)
     worker.end(job)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.jobs.file_check import FileFacts
-from prefixtune.jobs.files import StoredFile
-from prefixtune.jobs.job import Job
-from prefixtune.jobs.request import MOST_VALIDATED, JobRefusedError, settle_job
+from prefixtune.jobs.files import FileFacts, StoredFile
+from prefixtune.jobs.job import Job, RefusedError
+from prefixtune.jobs.request import MOST_VALIDATED, settle_job
 from prefixtune.training.config import TrainConfig
 
 
@@ -51,8 +50,8 @@ def made(
     return settle_job(asked, training_file or stored(), hyperparameters or {}, **limits, **named)
 
 
-def refused(**fields: Any) -> JobRefusedError:
-    with pytest.raises(JobRefusedError) as caught:
+def refused(**fields: Any) -> RefusedError:
+    with pytest.raises(RefusedError) as caught:
         made(**fields)
     return caught.value
 
@@ -129,7 +128,12 @@ def test_the_name_is_that_of_the_request_or_made_up() -> None:
     assert made(options={"name": "exact"}).name == "exact"
     assert made(suffix="cats").name == "cats-abababab"
     assert made().name == "ft-abababab"
-    assert refused(options={"name": "x.step-4"}).param == "prefixtune.name"
+    for name in ("x" * 112, "support.step-x", "support.step-3.b"):
+        assert made(options={"name": name}).name == name
+    for name in ("../x", "a+b", "x" * 113, "x.step-4", ".x", "x\n"):
+        error = refused(options={"name": name})
+        assert (error.param, error.code) == ("prefixtune.name", "invalid_name")
+    assert refused(suffix="x" * 110).param == "suffix"
 
 
 def test_a_tracker_has_the_project_and_the_name_of_the_request() -> None:

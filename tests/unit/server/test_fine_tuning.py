@@ -20,7 +20,7 @@ import pytest
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.jobs.events import JobEvents
+from prefixtune.jobs.folder import JobEvents
 from prefixtune.jobs.job import Job, JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.worker import launch
@@ -168,10 +168,10 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(
 ) -> None:
     app, state = make_server()
     job = create(app, upload(state), own={"name": "cats"})
-    copies = state.training.folder.job(job.id).run / "checkpoints"
+    copies = state.training.folder.job(job.id).checkpoints
     for step in (2, 4):
         header = {**make_header(backbone), "job": {"id": job.id, "owner": "local", "step": step}}
-        save_prefix(copies / f"step-{step}.safetensors", Prefix(random_prefix(backbone, 4, step).layers, header))
+        save_prefix(copies / f"cats.step-{step}.safetensors", Prefix(random_prefix(backbone, 4, step).layers, header))
 
     def listed() -> list[str]:
         found = ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id))
@@ -179,7 +179,7 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(
 
     assert listed() == ["cats.step-4", "cats.step-2"]
     # Another model has the name of the other one.
-    shutil.copyfile(copies / "step-2.safetensors", tmp_path / "prefixes" / "cats.step-2.safetensors")
+    shutil.copyfile(copies / "cats.step-2.safetensors", tmp_path / "prefixes" / "cats.step-2.safetensors")
     shutil.copyfile(tmp_path / "prefixes" / "a.safetensors", tmp_path / "prefixes" / "cats.step-4.safetensors")
     with worker(state, lambda job: JobResult(name=job.name, trained_tokens=1, steps=4)):
         wait_for(app, job.id, "succeeded")
@@ -221,7 +221,7 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
     app, state = make_server()
     job = create(app, upload(state), model="a")
     folder = state.training.folder.job(job.id)
-    start = folder.find_input("start")
+    start = folder.find_input("init_prefix")
     assert start is not None
     assert start.read_bytes() == (state.store.folder / "a.safetensors").read_bytes()
     asked = asyncio.run(state.training.ask(lambda queue: queue.get(job.id))).job
@@ -362,7 +362,7 @@ def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], mon
         raise QueueUnavailableError("the database of jobs cannot be reached (OperationalError).")
 
     with monkeypatch.context() as patched:
-        patched.setattr("prefixtune.server.training.migrate", away)
+        patched.setattr("prefixtune.server.training.JobQueue", away)
         error = refusal(app, file)
         assert (error.status_code, error.code) == (503, "queue_unavailable")
     assert create(app, file).status == "queued"

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 
 from prefixtune.data.examples import Example
-from prefixtune.jobs.files import FileLimits, FileRefusedError, StoredFile
+from prefixtune.jobs.files import FileLimits, StoredFile
+from prefixtune.jobs.job import RefusedError
 from prefixtune.pages.format import spread_out
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.training_views import After, page_of
@@ -67,8 +68,8 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
     limits = FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
     try:
         return context.training.files.put(context.caller.name, file.file, file.filename or "", purpose, limits)
-    except FileRefusedError as error:
-        raise ApiError(_STATUSES[error.code], error.message, code=error.code, param="file") from None
+    except RefusedError as error:
+        raise ApiError(_STATUSES[error.code or ""], error.message, code=error.code, param=error.param) from None
 
 
 @router.get("/v1/files")
@@ -116,7 +117,7 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
     return {
         "object": "file",
         **stored.model_dump(include={"id", "bytes", "filename", "purpose", "status"}),
-        "created_at": stored.created,
+        "created_at": stored.created_ns // 10**9,
         "expires_at": None,
         "status_details": stored.status_details or None,
         "prefixtune": None if stored.facts is None else stored.facts.model_dump(),

@@ -14,12 +14,10 @@ from typing import Any, Literal
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import RequestError
-from prefixtune.jobs.events import JobEvents
-from prefixtune.jobs.folder import is_job_id
+from prefixtune.jobs.folder import JOB_ID, JobEvents
 from prefixtune.jobs.job import ENDED, JobState
-from prefixtune.jobs.publish import Checkpoint, checkpoints, published_by
+from prefixtune.jobs.publish import checkpoints
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
-from prefixtune.prefix.folder import path_of
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.job_creation import create_job
 from prefixtune.server.api.training_protocol import FineTuningRequest
@@ -132,7 +130,8 @@ async def list_fine_tuning_checkpoints(
     Those that are not served any more are left out then.
     """
     state = await context.training.ask(lambda queue: _get(context, queue, job_id))
-    found = await run_in_threadpool(_checkpoints, context, state)
+    own, served = context.training.folder.job(state.job.id).checkpoints, context.state.store.folder
+    found = await run_in_threadpool(checkpoints, state.job, served if state.status == "succeeded" else own)
     return page_of([checkpoint_view(state.job, one) for one in reversed(found)], after, limit)
 
 
@@ -147,19 +146,10 @@ def _get(context: RequestContext, queue: JobQueue, job_id: str) -> JobState:
     """
     context.log_fields["job"] = job_id[:64]
     with contextlib.suppress(RequestError):
-        state = queue.get(job_id) if is_job_id(job_id) else None
+        state = queue.get(job_id) if JOB_ID.fullmatch(job_id) else None
         if state is not None and context.training.whose(context.caller) in (None, state.job.owner):
             return state
     raise ApiError(404, f"there is no fine-tuning job {job_id[:64]!r}.", code="job_not_found")
-
-
-def _checkpoints(context: RequestContext, state: JobState) -> list[Checkpoint]:
-    """A job's checkpoints; once it has succeeded, those whose names are still served as its own."""
-    job, training = state.job, context.training
-    found = checkpoints(job, training.folder.job(job.id).run)
-    if state.status != "succeeded":
-        return found
-    return [one for one in found if published_by(path_of(context.state.store.folder, one.name)) == job.id]
 
 
 def _view(context: RequestContext, queue: JobQueue, state: JobState) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,12 +14,12 @@ from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, RequestError
 from prefixtune.jobs.files import StoredFile, UnknownFileError
 from prefixtune.jobs.folder import InputName
-from prefixtune.jobs.job import Job, JobState, new_job_id
+from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import settle_job
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
-from prefixtune.prefix.prefix import Prefix, read_artifact
+from prefixtune.prefix.prefix import read_artifact
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, unavailable
@@ -48,7 +49,7 @@ def create_job(context: RequestContext, queue: JobQueue, body: FineTuningRequest
             raise bad_request(message, f"integrations[{index}].type", "tracker_not_allowed")
     # The same id for the same request with the same key of the same owner.
     asked = f"{context.caller.name}\0{key}\0{body.model_dump_json()}".encode("utf-8", "surrogateescape")
-    job_id = f"ftjob-{hashlib.sha256(asked).hexdigest()[:24]}" if key else new_job_id()
+    job_id = f"ftjob-{hashlib.sha256(asked).hexdigest()[:24] if key else secrets.token_hex(12)}"
     # One at a time, so that no two requests take the last place.
     with training.adding:
         if key:
@@ -57,7 +58,8 @@ def create_job(context: RequestContext, queue: JobQueue, body: FineTuningRequest
         job, links, lengths = _make(context, body, job_id)
         _check_room(context, queue, job)
         _make_folder(context, job, links, lengths)
-        # Where the database goes away now, the folder stays: the job may have been queued without an answer.
+        # Where the database goes away now, the folder stays: the job may have been queued without an answer. If it was
+        # not, workers remove the folder after a day.
         queue.add(job)
     training.wake()
     return JobState(job, "queued")
@@ -80,14 +82,7 @@ def _start_lengths(context: RequestContext, model: str) -> _Lengths:
         raise bad_request(message, "model", hint="name one of them.")
     start = catalog.load(model, context.caller).prefix
     assert start is not None, "only the bare backbone has none"
-    _check_start(context, model, start)
     return {str(site): length for site, length in start.lengths.items()}
-
-
-def _check_start(context: RequestContext, model: str, start: Prefix) -> None:
-    """Refuse to go on from a prefix that the caller may use only: after a step, the result would be nearly a copy."""
-    if not context.training.is_open:
-        context.state.catalog.check_owner(model, job_origin(start.header), context.caller)
 
 
 def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, StoredFile]:
@@ -154,7 +149,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     }
     if start_lengths is not None:
         start = path_of(state.store.folder, body.model)
-        links["start"] = (start, f".{start.name}")
+        links["init_prefix"] = (start, f".{start.name}")
     return job, links, start_lengths
 
 
@@ -186,18 +181,20 @@ def _make_folder(context: RequestContext, job: Job, links: _Links, lengths: _Len
     """Make the job's folder, or take the one that an earlier request with the same key has made.
 
     Raises:
-        ApiError: The prefix to go on from is another one by now.
+        ApiError: The caller may only use the prefix to go on from, or it is another one by now.
         PrefixError: A file is gone, or the disk refuses.
     """
     folder = context.training.folder.make_job(job.id, links)
-    start = folder.find_input("start")
+    start = folder.find_input("init_prefix")
     if start is None:
         return
     replaced = unavailable(f"the file of {job.model!r} was replaced or is broken; try again.", "busy", retry_after=5)
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         copy = read_artifact(start)
-        _check_start(context, job.model, copy)
+        if not context.training.is_open:
+            # After a step, the result would be nearly a copy.
+            context.state.catalog.check_owner(job.model, job_origin(copy.header), context.caller)
         if copy.lengths != lengths:
             raise replaced
     except (ApiError, CheckpointError) as error:

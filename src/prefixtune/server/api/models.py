@@ -6,7 +6,6 @@ Readers see the old prefix or the new one.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fastapi import Response
@@ -15,10 +14,9 @@ from fastapi.responses import FileResponse
 
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.file import is_unread
-from prefixtune.prefix.folder import remove_abandoned_copies
 from prefixtune.server.api.endpoint import AdminContext, GenerationContext, KeyContext, key_router
 from prefixtune.server.responses import JsonAnswer, bad_request
-from prefixtune.utils.files import remove_abandoned, reporting_write_errors, work_folder
+from prefixtune.utils.files import reporting_write_errors, work_folder
 
 router = key_router()
 _UPLOAD_FOLDER = "upload"
@@ -90,15 +88,5 @@ def delete_model(name: str, context: GenerationContext) -> dict[str, Any]:
     An admin key deletes any prefix. Requests that have it go on.
     """
     state, context.log_fields["prefix"] = context.state, name
-    gone = state.catalog.delete(name, context.caller)
-    if state.training is not None:
-        state.training.remove_checkpoints(gone)
+    state.catalog.delete(name, context.caller)
     return {"id": name, "object": "model", "deleted": True}
-
-
-def clear_uploads(folder: Path) -> int:
-    """Remove what uploads left behind whose process was killed; returns how many there were.
-
-    What is locked belongs to another replica that serves the same folder.
-    """
-    return remove_abandoned(folder, _UPLOAD_FOLDER) + remove_abandoned_copies(folder)

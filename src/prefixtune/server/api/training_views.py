@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Query
 
-from prefixtune.jobs.events import JobEvent, JobEvents, Progress
-from prefixtune.jobs.folder import DataFolder
+from prefixtune.jobs.folder import DataFolder, JobEvent, JobEvents, Progress
 from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.publish import Checkpoint
 from prefixtune.server.responses import ApiError, bad_request
@@ -71,8 +70,8 @@ def _estimated_finish(progress: Progress | None) -> int | None:
 
 def event_view(event: JobEvent) -> dict[str, Any]:
     """Something that happened to a job."""
-    own = event.model_dump(exclude={"created"})
-    return {"object": "fine_tuning.job.event", "created_at": event.created, **own}
+    facts = {"created_at": event.created, "type": "metrics" if event.data else "message"}
+    return {"object": "fine_tuning.job.event", **facts, **event.model_dump(exclude={"created"})}
 
 
 def checkpoint_view(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def checkpoint_view(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "object": "fine_tuning.job.checkpoint",
         "created_at": checkpoint.created,
         "fine_tuning_job_id": job.id,
-        "fine_tuned_model_checkpoint": checkpoint.name,
+        "fine_tuned_model_checkpoint": checkpoint.path.stem,
         "step_number": checkpoint.step,
         "metrics": {"step": checkpoint.step, **checkpoint.metrics},
     }
