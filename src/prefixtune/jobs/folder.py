@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from prefixtune.utils.files import append_line, atomic_files, fsync
+from prefixtune.utils.files import append_line, atomic_files, fsync, reporting_write_errors
 from prefixtune.utils.locks import acquire_lock
 
 InputName = Literal["train", "dev", "document", "questions", "init_prefix"]
@@ -98,11 +98,12 @@ class DataFolder:
         """Make it, if it is missing.
 
         Raises:
-            OSError: It cannot be made.
+            PrefixError: It cannot be made.
         """
-        for folder in (self.root, self.files, self.jobs):
-            # What is uploaded is nobody else's business.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with reporting_write_errors(self.root):
+            for folder in (self.root, self.files, self.jobs):
+                # What is uploaded is nobody else's business.
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def job(self, job_id: str) -> JobFolder:
         """The folder of a job of the queue."""

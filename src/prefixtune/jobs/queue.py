@@ -145,10 +145,6 @@ class JobQueue:
         """Whether jobs of a backbone wait or run."""
         return bool(self._list(queue_name=queue_name(backbone), status=_ACTIVE, app_version=PROTOCOL, limit=1))
 
-    def running(self, backbone: str) -> list[JobState]:
-        """The jobs of a backbone that workers have; some of these may be dead."""
-        return self._list(queue_name=queue_name(backbone), status="PENDING")
-
     def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """How jobs stand, by their ids; those that do not exist are left out."""
         return {state.job.id: state for state in (self._list(workflow_ids=list(job_ids)) if job_ids else ())}

@@ -36,37 +36,32 @@ _CHARACTERS_OF_WINDOW = 2048
 
 def settle_job(
     asked: Job,
-    training: StoredFile,
+    files: Mapping[str, StoredFile],
     hyperparameters: Mapping[str, Any],
     *,
     max_steps: int,
-    validation: StoredFile | None = None,
-    questions: StoredFile | None = None,
     start_lengths: Mapping[str, int] | None = None,
 ) -> Job:
     """A job that can be queued.
 
     Args:
         asked: All that is asked for; what follows from the files is still empty.
-        training: The file of examples, or the document.
+        files: By the request's field: `training_file` has the examples or is the document; the best prefix is chosen by
+            `validation_file`; `prefixtune.questions` are about the document, and without them the model makes some.
         hyperparameters: `n_epochs`, `batch_size` and `learning_rate_multiplier`, each a number or `auto`.
         max_steps: Most optimizer steps that the owner may ask for.
-        validation: The file to choose the best prefix by.
-        questions: The file of questions about the document; None: the model makes them.
         start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
 
     Raises:
         RefusedError: Something is wrong with the request.
     """
-    options, facts = asked.extension, training.facts
+    options, training = asked.extension, files["training_file"]
+    validation, questions = files.get("validation_file"), files.get("prefixtune.questions")
     numbers = {name: value for name, value in hyperparameters.items() if value != "auto"}
     is_document = training.purpose == "document"
-    form = None if is_document else str(options.get("form") or (facts.form if facts else ""))
-    _check_file("training_file", training, form)
-    if validation is not None:
-        _check_file("validation_file", validation, form)
-    if questions is not None:
-        _check_file("prefixtune.questions", questions, "question")
+    form = None if is_document else str(options.get("form") or (training.facts.form if training.facts else ""))
+    for param, file in files.items():
+        _check_file(param, file, "question" if file is questions else form)
     _check_options(asked, numbers, questions, start_lengths)
     values = _given_values(asked, form, start_lengths)
     if validation is not None:

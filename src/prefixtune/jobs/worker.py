@@ -36,7 +36,7 @@ from prefixtune.jobs.publish import take_back
 from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, queue_name
 from prefixtune.jobs.trainer import Trainer, note
 from prefixtune.prefix.folder import ENDING
-from prefixtune.utils.files import remove_abandoned, reporting_write_errors
+from prefixtune.utils.files import remove_abandoned
 
 _POLLING_SECONDS, _LOOK_SECONDS = 0.5, 0.2
 _CHORE_SECONDS, _ORPHAN_SECONDS = 3.0, 86_400.0
@@ -55,8 +55,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
             the start: whoever starts the worker starts it again.
     """
     data = DataFolder(jobs_folder(config.data_folder, config.prefixes))
-    with reporting_write_errors(data.root):
-        data.make()
+    data.make()
     url = config.database_url or f"sqlite:///{data.database}"
     backbone, identity = _load(config), backbone_identity(config.backbone)
     machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
@@ -68,8 +67,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
             due = 0.0
             while not stop.wait(_LOOK_SECONDS):
                 if time.monotonic() >= due:
-                    _try(lambda: take_over(jobs, data, identity, but=name))
-                    _try(lambda: clear_ended(data, jobs, prefixes))
+                    _try(lambda: look_after(data, jobs, identity, prefixes, worker=name))
                     due = time.monotonic() + _CHORE_SECONDS
                 idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
                 if 0 < config.idle_seconds <= idle:
@@ -77,7 +75,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
             note("worker_stopping", worker_name=name)
             while trainer.is_busy:
                 time.sleep(_LOOK_SECONDS)
-        _try(lambda: take_over(jobs, data, identity))
+        _try(lambda: look_after(data, jobs, identity, prefixes))
 
 
 def _load(config: WorkerConfig) -> Backbone:
@@ -153,45 +151,42 @@ def _try(chore: Callable[[], object]) -> None:
         note("chore_failed", logging.WARNING, reason=str(error))
 
 
-def take_over(jobs: JobQueue, data: DataFolder, backbone: str, *, but: str = "") -> None:
-    """Queue the jobs again that workers have claimed and nobody trains: their worker has died, or is just ending.
+def look_after(data: DataFolder, jobs: JobQueue, backbone: str, prefixes: Path, *, worker: str = "") -> None:
+    """Queue the jobs again that nobody trains, as their worker has died or is just ending; and clear what has ended.
 
     Args:
+        data: The folders of jobs; one that has no inputs is not looked at again.
         jobs: The queue.
-        data: Where their folders are.
-        backbone: Whose jobs.
-        but: A worker whose jobs are left to it.
+        backbone: Whose jobs this worker's kind trains.
+        prefixes: The folder that servers serve from.
+        worker: One whose jobs are left to it.
     """
-    for state in jobs.running(backbone):
-        if state.worker != but:
-            with data.job(state.job.id).hold() as is_free:
-                if is_free:
-                    jobs.resume(state.job.id)
-                    note("job_taken_over", job=state.job.id, worker_name=state.worker)
-
-
-def clear_ended(data: DataFolder, jobs: JobQueue, prefixes: Path) -> None:
-    """Remove what jobs that have ended need no more, and what one that did not succeed has published."""
     for parent in (data.files, data.jobs, prefixes):
         remove_abandoned(parent)
-    # Whoever has no inputs is not looked at again.
-    folders = [data.job(path.parent.name) for path in data.jobs.glob("ftjob-*/inputs")]
-    states = jobs.states([folder.root.name for folder in folders])
-    for folder in folders:
-        _try(functools.partial(_clear, folder, states.get(folder.root.name), prefixes))
+    folders = {path.parent.name: data.job(path.parent.name) for path in data.jobs.glob("ftjob-*/inputs")}
+    states = jobs.states(list(folders))
+    for job_id, folder in folders.items():
+        state = states.get(job_id)
+        if state is None:
+            # The database went away before the job was queued.
+            if time.time() - folder.inputs.stat().st_mtime > _ORPHAN_SECONDS:
+                shutil.rmtree(folder.root)
+        elif state.status in ENDED:
+            _try(functools.partial(_clear, folder, state, prefixes))
+        elif state.status == "running" and state.worker != worker and state.job.backbone == backbone:
+            with folder.hold() as is_free:
+                if is_free:
+                    jobs.resume(job_id)
+                    note("job_taken_over", job=job_id, worker_name=state.worker)
 
 
-def _clear(folder: JobFolder, state: JobState | None, prefixes: Path) -> None:
-    if state is None:
-        # The database went away before the job was queued.
-        if time.time() - folder.inputs.stat().st_mtime > _ORPHAN_SECONDS:
-            shutil.rmtree(folder.root)
-    elif state.status in ENDED:
-        with folder.hold() as held:
-            if held:
-                for name in take_back(state.job, prefixes) if state.status != "succeeded" else ():
-                    note("result_removed", job=state.job.id, model=name)
-                # States, what a teacher said, and the prefix and checkpoints, which are published.
-                for path in folder.run.rglob(f"*{ENDING}"):
-                    path.unlink(missing_ok=True)
-                shutil.rmtree(folder.inputs)
+def _clear(folder: JobFolder, state: JobState, prefixes: Path) -> None:
+    """Remove what a job that has ended needs no more, and what one that did not succeed has published."""
+    with folder.hold() as held:
+        if held:
+            for name in take_back(state.job, prefixes) if state.status != "succeeded" else ():
+                note("result_removed", job=state.job.id, model=name)
+            # States, what a teacher said, and the prefix and checkpoints, which are published.
+            for path in folder.run.rglob(f"*{ENDING}"):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(folder.inputs)

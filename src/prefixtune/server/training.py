@@ -14,6 +14,7 @@ from typing import TypeVar
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.backbone.identity import backbone_identity
+from prefixtune.errors import PrefixError
 from prefixtune.jobs.config import jobs_folder
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder
@@ -97,7 +98,7 @@ class Training:
             if self._queue is None:
                 try:
                     self.folder.make()
-                except OSError as error:
+                except PrefixError as error:
                     log("training_unavailable", level=logging.ERROR, reason=str(error))
                     message = "the data folder cannot be used; the server's log has the reason."
                     raise unavailable(message, "training_unavailable") from None

@@ -22,7 +22,7 @@ from prefixtune.jobs.job import Job, JobPausedError, failure_of, pause_reason
 from prefixtune.jobs.publish import checkpoints, publish, take_back
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import Reporter
-from prefixtune.jobs.worker import clear_ended
+from prefixtune.jobs.worker import look_after
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
@@ -211,14 +211,14 @@ def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_publi
     unknown, whole = make_job(data, "unknown"), left(data, queued)
     with data.job(held.id).hold():
         # A worker still saves there.
-        clear_ended(data, queue, prefixes)
+        look_after(data, queue, "", prefixes)
     assert names(prefixes) == []
     assert {"run/events.jsonl"} <= left(data, cancelled)
     assert not [name for name in left(data, cancelled) if name.startswith("inputs") or "safetensors" in name]
     for job in (queued, paused, held):
         assert left(data, job) == whole
     assert data.job(unknown.id).find_input("train") is not None
-    clear_ended(data, queue, prefixes)
+    look_after(data, queue, "", prefixes)
     assert not data.job(held.id).inputs.exists()
 
 
@@ -229,7 +229,7 @@ def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(
     queue.add(queued)
     for job in (old, queued):
         os.utime(data.job(job.id).inputs, (0, 0))
-    clear_ended(data, queue, prefixes)
+    look_after(data, queue, "", prefixes)
     assert {path.name for path in data.jobs.iterdir()} == {new.id, queued.id}
 
 

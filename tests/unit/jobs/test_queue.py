@@ -20,7 +20,7 @@ from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import LeftError
-from prefixtune.jobs.worker import launch, take_over
+from prefixtune.jobs.worker import launch, look_after
 from training_jobs import new_job_id, wait_for, wait_until
 
 NAME = "tests-1"
@@ -249,13 +249,17 @@ def test_what_a_dead_worker_had_is_queued_again(
     data.make()
     job = add()
     wait_for_start(worker, job)
+    data.job(job.id).inputs.mkdir(parents=True)
+    look = functools.partial(look_after, data, queue, "b1", tmp_path / "prefixes", worker="tests-2")
     with data.job(job.id).hold():
         # Somebody trains it.
-        take_over(queue, data, "b1", but="tests-2")
-    # Its own worker knows.
-    take_over(queue, data, "b1", but=NAME)
+        look()
+    # Its own worker knows; others have no such backbone.
+    look(worker=NAME)
+    look_after(data, queue, "b2", tmp_path / "prefixes")
+    assert queue.get(job.id).status == "running"
     assert not has_begun(worker, job, 2)
-    take_over(queue, data, "b1", but="tests-2")
+    look()
     worker.leave(job)
     wait_until(functools.partial(has_begun, worker, job, 2), 20)
     worker.end(job)

@@ -41,13 +41,13 @@ def made(
     integrations: Any = (),
     **files: StoredFile,
 ) -> Job:
-    named: Any = {name.removesuffix("_file"): file for name, file in files.items()}
+    named = {"prefixtune.questions" if name == "questions" else name: file for name, file in files.items()}
     asked = Job(
         id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options or {}, seed=seed,
         suffix=suffix, integrations=integrations,
     )  # fmt: skip
     limits: Any = {"max_steps": max_steps, "start_lengths": start_lengths}
-    return settle_job(asked, training_file or stored(), hyperparameters or {}, **limits, **named)
+    return settle_job(asked, {"training_file": training_file or stored(), **named}, hyperparameters or {}, **limits)
 
 
 def refused(**fields: Any) -> RefusedError:

@@ -133,15 +133,8 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    job = settle_job(
-        asked,
-        files["training_file"],
-        body.given_hyperparameters,
-        max_steps=context.caller.rules.max_steps,
-        validation=files.get("validation_file"),
-        questions=files.get("prefixtune.questions"),
-        start_lengths=start_lengths,
-    )
+    limits, numbers = context.caller.rules, body.given_hyperparameters
+    job = settle_job(asked, files, numbers, max_steps=limits.max_steps, start_lengths=start_lengths)
     train: InputName = "document" if job.kind == "document" else "train"
     read: dict[InputName, str] = {train: "training_file", "dev": "validation_file", "questions": "prefixtune.questions"}
     links: dict[InputName, tuple[Path, str]] = {
