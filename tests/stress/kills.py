@@ -256,8 +256,8 @@ class Kills:
     def _leftovers(self):
         for root in (self.service.prefixes, self.service.data):
             for path in sorted(root.rglob("*")):
-                # The locks of jobs and workers stay, and nobody holds them.
-                if path.parent.name == "workers" or (path.name == ".lock" and path.parent.parent.name == "jobs"):
+                # The locks of jobs stay, and nobody holds them.
+                if path.name == ".lock" and path.parent.parent.name == "jobs":
                     continue
                 if path.name.startswith(".") or path.suffix in (".lock", ".tmp"):
                     yield str(path.relative_to(self.folder))
