@@ -190,6 +190,5 @@ def _state(workflow: WorkflowStatus) -> JobState:
 def _error(error: Any) -> JobError:
     """Why a workflow failed: what the worker stored, or what DBOS says of it."""
     data = getattr(error, "data", None)
-    if isinstance(data, dict):
-        return JobError.model_validate(data)
-    return JobError(code="internal_error", message="the training failed for a reason that was not foreseen.")
+    unforeseen = {"code": "internal_error", "message": "the training failed for a reason that was not foreseen."}
+    return JobError.model_validate(data if isinstance(data, dict) else unforeseen)

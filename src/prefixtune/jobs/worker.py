@@ -37,8 +37,11 @@ from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, que
 from prefixtune.jobs.trainer import Trainer, note
 from prefixtune.prefix.folder import ENDING
 from prefixtune.utils.files import remove_abandoned
+from prefixtune.utils.locks import file_lock
 
 _POLLING_SECONDS, _LOOK_SECONDS = 0.5, 0.2
+_PATIENCE = 5.0
+"""Seconds that a worker waits for the name that it was given: the one before may just be ending."""
 _CHORE_SECONDS, _ORPHAN_SECONDS = 3.0, 86_400.0
 """Between two looks at what others left; and the age of a job's folder that is removed, as no such job was queued."""
 
@@ -51,31 +54,41 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
-        PrefixError: The backbone cannot be loaded, the data folder cannot be used, or the database cannot be reached at
-            the start: whoever starts the worker starts it again.
+        PrefixError: The backbone cannot be loaded, the data folder cannot be used, another worker has the name, or the
+            database cannot be reached at the start: whoever starts the worker starts it again.
     """
     data = DataFolder(jobs_folder(config.data_folder, config.prefixes))
     data.make()
-    url = config.database_url or f"sqlite:///{data.database}"
-    backbone, identity = _load(config), backbone_identity(config.backbone)
     machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
     prefixes, name = Path(config.prefixes).absolute(), config.name or f"{machine}-{secrets.token_hex(3)}"
-    with contextlib.closing(JobQueue(url)) as jobs:
-        trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=config.cache_mib * 2**20)
-        with launch(url, name, identity, trainer.run):
-            note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
-            due = 0.0
-            while not stop.wait(_LOOK_SECONDS):
-                if time.monotonic() >= due:
-                    _try(lambda: look_after(data, jobs, identity, prefixes, worker=name))
-                    due = time.monotonic() + _CHORE_SECONDS
-                idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
-                if 0 < config.idle_seconds <= idle:
-                    stop.set()
-            note("worker_stopping", worker_name=name)
-            while trainer.is_busy:
-                time.sleep(_LOOK_SECONDS)
-        _try(lambda: look_after(data, jobs, identity, prefixes))
+    lock = data.root / f".{name}.lock"
+    with file_lock(lock, _PATIENCE) if config.name else contextlib.nullcontext(True) as is_alone:
+        if not is_alone:
+            raise PrefixError(f"another worker is called {name!r}.", hint="give each worker a --name of its own.")
+        backbone, identity = _load(config), backbone_identity(config.backbone)
+        url = config.database_url or f"sqlite:///{data.database}"
+        with contextlib.closing(JobQueue(url)) as jobs:
+            most = config.cache_mib * 2**20
+            trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=most)
+            with launch(url, name, identity, trainer.run):
+                note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
+                _work(config, trainer, identity)
+            _try(lambda: look_after(data, jobs, identity, prefixes))
+
+
+def _work(config: WorkerConfig, trainer: Trainer, backbone: str) -> None:
+    """Look after all jobs while this worker's are trained; returns when it is to end and has left its job."""
+    due, name, stop = 0.0, trainer.worker, trainer.stop
+    while not stop.wait(_LOOK_SECONDS):
+        if time.monotonic() >= due:
+            _try(lambda: look_after(trainer.data, trainer.jobs, backbone, trainer.prefixes, worker=name))
+            due = time.monotonic() + _CHORE_SECONDS
+        idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
+        if 0 < config.idle_seconds <= idle:
+            stop.set()
+    note("worker_stopping", worker_name=name)
+    while trainer.is_busy:
+        time.sleep(_LOOK_SECONDS)
 
 
 def _load(config: WorkerConfig) -> Backbone:

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 from dbos import PortableWorkflowError
 
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs import queue as queue_module
 from prefixtune.jobs import worker as worker_module
+from prefixtune.jobs.config import WorkerConfig
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import Job, JobError, JobResult
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import LeftError
-from prefixtune.jobs.worker import launch, look_after
+from prefixtune.jobs.worker import launch, look_after, run_worker
+from prefixtune.utils.locks import file_lock
 from training_jobs import new_job_id, wait_for, wait_until
 
 NAME = "tests-1"
@@ -158,6 +160,18 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue, add: Calla
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(change, range(4)))
         assert queue.get(job.id).status == "cancelled"
+
+
+def test_two_workers_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "_PATIENCE", 0.1)
+    config = WorkerConfig(name="mine", data_folder=str(tmp_path), prefixes=str(tmp_path), backbone=str(tmp_path / "x"))
+    with file_lock(tmp_path / ".mine.lock"), pytest.raises(PrefixError, match="'mine'"):
+        run_worker(config, threading.Event())
+    # Now it has the name, and goes on to the backbone, which there is not.
+    with pytest.raises(PrefixError) as missing:
+        run_worker(config, threading.Event())
+    assert "'mine'" not in str(missing.value)
+    assert not (tmp_path / ".mine.lock").exists()
 
 
 # --- with a worker ----------------------------------------------------------------------------------------------------
