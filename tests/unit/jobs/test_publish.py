@@ -18,11 +18,11 @@ from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs import publish as publishing
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
-from prefixtune.jobs.job import Job, JobPausedError, failure_of, pause_reason
+from prefixtune.jobs.job import Job, JobPausedError, JobState, failure_of, pause_reason
 from prefixtune.jobs.publish import checkpoints, publish, take_back
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import Reporter
-from prefixtune.jobs.worker import look_after
+from prefixtune.jobs.worker import _clear, look_after
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
@@ -220,6 +220,23 @@ def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_publi
     assert data.job(unknown.id).find_input("train") is not None
     look_after(data, queue, "", prefixes)
     assert not data.job(held.id).inputs.exists()
+
+
+def test_a_job_that_has_succeeded_keeps_only_what_it_published(
+    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore
+) -> None:
+    folder.inputs.mkdir()
+    publish(JOB, folder, backbone, prefixes, files)
+    served = checkpoints(JOB, prefixes)
+    assert [(one.step, one.created, one.metrics) for one in served] == [
+        (one.step, one.created, one.metrics) for one in checkpoints(JOB, folder.checkpoints)
+    ]
+    _clear(folder, JobState(JOB, "succeeded"), prefixes)
+    assert names(prefixes) == ALL
+    assert checkpoints(JOB, prefixes) == served
+    assert not folder.inputs.exists()
+    assert not list(run.rglob("*.safetensors"))
+    assert JobEvents(folder).read()
 
 
 def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(

@@ -19,7 +19,7 @@ from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import settle_job
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
-from prefixtune.prefix.prefix import read_artifact
+from prefixtune.prefix.prefix import Prefix, read_artifact
 from prefixtune.server.api.endpoint import RequestContext
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, unavailable
@@ -82,7 +82,14 @@ def _start_lengths(context: RequestContext, model: str) -> _Lengths:
         raise bad_request(message, "model", hint="name one of them.")
     start = catalog.load(model, context.caller).prefix
     assert start is not None, "only the bare backbone has none"
+    _check_start(context, model, start)
     return {str(site): length for site, length in start.lengths.items()}
+
+
+def _check_start(context: RequestContext, model: str, start: Prefix) -> None:
+    """Refuse to go on from a prefix that the caller may use only: after a step, the result would be nearly a copy."""
+    if not context.training.is_open:
+        context.state.catalog.check_owner(model, job_origin(start.header), context.caller)
 
 
 def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, StoredFile]:
@@ -174,7 +181,7 @@ def _make_folder(context: RequestContext, job: Job, links: _Links, lengths: _Len
     """Make the job's folder, or take the one that an earlier request with the same key has made.
 
     Raises:
-        ApiError: The caller may only use the prefix to go on from, or it is another one by now.
+        ApiError: The prefix to go on from is another one by now.
         PrefixError: A file is gone, or the disk refuses.
     """
     folder = context.training.folder.make_job(job.id, links)
@@ -185,9 +192,7 @@ def _make_folder(context: RequestContext, job: Job, links: _Links, lengths: _Len
     try:
         # All of it: its checksum shows whether somebody wrote to the file while it was copied.
         copy = read_artifact(start)
-        if not context.training.is_open:
-            # After a step, the result would be nearly a copy.
-            context.state.catalog.check_owner(job.model, job_origin(copy.header), context.caller)
+        _check_start(context, job.model, copy)
         if copy.lengths != lengths:
             raise replaced
     except (ApiError, CheckpointError) as error:
