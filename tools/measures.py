@@ -16,11 +16,9 @@ from pathlib import Path
 
 from tools.pages import ROOT
 
-LIMIT = 26_194
-"""Most lines of code in src: the figure of the last change that made it smaller. It is lowered, and never raised; from
-26,000 on it stays there."""
-
 GOAL = 26_000
+"""Most lines of code in src. It is never raised."""
+
 LONG = 60
 """Lines of code from which on a function counts as long."""
 
@@ -114,7 +112,7 @@ def _dedent(text: str, by: int) -> str:
 
 
 def main() -> int:
-    """Print the measures. Returns the exit code: 1 where src is larger than `LIMIT`."""
+    """Print the measures. Returns the exit code: 1 where src is larger than `GOAL`."""
     package = ROOT / "src" / "prefixtune"
     print(f"{'lines of code':32}{'now':>8}{'budget':>9}")
     for name, (parts, budget) in _BUDGETS.items():
@@ -132,10 +130,9 @@ def main() -> int:
     print(f"functions over {LONG} lines of code: {len(long)}")
     for count, where in long:
         print(f"  {count:4} {where}")
-    limit = max(LIMIT, GOAL)
-    if size > limit:
-        print(f"src has {size:,} lines of code, more than {limit:,}: take something out first", file=sys.stderr)
-    return int(size > limit)
+    if size > GOAL:
+        print(f"src has {size:,} lines of code, more than {GOAL:,}: take something out first", file=sys.stderr)
+    return int(size > GOAL)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from html import escape
@@ -58,7 +59,7 @@ def draw(recorded: Sequence[tuple[str, Sequence[tuple[float, str]]]]) -> str:
         moment += 1
         for wait, line in lines:
             moment += min(wait, LONGEST_WAIT)
-            rows.append((moment, "", line[:COLUMNS]))
+            rows += [(moment, "", part) for part in textwrap.wrap(line, COLUMNS, drop_whitespace=False) or [""]]
     seconds = sum(wait for _, lines in recorded for wait, _ in lines)
     rows.append((moment, "took", f"{seconds:.0f} seconds in all; long waits are cut short here"))
     height = LINE * len(rows) + 30
