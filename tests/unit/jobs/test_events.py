@@ -1,29 +1,26 @@
 """A job's folder: its events, appended once each and read whole whatever a kill left, and its links to uploads."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
+from prefixtune.jobs.folder import DataFolder, JobEvents
 from training_jobs import new_job_id
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> JobFolder:
+def folder(tmp_path):
     made = DataFolder(tmp_path).job(new_job_id())
     made.root.mkdir(parents=True)
     return made
 
 
-def messages(folder: JobFolder) -> list[str]:
+def messages(folder):
     return [event.message for event in JobEvents(folder).read()]
 
 
-def test_events_come_in_order_with_their_figures_and_once(folder: JobFolder) -> None:
+def test_events_come_in_order_with_their_figures_and_once(folder):
     JobEvents(folder).add("The job is queued.")
     JobEvents(folder).add("Step 1/2", data={"step": 1, "train_loss": 1.5}, key="step/1")
     # Another worker goes on from an earlier state.
@@ -38,7 +35,7 @@ def test_events_come_in_order_with_their_figures_and_once(folder: JobFolder) -> 
     assert second.data == {"step": 1, "train_loss": 1.5}
 
 
-def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder: JobFolder) -> None:
+def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder):
     for step in (1, 2):
         JobEvents(folder).add(f"Step {step}/2", key=f"step/{step}")
     path = folder.root / "events.jsonl"
@@ -48,7 +45,7 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder: JobFol
     assert messages(folder) == ["Step 1/2", "Step 2/2"]
 
 
-def test_the_progress_is_that_of_the_last_step(folder: JobFolder) -> None:
+def test_the_progress_is_that_of_the_last_step(folder):
     events = JobEvents(folder)
     assert (events.progress(), events.read()) == (None, [])
     events.add("Training has started.")
@@ -62,7 +59,7 @@ def test_the_progress_is_that_of_the_last_step(folder: JobFolder) -> None:
     assert (found.step, found.total_steps, found.loss, found.seconds_left, found.trained_tokens) == (2, 3, 1.5, 4.0, 7)
 
 
-def test_inputs_stay_when_the_upload_is_deleted_and_the_start_when_it_is_overwritten(tmp_path: Path) -> None:
+def test_inputs_stay_when_the_upload_is_deleted_and_the_start_when_it_is_overwritten(tmp_path):
     rows, served = tmp_path / "rows", tmp_path / "served.safetensors"
     rows.write_text("row")
     served.write_text("old")
@@ -85,8 +82,8 @@ def test_inputs_stay_when_the_upload_is_deleted_and_the_start_when_it_is_overwri
     assert len(list(folder.inputs.iterdir())) == 2
 
 
-def test_a_file_is_copied_where_links_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+def test_a_file_is_copied_where_links_fail(tmp_path, monkeypatch):
+    def refuse(*_):
         raise OSError(18, "other disk")
 
     (tmp_path / "data").write_text("row")
@@ -97,7 +94,7 @@ def test_a_file_is_copied_where_links_fail(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "row"
 
 
-def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_folder_that_cannot_be_made(tmp_path):
     data = DataFolder(tmp_path / "root")
     with pytest.raises(PrefixError):
         data.make_job(new_job_id(), {"train": (tmp_path / "gone", ".jsonl")})

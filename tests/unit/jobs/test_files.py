@@ -1,19 +1,16 @@
 """Uploaded files: checked as training reads them, whole or not at all."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from child_process import kill, start_child
 from prefixtune.jobs import files
-from prefixtune.jobs.files import FileLimits, FileStore, Purpose, StoredFile, UnknownFileError
+from prefixtune.jobs.files import FileLimits, FileStore, StoredFile, UnknownFileError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import RefusedError
 
@@ -21,17 +18,17 @@ ROW = '{{"prompt": "question {0}", "completion": "answer {0}"}}\n'
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
 
-def rows(count: int) -> bytes:
+def rows(count):
     return "".join(ROW.format(number) for number in range(count)).encode()
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> DataFolder:
+def folder(tmp_path):
     return DataFolder(tmp_path / "data")
 
 
 @pytest.fixture
-def store(folder: DataFolder) -> FileStore:
+def store(folder):
     return FileStore(folder)
 
 
@@ -39,14 +36,14 @@ Put = Callable[..., StoredFile]
 
 
 @pytest.fixture
-def put(store: FileStore) -> Put:
-    def upload(data: bytes, filename: str, purpose: Purpose = "fine-tune", **limits: int) -> StoredFile:
+def put(store):
+    def upload(data, filename, purpose="fine-tune", **limits):
         return store.put("ann", io.BytesIO(data), filename, purpose, FileLimits(**limits))
 
     return upload
 
 
-def names(folder: DataFolder) -> list[str]:
+def names(folder):
     return [path.name for path in folder.files.glob("*") if not path.name.endswith(".lock")]
 
 
@@ -61,9 +58,7 @@ def names(folder: DataFolder) -> list[str]:
         ("two.csv", b"prompt,completion,question,answer\n1,2,3,4\n", "", (1, 0, 0), ".csv"),
     ],
 )
-def test_forms_of_data(
-    put: Put, store: FileStore, filename: str, data: bytes, form: str, counts: tuple[int, int, int], ending: str
-) -> None:
+def test_forms_of_data(put, store, filename, data, form, counts, ending):
     stored = put(data, filename)
     facts = stored.facts
     assert facts is not None, stored.status_details
@@ -83,9 +78,7 @@ def test_forms_of_data(
         ("a.jsonl", rows(1) + b'{"prompt": "a", "completion": "' + b"x " * 600_000 + b'"}\n', "a.jsonl, line 2"),
     ],
 )
-def test_a_wrong_row_is_named_and_the_file_stays_readable(
-    put: Put, store: FileStore, tmp_path: Path, filename: str, data: bytes, message: str
-) -> None:
+def test_a_wrong_row_is_named_and_the_file_stays_readable(put, store, tmp_path, filename, data, message):
     stored = put(data, filename)
     assert (stored.status, stored.facts) == ("error", None)
     assert stored.status_details.startswith(message)
@@ -94,7 +87,7 @@ def test_a_wrong_row_is_named_and_the_file_stays_readable(
     assert store.path(stored).read_bytes() == data
 
 
-def test_documents(put: Put) -> None:
+def test_documents(put):
     facts = put(b"Owls fly at night.", "../owls.md", "document").facts
     assert facts is not None
     assert (facts.form, facts.characters) == ("document", 18)
@@ -102,7 +95,7 @@ def test_documents(put: Put) -> None:
         assert put(data, "a.txt", "document").status == "error"
 
 
-def test_a_large_file_is_checked_in_a_process_within_time_and_memory(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_is_checked_in_a_process_within_time_and_memory(put, monkeypatch):
     monkeypatch.setattr(files, "_INLINE_BYTES", 100)
     facts = put(rows(2000), "a.jsonl").facts
     assert facts is not None
@@ -113,14 +106,14 @@ def test_a_large_file_is_checked_in_a_process_within_time_and_memory(put: Put, m
             assert put(rows(100), "a.jsonl").status == "error"
 
 
-def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(put: Put) -> None:
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(put):
     line = gzip.compress(b"x" * 2**20)
     # Members of gzip that follow each other are one file.
     stored = put(line * 100, "bomb.jsonl.gz")
     assert stored.status_details.startswith("bomb.jsonl.gz, line 1")
 
 
-def test_owners_see_their_own_files(put: Put, store: FileStore) -> None:
+def test_owners_see_their_own_files(put, store):
     first, second = put(rows(1), "a.jsonl"), put(rows(2), "b.jsonl")
     assert [file.id for file in store.list("ann")] == [second.id, first.id]
     assert [file.id for file in store.list(None)] == [second.id, first.id]
@@ -135,8 +128,8 @@ def test_owners_see_their_own_files(put: Put, store: FileStore) -> None:
     assert [file.id for file in store.list("ann")] == [second.id]
 
 
-def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
-    def refused(data: bytes, **limits: int) -> str | None:
+def test_limits_leave_nothing(put, folder):
+    def refused(data, **limits):
         with pytest.raises(RefusedError) as caught:
             put(data, "a.jsonl", **limits)
         return caught.value.code
@@ -150,7 +143,7 @@ def test_limits_leave_nothing(put: Put, folder: DataFolder) -> None:
     assert len(names(folder)) == 1
 
 
-def test_metrics_are_kept_once_whoever_writes_them(store: FileStore, folder: DataFolder) -> None:
+def test_metrics_are_kept_once_whoever_writes_them(store, folder):
     job_id = "ftjob-0123456789abcdef01234567"
     with ThreadPoolExecutor(4) as pool:
         written = {
@@ -178,7 +171,7 @@ FileStore(DataFolder(Path(sys.argv[1]))).put("ann", io.BytesIO(b"row"), "a.jsonl
 """
 
 
-def test_what_a_killed_upload_left_is_removed(folder: DataFolder, store: FileStore, put: Put) -> None:
+def test_what_a_killed_upload_left_is_removed(folder, store, put):
     child = start_child(_CHILD, folder.root)
     assert names(folder) != []
     kill(child)

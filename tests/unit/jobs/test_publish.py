@@ -1,15 +1,11 @@
 """Publishing what a job has trained: whole, checked, once, under its name; and taking it back."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,14 +16,12 @@ from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
 from prefixtune.jobs.job import Job, JobPausedError, JobState, failure_of, pause_reason
 from prefixtune.jobs.publish import checkpoints, publish, take_back
-from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.trainer import Reporter
 from prefixtune.jobs.worker import _clear, look_after
 from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.loop import TrainLoop
 from prefixtune.training.train import train
 from training_jobs import make_job
 
@@ -37,22 +31,22 @@ METRICS = f"file-{'a' * 24}"
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama")
 
 
 @pytest.fixture(scope="module")
-def finished(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(backbone, tmp_path_factory):
     """The folder of a job of ten steps, evaluated every second one."""
     folder = JobFolder(tmp_path_factory.mktemp("job"))
     examples = [pt.Example(f"word {number}", (f"text {number} .",)) for number in range(6)]
     config = TrainConfig(
         output=str(folder.run), prefix_length=2, max_steps=10, eval_every=2, batch_size=2, learning_rate=0.1
     )
-    reporters: list[Reporter] = []
+    reporters = []
 
-    def begin(loop: TrainLoop) -> None:
-        run: Any = SimpleNamespace(loop=loop, events=[])
+    def begin(loop):
+        run = SimpleNamespace(loop=loop, events=[])
         reporters.append(Reporter(JOB, folder, run, JobEvents(folder)))
 
     train(
@@ -63,28 +57,28 @@ def finished(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> JobFolder:
+def folder(finished, tmp_path):
     """A copy of that folder."""
     return JobFolder(Path(shutil.copytree(finished, tmp_path / "job")))
 
 
 @pytest.fixture
-def run(folder: JobFolder) -> Path:
+def run(folder):
     return folder.run
 
 
 @pytest.fixture
-def prefixes(tmp_path: Path) -> Path:
+def prefixes(tmp_path):
     """The folder that is served from."""
     return tmp_path / "prefixes"
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> FileStore:
+def files(tmp_path):
     return FileStore(DataFolder(tmp_path / "data"))
 
 
-def names(prefixes: Path) -> list[str]:
+def names(prefixes):
     """All that is in the folder, hidden files included."""
     return sorted(os.listdir(prefixes))
 
@@ -92,9 +86,7 @@ def names(prefixes: Path) -> list[str]:
 ALL = ["support.safetensors", *(f"support.step-{step}.safetensors" for step in (10, 6, 8))]
 
 
-def test_a_result_is_the_runs_best_prefix_with_its_owner(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore
-) -> None:
+def test_a_result_is_the_runs_best_prefix_with_its_owner(folder, run, backbone, prefixes, files):
     result = publish(JOB, folder, backbone, prefixes, files)
     assert names(prefixes) == ALL
     best, served = read_artifact(run / "prefix.safetensors"), read_artifact(prefixes / "support.safetensors")
@@ -116,9 +108,7 @@ def test_a_result_is_the_runs_best_prefix_with_its_owner(
     assert {path.name: path.read_bytes() for path in prefixes.iterdir()} == before
 
 
-def test_a_name_that_another_file_has_is_left_alone(
-    folder: JobFolder, backbone: Any, prefixes: Path, files: FileStore
-) -> None:
+def test_a_name_that_another_file_has_is_left_alone(folder, backbone, prefixes, files):
     publish(OTHER, folder, backbone, prefixes, files)
     for content in ((prefixes / "support.safetensors").read_bytes(), b"no prefix"):
         (prefixes / "support.safetensors").write_bytes(content)
@@ -128,9 +118,7 @@ def test_a_name_that_another_file_has_is_left_alone(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other model"])
-def test_what_cannot_be_served_is_not_published(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore, tiny_backbone: Any, damage: str
-) -> None:
+def test_what_cannot_be_served_is_not_published(folder, run, backbone, prefixes, files, tiny_backbone, damage):
     file = run / "prefix.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
@@ -144,9 +132,7 @@ def test_what_cannot_be_served_is_not_published(
     assert not prefixes.exists() or names(prefixes) == []
 
 
-def test_a_folder_that_others_change_for_long_is_left_alone(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_others_change_for_long_is_left_alone(folder, run, backbone, prefixes, files, monkeypatch):
     monkeypatch.setattr(publishing, "_LOCK_SECONDS", 0.1)
     with change_folder(prefixes, 0.0), pytest.raises(FolderBusyError) as busy:
         publish(JOB, folder, backbone, prefixes, files)
@@ -156,12 +142,10 @@ def test_a_folder_that_others_change_for_long_is_left_alone(
     assert names(prefixes) == ALL
 
 
-def test_files_appear_together_the_result_last(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_appear_together_the_result_last(folder, run, backbone, prefixes, files, monkeypatch):
     replace, moved = os.replace, list[str]()
 
-    def fail(source: Path, target: Path) -> None:
+    def fail(source, target):
         if target.parent == prefixes:
             moved.append(target.name)
             if target.name == "support.safetensors":
@@ -178,7 +162,7 @@ def test_files_appear_together_the_result_last(
     assert names(prefixes) == ALL
 
 
-def test_a_cancelled_job_is_taken_back(folder: JobFolder, backbone: Any, prefixes: Path, files: FileStore) -> None:
+def test_a_cancelled_job_is_taken_back(folder, backbone, prefixes, files):
     publish(JOB, folder, backbone, prefixes, files)
     (prefixes / "support.step-4.safetensors").write_bytes(b"no prefix")
     (prefixes / "support-2.safetensors").write_bytes((prefixes / "support.safetensors").read_bytes())
@@ -187,15 +171,15 @@ def test_a_cancelled_job_is_taken_back(folder: JobFolder, backbone: Any, prefixe
     assert names(prefixes) == ["support-2.safetensors", "support.step-4.safetensors"]
 
 
-def left(data: DataFolder, job: Job) -> set[str]:
+def left(data, job):
     root = data.job(job.id).root
     # The lock of the folder itself may stay; nobody holds it.
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {".lock"}
 
 
 def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_published(
-    folder: JobFolder, backbone: Any, prefixes: Path, data: DataFolder, queue: JobQueue
-) -> None:
+    folder, backbone, prefixes, data, queue
+):
     queued, paused, cancelled, held = (make_job(data, name) for name in ("queued", "paused", "cancelled", "held"))
     for job in (queued, paused, cancelled, held):
         queue.add(job)
@@ -222,9 +206,7 @@ def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_publi
     assert not data.job(held.id).inputs.exists()
 
 
-def test_a_job_that_has_succeeded_keeps_only_what_it_published(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore
-) -> None:
+def test_a_job_that_has_succeeded_keeps_only_what_it_published(folder, run, backbone, prefixes, files):
     folder.inputs.mkdir()
     publish(JOB, folder, backbone, prefixes, files)
     served = checkpoints(JOB, prefixes)
@@ -239,9 +221,7 @@ def test_a_job_that_has_succeeded_keeps_only_what_it_published(
     assert JobEvents(folder).read()
 
 
-def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(
-    data: DataFolder, queue: JobQueue, prefixes: Path
-) -> None:
+def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(data, queue, prefixes):
     old, new, queued = (make_job(data, name) for name in ("old", "new", "queued"))
     queue.add(queued)
     for job in (old, queued):
@@ -250,7 +230,7 @@ def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(
     assert {path.name for path in data.jobs.iterdir()} == {new.id, queued.id}
 
 
-def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
+def test_the_last_evaluations_are_checkpoints(run):
     found = checkpoints(JOB, run / "checkpoints")
     assert [(one.step, one.path.stem) for one in found] == [(step, f"support.step-{step}") for step in (6, 8, 10)]
     for one in found:
@@ -265,9 +245,7 @@ def test_the_last_evaluations_are_checkpoints(run: Path) -> None:
     assert checkpoints(OTHER, run / "checkpoints") == []
 
 
-def test_the_start_is_called_what_its_owner_calls_it(
-    folder: JobFolder, run: Path, backbone: Any, prefixes: Path, files: FileStore
-) -> None:
+def test_the_start_is_called_what_its_owner_calls_it(folder, run, backbone, prefixes, files):
     prefix = read_artifact(run / "prefix.safetensors")
     start = {"kind": "prefix", "file": "start.safetensors", "hash": "sha256:0"}
     save_prefix(run / "prefix.safetensors", Prefix(prefix.layers, {**prefix.header, "initialization": start}))

@@ -1,14 +1,10 @@
 """The queue of jobs and a worker's side of it: who is claimed next, what a job leaves, what stops it for good."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 from dbos import PortableWorkflowError
@@ -32,13 +28,13 @@ How = Callable[[Job], JobResult]
 class Worker:
     """Claims jobs, which end when the test says so."""
 
-    def __init__(self) -> None:
-        self.started: list[str] = []
-        self.steps: list[str] = []
+    def __init__(self):
+        self.started = []
+        self.steps = []
         self._changed = threading.Condition()
-        self._ends: dict[str, How | None] = {}
+        self._ends = {}
 
-    def run(self, job: Job, step: Callable[..., Any]) -> dict[str, Any]:
+    def run(self, job, step):
         with self._changed:
             self.started.append(job.id)
             self._changed.wait_for(lambda: job.id in self._ends, 60)
@@ -46,24 +42,23 @@ class Worker:
         if how is None:
             raise LeftError
         step("train", lambda: self.steps.append(job.id))
-        result: dict[str, Any] = step("publish", lambda: how(job).model_dump(mode="json"))
-        return result
+        return step("publish", lambda: how(job).model_dump(mode="json"))
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job):
         """Notice that a job was stopped."""
         self._end(job, None)
 
-    def end(self, job: Job, how: How = lambda job: JobResult(name=job.name, trained_tokens=1, steps=1)) -> None:
+    def end(self, job, how=lambda job: JobResult(name=job.name, trained_tokens=1, steps=1)):
         self._end(job, how)
 
-    def _end(self, job: Job, how: How | None) -> None:
+    def _end(self, job, how):
         with self._changed:
             self._ends[job.id] = how
             self._changed.notify_all()
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+def url(tmp_path_factory):
     """The address of a database with its tables."""
     made = f"sqlite:///{tmp_path_factory.mktemp('queue') / 'jobs.sqlite'}"
     JobQueue(made).close()
@@ -71,7 +66,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def worker(url: str) -> Iterator[Worker]:
+def worker(url):
     # One for the module: a process has only one.
     made = Worker()
     with pytest.MonkeyPatch.context() as patched:
@@ -81,7 +76,7 @@ def worker(url: str) -> Iterator[Worker]:
 
 
 @pytest.fixture
-def queue(url: str) -> Iterator[JobQueue]:
+def queue(url):
     made = JobQueue(url)
     yield made
     for state in list(made.iterate()):
@@ -90,11 +85,11 @@ def queue(url: str) -> Iterator[JobQueue]:
 
 
 @pytest.fixture
-def add(queue: JobQueue, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
+def add(queue, request):
     """A function that queues a job, which ends with the test."""
-    jobs: list[Job] = []
+    jobs = []
 
-    def make(owner: str = "ann", **fields: Any) -> Job:
+    def make(owner="ann", **fields):
         job_id = new_job_id()
         named = {"id": job_id, "name": job_id, "owner": owner, "model": "m", "training_file": "file-1", "created": 1}
         jobs.append(Job(**{**named, "backbone": "b1", **fields}))
@@ -108,18 +103,18 @@ def add(queue: JobQueue, request: pytest.FixtureRequest) -> Iterator[Callable[..
             request.getfixturevalue("worker").leave(job)
 
 
-def has_begun(worker: Worker, job: Job, times: int = 1) -> bool:
+def has_begun(worker, job, times=1):
     return worker.started.count(job.id) >= times
 
 
-def wait_for_start(worker: Worker, job: Job) -> None:
+def wait_for_start(worker, job):
     wait_until(lambda: has_begun(worker, job), 20)
 
 
 # --- without a worker -------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_found_as_it_was_added(queue: JobQueue, add: Callable[..., Job]) -> None:
+def test_a_job_is_found_as_it_was_added(queue, add):
     job = add(metadata={"a": "é"}, config={"learning_rate": 0.5, "kinds": ["fact"]}, backbone="b2")
     assert queue.get(job.id).job == job
     assert queue.get(job.id).status == "queued"
@@ -132,7 +127,7 @@ def test_a_job_is_found_as_it_was_added(queue: JobQueue, add: Callable[..., Job]
         queue.get(new_job_id())
 
 
-def test_pausing_resuming_and_cancelling(queue: JobQueue, add: Callable[..., Job]) -> None:
+def test_pausing_resuming_and_cancelling(queue, add):
     job = add(backbone="b2")
     assert queue.pause(job.id).status == "paused"
     assert [(one.job.name, one.status) for one in queue.unfinished()] == [(job.name, "paused")]
@@ -148,11 +143,11 @@ def test_pausing_resuming_and_cancelling(queue: JobQueue, add: Callable[..., Job
     assert queue.unfinished() == []
 
 
-def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue, add: Callable[..., Job]) -> None:
+def test_of_many_changes_at_once_a_cancellation_wins(queue, add):
     for _ in range(3):
         job, start = add(backbone="b2"), threading.Barrier(4)
 
-        def change(number: int, job_id: str = job.id, start: threading.Barrier = start) -> None:
+        def change(number, job_id=job.id, start=start):
             start.wait(10)
             for action in ([queue.cancel], [queue.pause, queue.resume] * 4)[number > 0]:
                 action(job_id)
@@ -162,7 +157,7 @@ def test_of_many_changes_at_once_a_cancellation_wins(queue: JobQueue, add: Calla
         assert queue.get(job.id).status == "cancelled"
 
 
-def test_two_workers_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_have_two_names(tmp_path, monkeypatch):
     monkeypatch.setattr(worker_module, "_PATIENCE", 0.1)
     config = WorkerConfig(name="mine", data_folder=str(tmp_path), prefixes=str(tmp_path), backbone=str(tmp_path / "x"))
     with file_lock(tmp_path / ".mine.lock"), pytest.raises(PrefixError, match="'mine'"):
@@ -177,9 +172,7 @@ def test_two_workers_have_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- with a worker ----------------------------------------------------------------------------------------------------
 
 
-def test_one_owners_many_jobs_do_not_hold_up_anothers_first(
-    queue: JobQueue, worker: Worker, add: Callable[..., Job]
-) -> None:
+def test_one_owners_many_jobs_do_not_hold_up_anothers_first(queue, worker, add):
     first = add("ann")
     wait_for_start(worker, first)
     many, other = [add("ann") for _ in range(12)], add("bob")
@@ -187,14 +180,14 @@ def test_one_owners_many_jobs_do_not_hold_up_anothers_first(
     running = first
     while not has_begun(worker, other):
         worker.end(running)
-        wait_until(lambda count=count: len(worker.started) > count, 20)  # type: ignore[misc]
+        wait_until(lambda count=count: len(worker.started) > count, 20)
         count = len(worker.started)
         running = next(job for job in (*many, other) if job.id == worker.started[-1])
     # By chance each time: that all twelve come first happens once in 4,096 times.
     assert sum(has_begun(worker, job) for job in many) < 12
 
 
-def test_a_result_and_a_failure_are_stored(queue: JobQueue, worker: Worker, add: Callable[..., Job]) -> None:
+def test_a_result_and_a_failure_are_stored(queue, worker, add):
     job = add()
     wait_for_start(worker, job)
     assert (queue.get(job.id).status, queue.get(job.id).worker) == ("running", NAME)
@@ -209,7 +202,7 @@ def test_a_result_and_a_failure_are_stored(queue: JobQueue, worker: Worker, add:
 
     error = JobError(code="invalid_training_file", message="row 7 is “wrong”.", param="training_file")
 
-    def fail(job: Job) -> JobResult:
+    def fail(job):
         raise PortableWorkflowError(error.message, "JobFailedError", error.code, error.model_dump())
 
     job = add()
@@ -218,9 +211,7 @@ def test_a_result_and_a_failure_are_stored(queue: JobQueue, worker: Worker, add:
     assert wait_for(queue, job, "failed").error == error
 
 
-def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_nor_others(
-    queue: JobQueue, worker: Worker, add: Callable[..., Job]
-) -> None:
+def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_nor_others(queue, worker, add):
     job = add("ann")
     for number in range(1, 6):
         wait_until(functools.partial(has_begun, worker, job, number), 20)
@@ -239,9 +230,7 @@ def test_a_job_that_is_paused_and_resumed_many_times_stops_neither_its_worker_no
     wait_for(queue, other, "succeeded")
 
 
-def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(
-    queue: JobQueue, worker: Worker, add: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(queue, worker, add, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(queue_module, "PROTOCOL", "other")
         others = [add(), add(backbone="b2")]
@@ -256,9 +245,7 @@ def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(
     assert [queue.get(other.id).status for other in others] == ["queued", "queued"]
 
 
-def test_what_a_dead_worker_had_is_queued_again(
-    queue: JobQueue, worker: Worker, add: Callable[..., Job], tmp_path: Path
-) -> None:
+def test_what_a_dead_worker_had_is_queued_again(queue, worker, add, tmp_path):
     data = DataFolder(tmp_path)
     data.make()
     job = add()

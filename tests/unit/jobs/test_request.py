@@ -1,9 +1,5 @@
 """From a request to a job: what `auto` stands for, and everything that is wrong, in the words of the request."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 
 from prefixtune.distillation.config import DistillConfig
@@ -13,12 +9,12 @@ from prefixtune.jobs.request import MOST_VALIDATED, settle_job
 from prefixtune.training.config import TrainConfig
 
 
-def stored(number: int = 1, form: str = "prompt", targets: int = 50, **more: Any) -> StoredFile:
+def stored(number=1, form="prompt", targets=50, **more):
     """An uploaded file of so many rows."""
     forms, task = more.pop("forms", [form]), more.pop("task", "records")
-    facts: dict[str, Any] = {"form": form, "forms": forms, "task": task, "characters": more.pop("characters", 100)}
+    facts = {"form": form, "forms": forms, "task": task, "characters": more.pop("characters", 100)}
     counts = {"rows": targets, "examples": targets, "targets": more.pop("counted", targets)}
-    file: dict[str, Any] = {"purpose": "fine-tune", "facts": FileFacts(**facts, **counts), **more}
+    file = {"purpose": "fine-tune", "facts": FileFacts(**facts, **counts), **more}
     return StoredFile(
         id=f"file-{number:024x}", owner="ann", bytes=1, created_ns=1, filename="a.jsonl", ending=".jsonl", **file
     )
@@ -29,28 +25,28 @@ QUESTIONS = stored(8, "question", 40)
 
 
 def made(
-    training_file: StoredFile | None = None,
+    training_file=None,
     *,
-    max_steps: int = 5000,
-    hyperparameters: dict[str, Any] | None = None,
-    start_lengths: dict[str, int] | None = None,
-    options: dict[str, Any] | None = None,
-    model: str = "tiny",
-    seed: int = 0,
-    suffix: str = "",
-    integrations: Any = (),
-    **files: StoredFile,
-) -> Job:
+    max_steps=5000,
+    hyperparameters=None,
+    start_lengths=None,
+    options=None,
+    model="tiny",
+    seed=0,
+    suffix="",
+    integrations=(),
+    **files,
+):
     named = {"prefixtune.questions" if name == "questions" else name: file for name, file in files.items()}
     asked = Job(
         id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options or {}, seed=seed,
         suffix=suffix, integrations=integrations,
     )  # fmt: skip
-    limits: Any = {"max_steps": max_steps, "start_lengths": start_lengths}
+    limits = {"max_steps": max_steps, "start_lengths": start_lengths}
     return settle_job(asked, {"training_file": training_file or stored(), **named}, hyperparameters or {}, **limits)
 
 
-def refused(**fields: Any) -> RefusedError:
+def refused(**fields):
     with pytest.raises(RefusedError) as caught:
         made(**fields)
     return caught.value
@@ -68,7 +64,7 @@ def refused(**fields: Any) -> RefusedError:
         (stored(form="text", targets=1, characters=2048 * 320), 100, 5, False),
     ],
 )
-def test_auto_chooses_by_the_data(file: StoredFile, steps: int, epochs: int, is_quick: bool) -> None:
+def test_auto_chooses_by_the_data(file, steps, epochs, is_quick):
     job = made(training_file=file)
     assert job.config["max_steps"] == steps
     assert job.hyperparameters == {"n_epochs": epochs, "batch_size": 16, "learning_rate_multiplier": 1.0}
@@ -76,7 +72,7 @@ def test_auto_chooses_by_the_data(file: StoredFile, steps: int, epochs: int, is_
     assert job.config["form"] == file.facts.form if file.facts else ""
 
 
-def test_numbers_are_used_as_they_are() -> None:
+def test_numbers_are_used_as_they_are():
     numbers = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 0.5}
     job = made(hyperparameters=numbers, options={"reparameterization": "none"}, seed=5)
     config = TrainConfig(train="x", output="y", **job.config)
@@ -84,7 +80,7 @@ def test_numbers_are_used_as_they_are() -> None:
     assert job.hyperparameters == numbers
 
 
-def test_the_same_values_come_back_from_the_database() -> None:
+def test_the_same_values_come_back_from_the_database():
     for options in ({}, {"start": "examples", "prefix_length": 10, "init_examples": 3}, {"preset": "none"}):
         job = made(options=options)
         again = Job.model_validate_json(job.model_dump_json())
@@ -93,13 +89,13 @@ def test_the_same_values_come_back_from_the_database() -> None:
         assert not {"train", "dev", "output", "init_prefix"} & again.config.keys()
 
 
-def test_a_validation_file_is_evaluated_on_while_it_trains() -> None:
+def test_a_validation_file_is_evaluated_on_while_it_trains():
     job = made(training_file=stored(targets=1000), validation_file=stored(2))
     assert (job.config["eval_every"], job.config["dev_limit"]) == (39, MOST_VALIDATED)
     assert job.validation_file == stored(2).id
 
 
-def test_the_model_answers_a_bounded_number_of_questions() -> None:
+def test_the_model_answers_a_bounded_number_of_questions():
     some = stored(7, "question", 1001, counted=0)
     error = refused(training_file=DOCUMENT, questions=some)
     assert (error.param, error.code) == ("prefixtune.questions", None)
@@ -107,7 +103,7 @@ def test_the_model_answers_a_bounded_number_of_questions() -> None:
     made(training_file=DOCUMENT, questions=stored(7, "question", 5000))
 
 
-def test_a_document_is_distilled() -> None:
+def test_a_document_is_distilled():
     job = made(training_file=DOCUMENT, options={"prefix_length": 8, "num_questions": 32})
     config = DistillConfig(document="x", questions="self", output="y", **job.config)
     assert (config.max_steps, config.prefix_length, config.num_questions) == (150, 8, 32)
@@ -117,14 +113,14 @@ def test_a_document_is_distilled() -> None:
     assert both.config["max_steps"] == 12
 
 
-def test_training_goes_on_from_a_prefix_of_any_sites() -> None:
+def test_training_goes_on_from_a_prefix_of_any_sites():
     job = made(model="mine", start_lengths={"encoder": 20, "cross": 5})
     config = TrainConfig(train="x", output="y", init_prefix="z", **job.config)
     assert (config.initialization, config.site_lengths) == ("prefix", {"encoder": 20, "cross": 5})
     assert refused(model="mine", start_lengths={"decoder": 5}, options={"start": "words"}).param == "prefixtune.start"
 
 
-def test_the_name_is_that_of_the_request_or_made_up() -> None:
+def test_the_name_is_that_of_the_request_or_made_up():
     assert made(options={"name": "exact"}).name == "exact"
     assert made(suffix="cats").name == "cats-abababab"
     assert made().name == "ft-abababab"
@@ -136,13 +132,13 @@ def test_the_name_is_that_of_the_request_or_made_up() -> None:
     assert refused(suffix="x" * 110).param == "suffix"
 
 
-def test_a_tracker_has_the_project_and_the_name_of_the_request() -> None:
+def test_a_tracker_has_the_project_and_the_name_of_the_request():
     for settings, expected in (({"project": "p", "name": "n"}, ("p", "n")), (None, ("", "ftjob-" + "ab" * 12))):
         config = made(integrations=[{"type": "wandb", "wandb": settings}]).config
         assert (config["report_to"], (config["project"], config["run_name"])) == (["wandb"], expected)
 
 
-WRONG: list[tuple[dict[str, Any], str, str | None]] = [
+WRONG = [
     ({"training_file": stored(status="error", status_details="row 7: no answer.")}, "training_file",
      "invalid_training_file"),
     ({"training_file": stored(purpose="fine-tune-results")}, "training_file", "invalid_training_file"),
@@ -158,7 +154,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
 ]  # fmt: skip
 
 
-def test_what_is_wrong_is_named() -> None:
+def test_what_is_wrong_is_named():
     for fields, param, code in WRONG:
         error = refused(**fields)
         assert (error.param, error.code) == (param, code)

@@ -1,23 +1,18 @@
 """A worker's training: jobs come one after the other, and each ends once, by itself."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from dbos import PortableWorkflowError
 
 from prefixtune.jobs import trainer
 from prefixtune.jobs.folder import DataFolder, JobEvents
-from prefixtune.jobs.job import Job, JobError, JobResult, JobStatus
+from prefixtune.jobs.job import JobError, JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.trainer import MAX_ATTEMPTS, LeftError, Trainer
 from prefixtune.prefix.prefix import read_artifact
@@ -34,11 +29,11 @@ LONG = {"max_steps": 100_000}
 class Statuses(JobQueue):
     """A queue that says what the test wants."""
 
-    def __init__(self) -> None:
-        self.says: dict[str, JobStatus | None] = {}
+    def __init__(self):
+        self.says = {}
         self.is_away = False
 
-    def states(self, job_ids: Any) -> Any:
+    def states(self, job_ids):
         if self.is_away:
             raise QueueUnavailableError("the database of jobs cannot be reached.")
         found = {job_id: self.says.get(job_id, "running") for job_id in job_ids}
@@ -48,31 +43,31 @@ class Statuses(JobQueue):
             if status
         }
 
-    def pause(self, job_id: str) -> Any:
+    def pause(self, job_id):
         self.says[job_id] = "paused"
 
-    def cancel(self, job_id: str) -> Any:
+    def cancel(self, job_id):
         self.says[job_id] = "cancelled"
 
 
 class Service:
     """A trainer, and what it hears of the database and does to publish."""
 
-    def __init__(self, data: DataFolder, backbone: Any, prefixes: Path) -> None:
+    def __init__(self, data, backbone, prefixes):
         self.data, self.queue, self.stop = data, Statuses(), threading.Event()
         self.trainer = Trainer(data, self.queue, backbone, prefixes, worker="w", stop=self.stop)
-        self.done: dict[str, list[str]] = {}
+        self.done = {}
 
-    def submit(self, job: Job) -> Future[dict[str, Any]]:
+    def submit(self, job):
         """Claim a job, as a thread of DBOS does."""
-        future: Future[dict[str, Any]] = Future()
+        future = Future()
 
-        def step(name: str, work: Callable[[], Any]) -> Any:
+        def step(name, work):
             result = work()
             self.done.setdefault(job.id, []).append(name)
             return result
 
-        def run() -> None:
+        def run():
             try:
                 future.set_result(self.trainer.run(job, step))
             except (PortableWorkflowError, LeftError) as error:
@@ -81,23 +76,23 @@ class Service:
         threading.Thread(target=run, daemon=True).start()
         return future
 
-    def step(self, job: Job) -> int:
+    def step(self, job):
         progress = JobEvents(self.data.job(job.id)).progress()
         return progress.step if progress else 0
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_backbone: Callable[..., Any]) -> Any:
+def backbone(tiny_backbone):
     return tiny_backbone("llama", max_position_embeddings=512)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> DataFolder:
+def data(tmp_path):
     return DataFolder(tmp_path / "data")
 
 
 @pytest.fixture
-def service(data: DataFolder, backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+def service(data, backbone, tmp_path, monkeypatch):
     """A service that asks the database after each step."""
     monkeypatch.setattr(trainer, "_ASK_SECONDS", 0.0)
     monkeypatch.setattr(trainer, "_AWAY_SECONDS", 0.01)
@@ -107,19 +102,19 @@ def service(data: DataFolder, backbone: Any, tmp_path: Path, monkeypatch: pytest
     wait_until(lambda: not made.trainer.is_busy, 30)
 
 
-def messages(data: DataFolder, job: Job) -> list[str]:
+def messages(data, job):
     return [event.message for event in JobEvents(data.job(job.id)).read()]
 
 
-def prefix_of(data: DataFolder, job: Job) -> bytes:
+def prefix_of(data, job):
     return (data.job(job.id).run / PREFIX_FILE).read_bytes()
 
 
-def is_left(future: Future[Any]) -> bool:
+def is_left(future):
     return isinstance(future.exception(30), LeftError)
 
 
-def failure(future: Future[Any]) -> Any:
+def failure(future):
     error = future.exception(30)
     assert isinstance(error, PortableWorkflowError)
     return JobError.model_validate(error.data)
@@ -128,9 +123,7 @@ def failure(future: Future[Any]) -> Any:
 # --- ending -----------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(
-    service: Service, data: DataFolder, backbone: Any, tmp_path: Path
-) -> None:
+def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(service, data, backbone, tmp_path):
     other = service.submit(make_job(data, "other", fingerprint="x:AAAA"))
     job = make_job(data, "one", dev=ROWS[:2], config={"eval_every": 3}, fingerprint=backbone.fingerprint)
     result = JobResult(**service.submit(job).result(60))
@@ -154,7 +147,7 @@ def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(
     assert progress.trained_tokens == result.trained_tokens > 0
 
 
-def test_documents_are_prepared_and_trained(service: Service, data: DataFolder) -> None:
+def test_documents_are_prepared_and_trained(service, data):
     config = {"prefix_length": 4, "num_questions": 5, "answer_length": 3, "initialization": "text"}
     made = make_job(data, "made", document=DOCUMENT, rows=None, config=config)
     del config["num_questions"], config["answer_length"]
@@ -164,10 +157,8 @@ def test_documents_are_prepared_and_trained(service: Service, data: DataFolder) 
     assert "Preparing questions: 0/5" in messages(data, made)
 
 
-def test_an_error_that_was_not_foreseen_fails(
-    service: Service, data: DataFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> Any:
+def test_an_error_that_was_not_foreseen_fails(service, data, monkeypatch):
+    def broken(*_):
         raise KeyError("/secret/path")
 
     job = make_job(data)
@@ -181,7 +172,7 @@ def test_an_error_that_was_not_foreseen_fails(
 # --- leaving ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_paused_job_goes_on_bit_for_bit_where_it_was(service: Service, data: DataFolder) -> None:
+def test_a_paused_job_goes_on_bit_for_bit_where_it_was(service, data):
     config = {"max_steps": 30}
     whole, paused = make_job(data, "whole", config=config), make_job(data, "paused", config=config)
     assert service.submit(whole).result(60)
@@ -200,9 +191,7 @@ def test_a_paused_job_goes_on_bit_for_bit_where_it_was(service: Service, data: D
 
 
 @pytest.mark.parametrize("status", ["cancelled", None])
-def test_a_job_that_is_cancelled_or_deleted_is_left(
-    status: JobStatus | None, service: Service, data: DataFolder
-) -> None:
+def test_a_job_that_is_cancelled_or_deleted_is_left(status, service, data):
     job = make_job(data, config=LONG)
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
@@ -217,7 +206,7 @@ def test_a_job_that_is_cancelled_or_deleted_is_left(
     assert messages(data, waiting) == []
 
 
-def test_a_job_that_is_claimed_again_before_it_is_left_is_trained_once(service: Service, data: DataFolder) -> None:
+def test_a_job_that_is_claimed_again_before_it_is_left_is_trained_once(service, data):
     config = {"max_steps": 60}
     whole, job = make_job(data, "whole", config=config), make_job(data, "twice", config=config)
     assert service.submit(whole).result(60)
@@ -231,7 +220,7 @@ def test_a_job_that_is_claimed_again_before_it_is_left_is_trained_once(service: 
     assert steps == list(range(1, 61))
 
 
-def test_nothing_goes_on_while_the_database_is_away(service: Service, data: DataFolder, tmp_path: Path) -> None:
+def test_nothing_goes_on_while_the_database_is_away(service, data, tmp_path):
     job = make_job(data, config=LONG)
     future = service.submit(job)
     wait_until(lambda: service.step(job) > 2)
@@ -246,7 +235,7 @@ def test_nothing_goes_on_while_the_database_is_away(service: Service, data: Data
     assert not (tmp_path / "prefixes").exists()
 
 
-def test_a_job_that_another_worker_still_holds_is_waited_for(service: Service, data: DataFolder) -> None:
+def test_a_job_that_another_worker_still_holds_is_waited_for(service, data):
     job = make_job(data)
     with data.job(job.id).hold():
         future = service.submit(job)
@@ -259,10 +248,8 @@ def test_a_job_that_another_worker_still_holds_is_waited_for(service: Service, d
 
 
 @pytest.mark.parametrize("place", ["save", "publish"])
-def test_a_full_disk_pauses_and_what_is_trained_is_kept(
-    place: str, service: Service, data: DataFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> Any:
+def test_a_full_disk_pauses_and_what_is_trained_is_kept(place, service, data, monkeypatch):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     job = make_job(data)
@@ -275,14 +262,14 @@ def test_a_full_disk_pauses_and_what_is_trained_is_kept(
     assert service.submit(job).result(60)["steps"] == 6
 
 
-def test_a_job_whose_files_are_gone_is_paused(service: Service, data: DataFolder) -> None:
+def test_a_job_whose_files_are_gone_is_paused(service, data):
     job = make_job(data)
     data.jobs.rename(data.root / "elsewhere")
     assert is_left(service.submit(job))
     assert service.queue.says[job.id] == "paused"
 
 
-def test_a_job_that_kills_its_worker_each_time_ends(service: Service, data: DataFolder) -> None:
+def test_a_job_that_kills_its_worker_each_time_ends(service, data):
     job, good = make_job(data, "deadly"), make_job(data, "good")
     (data.job(job.id).root / "attempts").write_bytes(b"." * MAX_ATTEMPTS)
     (data.job(good.id).root / "attempts").write_bytes(b"." * (MAX_ATTEMPTS - 1))

@@ -1,18 +1,13 @@
 """`/v1/fine_tuning/jobs` by OpenAI's client: create, look, stop; and everything that is refused, with nothing left."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -21,7 +16,7 @@ from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.jobs.folder import JobEvents
-from prefixtune.jobs.job import Job, JobResult
+from prefixtune.jobs.job import JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.worker import launch
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
@@ -32,29 +27,27 @@ from prefixtune.server.settings import KeyConfig
 ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) + "\n" for n in range(20))
 
 
-async def act(job_id: str, action: str, client: openai.AsyncOpenAI) -> Any:
+async def act(job_id, action, client):
     """Cancel, pause or resume a job."""
     return await getattr(client.fine_tuning.jobs, action)(job_id)
 
 
-def upload(
-    state: Any, text: str = ROWS, name: str = "rows.jsonl", purpose: Any = "fine-tune", owner: str = "local"
-) -> str:
+def upload(state, text=ROWS, name="rows.jsonl", purpose="fine-tune", owner="local"):
     return str(state.training.files.put(owner, io.BytesIO(text.encode()), name, purpose).id)
 
 
-def create(app: Any, file: str, *, key: str = "none", model: str = "tiny", **more: Any) -> Any:
-    own: dict[str, Any] = {"extra_body": {"prefixtune": more.pop("own")}} if "own" in more else {}
+def create(app, file, *, key="none", model="tiny", **more):
+    own = {"extra_body": {"prefixtune": more.pop("own")}} if "own" in more else {}
     return ask(app, lambda client: client.fine_tuning.jobs.create(model=model, training_file=file, **own, **more), key)
 
 
-def refusal(app: Any, file: str, **more: Any) -> Any:
+def refusal(app, file, **more):
     with pytest.raises(openai.APIStatusError) as caught:
         create(app, file, **more)
     return caught.value
 
 
-def left(state: Any) -> tuple[list[str], list[str]]:
+def left(state):
     """The folders and the queued jobs that there are."""
     folder = state.training.folder.jobs
     folders = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -63,14 +56,14 @@ def left(state: Any) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def worker(state: Any, run: Callable[[Job], JobResult]) -> Iterator[None]:
+def worker(state, run):
     """A worker that runs jobs in its own way."""
     training = state.training
     with launch(training.database_url, "tests", training.backbone, lambda job, _: run(job).model_dump(mode="json")):
         yield
 
 
-def wait_for(app: Any, job_id: str, *statuses: str) -> Any:
+def wait_for(app, job_id, *statuses):
     end = time.monotonic() + 20
     while time.monotonic() < end:
         job = ask(app, lambda client: client.fine_tuning.jobs.retrieve(job_id))
@@ -80,14 +73,14 @@ def wait_for(app: Any, job_id: str, *statuses: str) -> Any:
     raise AssertionError(f"{job_id} is {job.status}")
 
 
-def keys(**rules: dict[str, Any]) -> dict[str, KeyConfig]:
+def keys(**rules):
     return {name: KeyConfig(hash=hash_key(f"pt-{name}"), **more) for name, more in rules.items()}
 
 
 # --- what works -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) -> None:
+def test_a_job_from_its_creation_to_its_result(make_server):
     app, state = make_server(trackers=("wandb",))
     file, check = upload(state), upload(state)
     woken = threading.Event()
@@ -120,10 +113,10 @@ def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) 
     state.training.files.delete(state.training.files.get("local", file))
 
     began, release = threading.Event(), threading.Event()
-    seen: list[Job] = []
+    seen = []
     now = int(time.time())
 
-    def run(asked: Job) -> JobResult:
+    def run(asked):
         seen.append(asked)
         events = JobEvents(state.training.folder.job(asked.id))
         events.add("step 1", data={"step": 1, "total_steps": 6, "train_loss": 2.0, "seconds_left": 30.0})
@@ -153,7 +146,7 @@ def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) 
     assert (config["prefix_length"], config["initialization"], config["max_steps"]) == (4, "words", 6)
     assert (config["report_to"], config["run_name"]) == (["wandb"], "first")
 
-    async def events(client: openai.AsyncOpenAI) -> Any:
+    async def events(client):
         first = await client.fine_tuning.jobs.list_events(job.id, limit=1)
         return [one.message async for one in first], [one.data async for one in first]
 
@@ -163,9 +156,7 @@ def test_a_job_from_its_creation_to_its_result(make_server: Callable[..., Any]) 
     assert ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id)).data == []
 
 
-def test_checkpoints_are_listed_as_far_as_they_are_served(
-    make_server: Callable[..., Any], tmp_path: Path, backbone: Any, random_prefix: Callable[..., Any]
-) -> None:
+def test_checkpoints_are_listed_as_far_as_they_are_served(make_server, tmp_path, backbone, random_prefix):
     app, state = make_server()
     job = create(app, upload(state), own={"name": "cats"})
     copies = state.training.folder.job(job.id).checkpoints
@@ -173,7 +164,7 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(
         header = {**make_header(backbone), "job": {"id": job.id, "owner": "local", "step": step}}
         save_prefix(copies / f"cats.step-{step}.safetensors", Prefix(random_prefix(backbone, 4, step).layers, header))
 
-    def listed() -> list[str]:
+    def listed():
         found = ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id))
         return [one.fine_tuned_model_checkpoint for one in found.data]
 
@@ -186,12 +177,12 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(
     assert listed() == ["cats.step-2"]
 
 
-def test_jobs_are_listed_in_pages_and_by_metadata(make_server: Callable[..., Any]) -> None:
+def test_jobs_are_listed_in_pages_and_by_metadata(make_server):
     app, state = make_server()
     file = upload(state)
     made = [create(app, file, metadata={"n": str(n), "all": "yes"}).id for n in range(3)]
 
-    async def listed(client: openai.AsyncOpenAI, **query: Any) -> list[str]:
+    async def listed(client, **query):
         page = await client.fine_tuning.jobs.list(**query)
         return [job.id async for job in page]
 
@@ -202,7 +193,7 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server: Callable[..., Any
     assert last.prefixtune["position"] == 2
 
 
-def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) -> None:
+def test_a_job_is_paused_resumed_and_cancelled(make_server):
     app, state = make_server()
     job = create(app, upload(state), own={"name": "mine"})
     assert ask(app, lambda client: client.fine_tuning.jobs.pause(job.id)).status == "paused"
@@ -217,7 +208,7 @@ def test_a_job_is_paused_resumed_and_cancelled(make_server: Callable[..., Any]) 
     create(app, upload(state), own={"name": "mine"})
 
 
-def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None:
+def test_training_goes_on_from_a_prefix(make_server):
     app, state = make_server()
     job = create(app, upload(state), model="a")
     folder = state.training.folder.job(job.id)
@@ -228,9 +219,7 @@ def test_training_goes_on_from_a_prefix(make_server: Callable[..., Any]) -> None
     assert (asked.config["initialization"], asked.config["prefix_length"]) == ("prefix", 4)
 
 
-def test_only_who_may_have_a_prefix_goes_on_from_it(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_who_may_have_a_prefix_goes_on_from_it(make_server, monkeypatch):
     app, state = make_server(keys=keys(ann={}, bob={}, boss={"admin": True}))
     files = {name: upload(state, owner=name) for name in ("ann", "bob", "boss")}
     shared = refusal(app, files["ann"], model="a", key="pt-ann")
@@ -240,7 +229,7 @@ def test_only_who_may_have_a_prefix_goes_on_from_it(
     path = state.store.folder / "mine.safetensors"
     prefix = read_artifact(state.store.folder / "a.safetensors")
 
-    def made_by(owner: str) -> None:
+    def made_by(owner):
         header = {**prefix.header, "job": {"id": f"ftjob-{owner}", "owner": owner}}
         save_prefix(path, Prefix(prefix.layers, header))
 
@@ -256,26 +245,24 @@ def test_only_who_may_have_a_prefix_goes_on_from_it(
     assert left(state) == before
 
 
-def test_a_request_that_is_sent_again_gets_the_same_job(make_server: Callable[..., Any]) -> None:
+def test_a_request_that_is_sent_again_gets_the_same_job(make_server):
     app, state = make_server()
     file = upload(state)
-    header: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "once"}}
+    header = {"extra_headers": {"Idempotency-Key": "once"}}
     first = create(app, file, own={"name": "mine"}, **header)
     again = create(app, file, own={"name": "mine"}, **header)
     assert first.id == again.id
 
-    async def at_once(client: openai.AsyncOpenAI) -> list[Any]:
-        ask_for: Any = partial(client.fine_tuning.jobs.create, model="tiny", extra_headers={"Idempotency-Key": "two"})
+    async def at_once(client):
+        ask_for = partial(client.fine_tuning.jobs.create, model="tiny", extra_headers={"Idempotency-Key": "two"})
         return await asyncio.gather(*(ask_for(training_file=file) for _ in range(4)))
 
     assert len({job.id for job in ask(app, at_once)}) == 1
     assert len(left(state)[1]) == 2
 
 
-def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def away(*_: Any) -> None:
+def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(make_server, monkeypatch):
+    def away(*_):
         raise QueueUnavailableError("the database of jobs cannot be reached.")
 
     app, state = make_server()
@@ -291,12 +278,12 @@ def test_a_folder_that_another_server_has_made_for_the_same_request_is_kept(
     assert folder.find_input("train") is not None
 
 
-def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callable[..., Any]) -> None:
+def test_many_requests_at_once_keep_the_limit_and_the_names(make_server):
     app, state = make_server()
     file = upload(state)
 
-    async def create_many(client: openai.AsyncOpenAI) -> list[Any]:
-        def job(name: str) -> Any:
+    async def create_many(client):
+        def job(name):
             return client.fine_tuning.jobs.create(
                 model="tiny", training_file=file, extra_body={"prefixtune": {"name": name}}
             )
@@ -316,14 +303,14 @@ def test_many_requests_at_once_keep_the_limit_and_the_names(make_server: Callabl
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_trackers_are_allowed_by_the_servers_owner(make_server: Callable[..., Any]) -> None:
+def test_trackers_are_allowed_by_the_servers_owner(make_server):
     app, state = make_server(trackers="trackio,wandb")
     other = refusal(app, upload(state), integrations=[{"type": "mlflow"}])
     assert (other.status_code, other.param, other.code) == (400, "integrations[0].type", "tracker_not_allowed")
     assert left(state) == ([], [])
 
 
-def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> None:
+def test_keys_see_their_own_and_admins_all(make_server):
     rules = keys(ann={"prefixes": ("acme-*",)}, bob={}, boss={"admin": True}, reader={"train": False})
     app, state = make_server(keys=rules)
     file = upload(state, owner="ann")
@@ -340,7 +327,7 @@ def test_keys_see_their_own_and_admins_all(make_server: Callable[..., Any]) -> N
     assert ask(app, lambda client: client.fine_tuning.jobs.cancel(job.id), "pt-boss").status == "cancelled"
 
 
-def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
+def test_limits_of_a_key(make_server):
     rules = keys(few={"max_jobs": 1}, none={"max_prefixes": 0}, short={"max_steps": 4})
     app, state = make_server(keys=rules)
     files = {name: upload(state, owner=name) for name in rules}
@@ -354,11 +341,11 @@ def test_limits_of_a_key(make_server: Callable[..., Any]) -> None:
     assert refusal(app, files["short"], key="pt-short", own={"max_steps": 5}).code == "too_many_steps"
 
 
-def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_away_comes_back(make_server, monkeypatch):
     app, state = make_server()
     file = upload(state)
 
-    def away(_: str) -> None:
+    def away(_):
         raise QueueUnavailableError("the database of jobs cannot be reached (OperationalError).")
 
     with monkeypatch.context() as patched:
@@ -368,17 +355,15 @@ def test_a_database_that_is_away_comes_back(make_server: Callable[..., Any], mon
     assert create(app, file).status == "queued"
 
 
-def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(make_server, monkeypatch):
     app, state = make_server()
     file = upload(state)
     job = create(app, file)
     error = QueueUnavailableError("the connection is lost")
     get = JobQueue.get
-    looks: list[str] = []
+    looks = []
 
-    def get_once(queue: JobQueue, job_id: str) -> Any:
+    def get_once(queue, job_id):
         looks.append(job_id)
         if len(looks) > 2:
             raise error
@@ -392,9 +377,7 @@ def test_a_change_that_may_have_been_made_is_not_tried_again_by_clients(
     assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).status == "cancelled"
 
 
-def test_a_data_folder_that_cannot_be_used_is_said_without_its_path(
-    make_server: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_data_folder_that_cannot_be_used_is_said_without_its_path(make_server, tmp_path, caplog):
     (tmp_path / "data").write_text("no folder")
     app, _ = make_server(database_url=f"sqlite:///{tmp_path / 'shared.sqlite'}")
     response = asyncio.run(send(app, "GET", "/v1/fine_tuning/jobs"))
@@ -405,12 +388,12 @@ def test_a_data_folder_that_cannot_be_used_is_said_without_its_path(
     assert str(tmp_path / "data") in logged[0].fields["reason"]
 
 
-def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[..., Any]) -> None:
+def test_a_database_that_is_locked_stops_no_other_request(make_server):
     app, state = make_server()
     create(app, upload(state))
     release = threading.Event()
 
-    async def run() -> tuple[list[Any], Any]:
+    async def run():
         stuck = [asyncio.ensure_future(state.training.ask(lambda _: release.wait(20))) for _ in range(32)]
         await asyncio.sleep(0)
         statuses = [(await send(app, "GET", path)).status for path in ("/v1/models", "/v1/files")]
@@ -420,13 +403,11 @@ def test_a_database_that_is_locked_stops_no_other_request(make_server: Callable[
     assert asyncio.run(run())[0] == [200, 200]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(
-    make_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(make_server, monkeypatch):
     app, state = make_server()
     file = upload(state)
 
-    def full(*_: Any, **__: Any) -> None:
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:

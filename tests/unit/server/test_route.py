@@ -1,15 +1,12 @@
 """A request for `route:PATTERN`: the memory with the nearest stored question answers, and the answer names it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from asgi_client import Response, bearer, completion, send
+from asgi_client import bearer, completion, send
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, save_prefix
@@ -20,10 +17,10 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture
-def serve(make_server: Make, backbone: Any, tmp_path: Path, random_prefix: Make, text_format: dict[str, str]) -> Make:
+def serve(make_server, backbone, tmp_path, random_prefix, text_format):
     """A factory of an application with the memories `owl` and `fox`, beside `a` and `b`, which store no questions."""
 
-    def make(**options: Any) -> Any:
+    def make(**options):
         app, _ = make_server(**options)
         for seed, animal in enumerate(("owl", "fox")):
             asked = [[f"Where is the {animal}?", "here"], ["When?", "now"]]
@@ -35,11 +32,11 @@ def serve(make_server: Make, backbone: Any, tmp_path: Path, random_prefix: Make,
     return make
 
 
-def ask(app: Any, body: dict[str, Any], path: str = "/v1/completions", **options: Any) -> Response:
+def ask(app, body, path="/v1/completions", **options):
     return asyncio.run(send(app, "POST", path, body, **options))
 
 
-def test_the_memory_that_a_text_is_about_answers_and_is_named(serve: Make, backbone: Any, tmp_path: Path) -> None:
+def test_the_memory_that_a_text_is_about_answers_and_is_named(serve, backbone, tmp_path):
     app = serve()
     short = {"max_tokens": 8, "temperature": 0}
     for model, text, name in (
@@ -59,7 +56,7 @@ def test_the_memory_that_a_text_is_about_answers_and_is_named(serve: Make, backb
     assert '"model":"owl"' not in pieces
 
 
-def test_a_text_about_none_of_them_is_the_backbones(serve: Make) -> None:
+def test_a_text_about_none_of_them_is_the_backbones(serve):
     app = serve()
     # A word that both store tells nothing.
     for text in ("zzz", "When?", "the"):
@@ -78,13 +75,13 @@ def test_a_text_about_none_of_them_is_the_backbones(serve: Make) -> None:
         ({"model": "route:*", "prompt": "the owl", "prefixes": ["fox"]}, 400, "model"),
     ],
 )
-def test_what_cannot_be_routed_is_one_error(serve: Make, body: dict[str, Any], status: int, param: str) -> None:
+def test_what_cannot_be_routed_is_one_error(serve, body, status, param):
     answer = ask(serve(), {"prompt": "the owl", **body})
     assert answer.status == status, answer.body
     assert answer.json["error"]["param"] in (param, None if status == 404 else param)
 
 
-def test_only_what_a_key_may_use_is_routed_to(serve: Make) -> None:
+def test_only_what_a_key_may_use_is_routed_to(serve):
     keys = {"reader": KeyConfig(hash=hash_key("pt-reader"), prefixes=("owl", "tiny"))}
     app, headers = serve(keys=keys), {"headers": bearer("reader")}
     assert ask(app, completion(model="route:*", prompt="the fox", max_tokens=2), **headers).json["model"] == "tiny"
