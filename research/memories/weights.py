@@ -117,10 +117,10 @@ def main() -> None:
         "own": {weight: [exact(own, of({own: weight})) for own in numbers] for weight in _OWN},
         "another": {weight: [exact(own, of({other: weight})) for own, other in pairs] for weight in _OWN},
     }
-    result = {
+    result: dict[str, Any] = {
         name: {weight: round(statistics.fmean(own), 4) for weight, own in row.items()} for name, row in cells.items()
     }
-    result["spread"] = {"median": round(statistics.median(spreads), 3), "largest": round(max(spreads), 3)}  # type: ignore[dict-item]
+    result["spread"] = {"median": round(statistics.median(spreads), 3), "largest": round(max(spreads), 3)}
     options.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 

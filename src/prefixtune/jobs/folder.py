@@ -64,7 +64,7 @@ class JobFolder:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[bool]:
-        """Keep the job to oneself while the block runs, as whoever trains it does; yields whether nobody else has it.
+        """Hold the job while the block runs, as its worker does; yields whether nobody else holds it.
 
         Raises:
             OSError: The folder cannot be written.

@@ -10,7 +10,7 @@ from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, T
 from prefixtune.errors import RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream, write
-from prefixtune.inference.prompts import Prompt
+from prefixtune.inference.prompts import Prompt, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 
 
@@ -33,6 +33,14 @@ def test_all_ways_end_there(tiny_backbone, random_ids):
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])
         assert [token.id for token in output.tokens] == ids
+
+
+def test_a_special_token_may_be_a_stop_string(tiny_backbone):
+    backbone = tiny_backbone("llama")
+    bos = backbone.tokenizer.bos_token_id
+    config = GenerateConfig(stop=["b", "<s>", "<x>"])
+    assert [one.ends for one in prepare_prompts(backbone, ["x"], [None], config)] == [(bos,)]
+    assert [one.ends for one in prepare_prompts(backbone, ["x"], [None], GenerateConfig())] == [()]
 
 
 def test_a_conversation_without_a_template_anywhere(tiny_backbone):
