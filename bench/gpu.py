@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import random
 import shutil
@@ -219,12 +218,6 @@ def measure_model(plan: Plan, parts: list[str], log: Log) -> list[Figure]:
         figures.extend(found)
         log(f"{part}, {name}: {'; '.join(figure.shown() for figure in found)}")
 
-    def lacks(part: str, what: str, module: str) -> bool:
-        if importlib.util.find_spec(module) is not None or part not in parts:
-            return False
-        figures.append(Figure(part, f"{plan.model}: {what}", None, reason=f"{module} is not installed"))
-        return True
-
     with tempfile.TemporaryDirectory(prefix="prefixtune-gpu-") as name:
         try:
             plan = replace(plan, path=isolated(save, plan, Path(name)))
@@ -232,11 +225,9 @@ def measure_model(plan: Plan, parts: list[str], log: Log) -> list[Figure]:
             figures.append(Figure("load", f"{plan.model}: files", None, reason=_reason(error)))
         if plan.path:
             attempt("load", "as it is", load, plan, "")
-            if not lacks("load", "int8", "torchao"):
-                attempt("load", "int8", load, plan, "int8")
+            attempt("load", "int8", load, plan, "int8")
         attempt("train", "prefixtune", train, plan, "prefixtune")
-        if not lacks("train", "PEFT", "peft"):
-            attempt("train", "PEFT", train, plan, "PEFT")
+        attempt("train", "PEFT", train, plan, "PEFT")
         for texts in plan.texts:
             attempt("decode", f"{texts} at once, engine", decode, plan, "engine", texts)
             if plan.vllm_python and plan.path:

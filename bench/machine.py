@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from prefixtune.utils.machine import describe_machine, versions
@@ -92,21 +93,18 @@ class BackgroundLoad:
     """Cores that other processes kept busy since this object was made."""
 
     def __init__(self) -> None:
-        self.load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+        self.load_average: float = psutil.getloadavg()[0]
         self._began, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
 
     @property
     def busy_at_start(self) -> bool:
         """Whether the load average at the start suggests that other processes are working."""
-        return self.load_average is not None and self.load_average > BUSY_CORES * (os.cpu_count() or 1)
+        return self.load_average > BUSY_CORES * (os.cpu_count() or 1)
 
-    def cores(self) -> float | None:
-        """Cores that others used on average; None where the system does not count them."""
-        busy = _busy_seconds()
-        if busy is None or self._busy is None:
-            return None
+    def cores(self) -> float:
+        """Cores that others used on average."""
         elapsed = max(time.monotonic() - self._began, 1e-9)
-        return max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / elapsed
+        return max(0.0, (_busy_seconds() - self._busy) - (_own_seconds() - self._own)) / elapsed
 
 
 def _has_bf16() -> bool:
@@ -114,12 +112,9 @@ def _has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(flags.split()))
 
 
-def _busy_seconds() -> float | None:
-    lines = _lines("/proc/stat")
-    if not lines:
-        return None
-    user, nice, system, _idle, _wait, irq, soft, steal = map(int, lines[0].split()[1:9])
-    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+def _busy_seconds() -> float:
+    times = psutil.cpu_times()
+    return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 def _own_seconds() -> float:

@@ -13,28 +13,22 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.errors import BackboneError
 
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128_256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
-        "vocab_size": 128_256,
+        **_LLAMA_3,
         "hidden_size": 2048,
         "intermediate_size": 8192,
         "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         "tie_word_embeddings": True,
     },
-    "llama-3.1-8b": {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    },
+    "llama-3.1-8b": {**_LLAMA_3, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,

@@ -26,9 +26,7 @@ from bench.models import make_backbone
 from bench.results import Figure, Log, Results, make_parser, run_benchmark
 from bench.train_sides import (
     VARIANTS,
-    OurSide,
-    PeftSide,
-    clone_weights,
+    Side,
     compare,
     make_side,
     measure_peak,
@@ -70,7 +68,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
         for setting, some in batches.items()
     }
     sides = {variant: make_side(variant, length, options.backbone) for variant in VARIANTS}
-    start = clone_weights(sides["peft-fp32"])
+    start = [weight.detach().clone() for weight in sides["peft-fp32"].weights()]
     results: list[dict[str, Any]] = []
     figures: list[Figure] = []
     for setting, some in batches.items():
@@ -80,8 +78,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
         )
         figures += report(results[-1])
     trained = sum(weight.numel() for weight in start)
-    attention = sides["peft-fp32"].model.config._attn_implementation
-    facts = {"prefix_length": length, "trained_parameters": trained, "peft_attention": attention}
+    facts = {"prefix_length": length, "trained_parameters": trained}
     return {"data": name, "train": {**facts, "settings": results}}, figures
 
 
@@ -94,7 +91,7 @@ def memory_of(
 
 
 def measure_setting(
-    sides: Mapping[str, PeftSide | OurSide],
+    sides: Mapping[str, Side],
     setting: tuple[int, int],
     batches: Sequence[Batch],
     start: Sequence[Tensor],
@@ -109,7 +106,6 @@ def measure_setting(
         DifferenceError: In float32 they differ by more than rounding.
     """
     reference = sides["peft-fp32"]
-    assert isinstance(reference, PeftSide)
     set_weights(reference, start)
     differences = require_equal(reference, sides["ours-fp32"], batches[0])
     rounding = {variant: compare(reference, sides[variant], batches[0]) for variant in ("peft-bf16", "ours-bf16")}

@@ -9,17 +9,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from bench.machine import memory_mib, reset_peak_memory, wait
 from bench.models import make_backbone, make_model, silence_peft
 from bench.results import DifferenceError
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
@@ -29,9 +28,6 @@ BOTTLENECK_SIZE = 512
 LEARNING_RATE = 5e-4
 MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-4
-
-Gradients: TypeAlias = tuple[float, list[Tensor]]
-"""Loss, and every parameter's gradient."""
 
 VARIANTS = {
     "peft-fp32": ("PEFT", "float32"),
@@ -82,21 +78,10 @@ def timed_step(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, fl
     return time.perf_counter() - began, loss
 
 
-def clone_weights(side: Side) -> list[Tensor]:
-    """A copy of a side's parameters."""
-    return [weight.detach().clone() for weight in side.weights()]
-
-
 @torch.no_grad()
 def set_weights(side: Side, values: Iterable[Tensor]) -> None:
-    """Start a side again, with these parameters and an empty optimizer.
-
-    Raises:
-        DifferenceError: Their shapes differ.
-    """
+    """Start a side again, with these parameters and an empty optimizer."""
     for weight, value in zip(side.weights(), values, strict=True):
-        if weight.shape != value.shape:
-            raise DifferenceError(f"parameters differ in shape: {tuple(value.shape)} and {tuple(weight.shape)}.")
         weight.copy_(value)
     side.optimizer.state.clear()
 
@@ -148,17 +133,15 @@ class PeftSide:
     def collate(self, batch: Sequence[TokenizedExample]) -> dict[str, Tensor]:
         """Ids, mask and labels of a right-padded batch."""
         pairs = [(group.prompt, target) for group in batch for target in group.targets]
-        width = max(len(prompt) + len(target) for prompt, target in pairs)
-        ids = torch.full((len(pairs), width), self.pad_id)
-        mask = torch.zeros(len(pairs), width, dtype=torch.long)
-        labels = torch.full((len(pairs), width), -100)
-        for row, (prompt, target) in enumerate(pairs):
-            stop = len(prompt) + len(target)
-            ids[row, :stop] = torch.tensor(prompt + target)
-            mask[row, :stop] = 1
-            labels[row, len(prompt) : stop] = torch.tensor(target)
-        device = self.model.device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+        columns = {
+            "input_ids": ([prompt + target for prompt, target in pairs], self.pad_id),
+            "attention_mask": ([(1,) * len(prompt + target) for prompt, target in pairs], 0),
+            "labels": ([(-100,) * len(prompt) + target for prompt, target in pairs], -100),
+        }
+        return {
+            name: pad_sequence([torch.tensor(row) for row in rows], True, padding).to(self.model.device)
+            for name, (rows, padding) in columns.items()
+        }
 
     def weights(self) -> list[nn.Parameter]:
         """See `Side`."""
@@ -182,14 +165,10 @@ class OurSide:
         ).to(backbone.device)
         self.optimizer = make_optimizer(self.weights())
 
-    def rows(self, batch: Sequence[TokenizedExample]) -> list[Batch]:
-        """The packed rows of a step, one pass each."""
-        parts = divide(self.backbone, batch, MOST_POSITIONS, share_beginnings=True)
-        return [collate(self.backbone, part, share_beginnings=True) for part in parts]
-
     def backward(self, batch: Sequence[TokenizedExample]) -> float:
         """See `Side`."""
-        batches = self.rows(batch)
+        parts = divide(self.backbone, batch, MOST_POSITIONS, share_beginnings=True)
+        batches = [collate(self.backbone, part, share_beginnings=True) for part in parts]
         num_tokens = sum(len(part.labels) for part in batches)
         prefix = self.module()
         leaf = prefix.leaves()
@@ -208,9 +187,7 @@ class OurSide:
         ]
 
 
-def make_side(
-    variant: str, prefix_length: int, backbone_name: str = DEFAULT_BACKBONE, device: str = "cpu"
-) -> PeftSide | OurSide:
+def make_side(variant: str, prefix_length: int, backbone_name: str, device: str = "cpu") -> Side:
     """Load a backbone with a trainable prefix, of the same size on both sides."""
     library, dtype = VARIANTS[variant]
     torch.manual_seed(0)
@@ -236,11 +213,14 @@ def compare(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> 
     names = "embedding", "weight_1", "bias_1", "weight_2", "bias_2"
     return {
         "loss": abs(one_loss - other_loss) / abs(one_loss),
-        **{f"{name}_gradient": distance(a, b) for name, a, b in zip(names, one_weights, other_weights, strict=True)},
+        **{
+            f"{name}_gradient": float((one - other).norm() / one.norm())
+            for name, one, other in zip(names, one_weights, other_weights, strict=True)
+        },
     }
 
 
-def require_equal(reference: PeftSide, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
+def require_equal(reference: Side, other: Side, batch: Sequence[TokenizedExample]) -> dict[str, float]:
     """`compare`, and refuse another loss; gradients can be small sums of large numbers, and are reported alone.
 
     Raises:
@@ -252,14 +232,10 @@ def require_equal(reference: PeftSide, other: Side, batch: Sequence[TokenizedExa
     return differences
 
 
-def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> Gradients:
+def _gradients(side: Side, batch: Sequence[TokenizedExample]) -> tuple[float, list[Tensor]]:
+    """Loss, and every parameter's gradient."""
     side.optimizer.zero_grad(set_to_none=True)
     loss = side.backward(batch)
     copies = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in side.weights()]
     side.optimizer.zero_grad(set_to_none=True)
     return loss, copies
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """The norm of the difference of two tensors, relative to the first."""
-    return float((one - other).norm() / one.norm())

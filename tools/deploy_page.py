@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tools.pages import DOCS, ROOT, write_or_check
+from tools.pages import DOCS, ROOT, page_parser, write_or_check
 
 PAGE = DOCS / "deploy.md"
 
@@ -129,4 +129,5 @@ def page(rows: dict[str, list[Row]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, page(collect()), __doc__))
+    options = page_parser(__doc__).parse_args()
+    sys.exit(write_or_check(PAGE, page(collect()), check=options.check))

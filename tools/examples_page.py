@@ -2,9 +2,9 @@
 
     python -m tools.examples_page                  run all, keep their outputs
     python -m tools.examples_page joined classify  run these; the others' outputs stay as they were
-    python -m tools.examples_page --short          run all with two training steps; keep nothing
 
-Every script runs in an empty folder of its own. `PREFIXTUNE_EXAMPLES=short` is `--short`.
+Every script runs in an empty folder of its own. With `PREFIXTUNE_EXAMPLES=short` they take two training steps, and
+nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 
 from tools.pages import ROOT
-
-__all__ = ["NAMES", "examples_page", "run_example"]
 
 EXAMPLES = ROOT / "examples"
 OUTPUTS = EXAMPLES / "output"
@@ -91,11 +89,10 @@ def main() -> int:
     """Run what the command line asks for; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run (default: all)")
-    parser.add_argument("--short", action="store_true", help="two training steps; keep no output")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"there is no example {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    short = args.short or os.environ.get("PREFIXTUNE_EXAMPLES") == "short"
+    short = os.environ.get("PREFIXTUNE_EXAMPLES") == "short"
     for name in args.names or NAMES:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

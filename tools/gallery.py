@@ -9,7 +9,6 @@ Every figure of the page is in bench/results/gallery.json or in research/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.pages import DOCS, ROOT
+from tools.pages import DOCS, ROOT, page_parser, write_or_check
 
 PAGE = DOCS / "gallery.md"
 RESULTS = ROOT / "bench" / "results" / "gallery.json"
@@ -167,17 +166,15 @@ def _head(*columns: str) -> str:
 
 def main() -> int:
     """Measure, write or check; returns the exit code."""
-    from datetime import date
-
-    from prefixtune.utils.machine import describe_machine
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    parser = page_parser(__doc__)
     parser.add_argument("--measure", nargs="*", metavar="NAME", choices=COMMANDS, help="train and score these")
     args = parser.parse_args()
     if args.measure is not None:
+        from datetime import date
+
         import prefixtune as pt
         import prefixtune.training.train
+        from prefixtune.utils.machine import describe_machine
 
         # What is done once, imports and the check of the model, is not counted.
         pt.load_backbone("smollm2-135m")
@@ -189,11 +186,7 @@ def main() -> int:
             print(name, entries[name], flush=True)
             entries = {name: entries[name] for name in COMMANDS if name in entries}
             RESULTS.write_text(json.dumps({**about, "entries": entries}, indent=1) + "\n", encoding="utf-8")
-    made = _figures()
-    if args.check:
-        return int(PAGE.read_text(encoding="utf-8") != page(made))
-    PAGE.write_text(page(made), encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page(_figures()), check=args.check)
 
 
 if __name__ == "__main__":

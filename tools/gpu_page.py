@@ -12,25 +12,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefixtune.utils.console import format_figure
-from tools.pages import DOCS, ROOT, write_or_check
+from tools.pages import DOCS, ROOT, page_parser, write_or_check
 
 PAGE = DOCS / "gpu.md"
 RESULTS = ROOT / "bench" / "results" / "gpu.json"
 PARTS = {
-    "load": (
-        "Loading",
-        "From files to a model on the device, in bfloat16; the peak of host memory is above what the "
-        "process had before.",
-    ),
+    "load": ("Loading", "From files to a model on the device, in bfloat16; peaks of host memory are above the start."),
     "train": (
         "A training step",
-        "Random tokens, a backbone in bfloat16, against PEFT's prefix tuning with the same "
-        "encoder, each library in a process of its own.",
+        "Random tokens, bfloat16; PEFT's prefix tuning has the same encoder, and each library its own process.",
     ),
-    "decode": (
-        "Decoding",
-        "64 tokens in, 64 out, P = 10, a prefix for each text, from the requests to the last token.",
-    ),
+    "decode": ("Decoding", "64 tokens in, 64 out, P = 10, a prefix for each text, from requests to the last token."),
     "prompt": ("One long prompt", "A prefix of 10 and one prompt as long as the model takes, 32k at most."),
 }
 INTRODUCTION = """# On a GPU
@@ -67,11 +59,7 @@ def _value(row: Mapping[str, Any]) -> str:
     return f"{format_figure(row['value'])} {row['unit']}".strip()
 
 
-def main() -> int:
-    """Write or check the page; returns the exit code."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    return write_or_check(PAGE, page(results), __doc__)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    options = page_parser(__doc__).parse_args()
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+    sys.exit(write_or_check(PAGE, page(results), check=options.check))

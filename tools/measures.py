@@ -47,18 +47,17 @@ _OF_THE_SITE = ("cli.md", "configuration.md", "examples.md", "http.md")
 """Pages that `make site` makes, and that are not in the repository."""
 
 
-def python_lines(source: str) -> int:
-    """The lines of code of a Python file."""
+def code_lines(source: str) -> set[int]:
+    """The numbers of the lines of code in a Python file."""
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in layout:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        for statement in _body(node):
-            if isinstance(statement, ast.Expr) and _is_text(statement.value):
-                lines.difference_update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
-    return len(lines)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return lines
 
 
 def files(*places: Path) -> list[Path]:
@@ -69,20 +68,18 @@ def files(*places: Path) -> list[Path]:
 
 def lines(paths: Iterable[Path]) -> int:
     """The lines of code of all files."""
-    return sum(python_lines(path.read_text(encoding="utf-8")) for path in paths)
+    return sum(len(code_lines(path.read_text(encoding="utf-8"))) for path in paths)
 
 
-def long_functions(path: Path, root: Path = ROOT) -> Iterator[tuple[int, str]]:
-    """Functions and methods with more than `LONG` lines of code, with where they are below `root`."""
-    source = path.read_text(encoding="utf-8").splitlines()
-    for node in ast.walk(ast.parse("\n".join(source))):
+def long_functions(path: Path) -> Iterator[tuple[int, str]]:
+    """Functions and methods with more than `LONG` lines of code, with where they are."""
+    source = path.read_text(encoding="utf-8")
+    code = code_lines(source)
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            size = len(code.intersection(range(node.lineno, (node.end_lineno or node.lineno) + 1)))
             if size > LONG:
-                text = "\n".join(source[node.lineno - 1 : node.end_lineno])
-                size = python_lines(_dedent(text, node.col_offset))
-            if size > LONG:
-                yield size, f"{path.relative_to(root)}: {node.name}"
+                yield size, f"{path.relative_to(ROOT)}: {node.name}"
 
 
 def words() -> tuple[int, int]:
@@ -96,19 +93,6 @@ def words() -> tuple[int, int]:
         else:
             by_hand += count
     return by_hand, generated
-
-
-def _body(node: ast.AST) -> list[ast.stmt]:
-    body = getattr(node, "body", None)
-    return body if isinstance(body, list) else []
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def _dedent(text: str, by: int) -> str:
-    return "\n".join(line[by:] if not line[:by].strip() else line for line in text.splitlines())
 
 
 def main() -> int:

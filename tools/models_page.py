@@ -2,7 +2,6 @@
 
     python -m tools.models_page                 # examine all types, about ten minutes, and write the page
     python -m tools.models_page gpt2 t5 bert    # examine these only, and print their table
-    python -m tools.models_page --json ...      # print every check as JSON instead; writes nothing
 
 Exits 1 if a model gives wrong results or a traceback.
 """
@@ -10,12 +9,10 @@ Exits 1 if a model gives wrong results or a traceback.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 
 # Before huggingface_hub is imported, which reads it then; processes that examine models inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -99,23 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Examine, and write or print; exits 1 if a model gives wrong results or a traceback."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Examine tiny models of many types.", allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="TYPE", help="model types, or names in tests/zoo.py (default: all)")
-    parser.add_argument("--json", action="store_true", help="print every check as JSON; writes no page")
     options = parser.parse_args(arguments)
     known = names_of_all()
     unknown = [name for name in options.names if name not in known]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-
-    def show(result: Result) -> None:
-        print(f"{result.name:26}{result.verdict:12}{result.note[:140]}", file=sys.stderr, flush=True)
-
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         # An empty cache folder: results of earlier self-checks do not count.
         os.environ["PREFIXTUNE_HOME"] = folder
-        results = examine_all(options.names, on_result=show)
-    if options.json:
-        print(json.dumps(report(results), indent=1, ensure_ascii=False))
-    elif options.names:
+        for result in examine_all(options.names):
+            print(f"{result.name:26}{result.verdict:12}{result.note[:140]}", file=sys.stderr, flush=True)
+            results.append(result)
+    if options.names:
         print("\n".join(table(results)))
     else:
         PAGE.write_text(models_page(results), encoding="utf-8")
@@ -123,12 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verdict in FAULTS:
         print(f"{verdict}: {', '.join(r.name for r in results if r.verdict == verdict) or 'none'}", file=sys.stderr)
     return int(any(result.verdict in FAULTS for result in results))
-
-
-def report(results: Sequence[Result]) -> dict[str, object]:
-    """Every result with its checks, and the versions they hold for; to be written as JSON."""
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    return {"command": COMMAND, **versions, "models": [asdict(result) for result in results]}
 
 
 if __name__ == "__main__":

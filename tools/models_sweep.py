@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ import torch
 from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import auto_class
-from prefixtune.doctor.examine import Comparison, examine
-from prefixtune.errors import PrefixError
+from prefixtune.doctor.examine import examine
+from prefixtune.errors import PrefixError, first_line
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from tiny_config import model_types, tiny_config
@@ -50,7 +50,6 @@ class Result:
             fails a check; `traceback`: an unexpected error; `not built` as a tiny model; `absent` from the installed
             transformers.
         note: The restriction, the reason, or what failed; or empty.
-        checks: All checks.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Result:
     sites: tuple[str, ...]
     verdict: Verdict
     note: str
-    checks: tuple[Comparison, ...] = ()
 
 
 def names_of_all() -> list[str]:
@@ -69,31 +67,22 @@ def names_of_all() -> list[str]:
     return [*ZOO, *(name for name in model_types() if name not in known)]
 
 
-def examine_all(names: Sequence[str] = (), *, on_result: Callable[[Result], None] | None = None) -> list[Result]:
-    """Examine models as `prefixtune doctor` would, in two processes of their own.
-
-    Args:
-        names: Names of `names_of_all`; none: all.
-        on_result: Called with every result as soon as it is known.
-    """
-    results: list[Result] = []
-    waiting = list(names or names_of_all())
+def examine_all(names: Sequence[str] = ()) -> Iterator[Result]:
+    """Examine models of `names_of_all`, or all, as `prefixtune doctor` would, in two processes of their own."""
+    waiting, tokenizer = list(names or names_of_all()), make_tokenizer()
     while waiting:
         # Its processes end with the block: also one that takes too long.
         with multiprocessing.get_context("spawn").Pool(min(2, len(waiting)), _limit) as pool:
-            for name, pending in [(name, pool.apply_async(_examine, (name,))) for name in waiting]:
+            for name, pending in [(name, pool.apply_async(examine_one, (name, tokenizer))) for name in waiting]:
                 try:
                     result = pending.get(SECONDS)
                 except multiprocessing.TimeoutError:
                     reason = f"took more than {SECONDS} s, or its process ended"
                     result = Result(name, name, kind_of(name), "", (), "traceback", reason)
-                results.append(result)
                 waiting = waiting[1:]
-                if on_result is not None:
-                    on_result(result)
+                yield result
                 if result.verdict == "traceback":
                     break
-    return results
 
 
 def _limit() -> None:
@@ -104,10 +93,6 @@ def _limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-
-
-def _examine(name: str) -> Result:
-    return examine_one(name, make_tokenizer())
 
 
 def kind_of(name: str) -> str:
@@ -137,10 +122,8 @@ def examine_one(name: str, tokenizer: object) -> Result:
     if name in ZOO:
         model_type, family = ZOO[name].model_type, ZOO[name].family
 
-    def result(
-        verdict: Verdict, note: str = "", sites: tuple[str, ...] = (), checks: tuple[Comparison, ...] = ()
-    ) -> Result:
-        return Result(name, model_type, kind, family, sites, verdict, note, checks)
+    def result(verdict: Verdict, note: str = "", sites: tuple[str, ...] = ()) -> Result:
+        return Result(name, model_type, kind, family, sites, verdict, note)
 
     if name in ZOO and not exists(name):
         return result("absent", "not in the installed transformers")
@@ -157,19 +140,20 @@ def examine_one(name: str, tokenizer: object) -> Result:
     sites = tuple(backbone.layout.geometry)
     if name not in ZOO:
         kind = backbone.kind
-    checks = tuple(examine(backbone.model, backbone.layout))
-    failed = [check for check in checks if not check.passed]
+    failed = [check for check in examine(backbone.model, backbone.layout) if not check.passed]
     try:
         continues = backbone.kind == "encoder" or greedy_is_right(backbone)
     except Exception as error:
-        return result("traceback", f"generating: {_one_line(error)}", sites, checks)
+        return result("traceback", f"generating: {_one_line(error)}", sites)
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        return result("wrong", f"{failed[0]}{more}", sites, checks)
+        return result("wrong", f"{failed[0]}{more}", sites)
     if not continues:
-        return result("wrong", "generated tokens are not the likeliest ones", sites, checks)
-    notes = restrictions(backbone)
-    return result("works, but" if notes else "works", "; ".join(notes), sites, checks)
+        return result("wrong", "generated tokens are not the likeliest ones", sites)
+    notes = list(backbone.layout.notes)
+    if not backbone.layout.packable and backbone.kind != "encoder":
+        notes.append("rows are padded, not packed")
+    return result("works, but" if notes else "works", "; ".join(notes), sites)
 
 
 @torch.no_grad()
@@ -204,15 +188,5 @@ def greedy_is_right(backbone: Backbone) -> bool:
     return True
 
 
-def restrictions(backbone: Backbone) -> list[str]:
-    """What a backbone lacks, or does in another way than most of its kind."""
-    layout = backbone.layout
-    notes = list(layout.notes)
-    if not layout.packable and layout.kind != "encoder":
-        notes.append("rows are padded, not packed")
-    return notes
-
-
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -9,18 +9,17 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 
-def write_or_check(path: Path, text: str, description: str | None) -> int:
-    """Write a page; with `--check` on the command line, compare only. Returns the exit code.
-
-    Args:
-        path: The page.
-        text: What it must contain.
-        description: The calling module's docstring.
-    """
+def page_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a program that writes a page; `description` is its module's docstring."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    return parser
+
+
+def write_or_check(path: Path, text: str, *, check: bool) -> int:
+    """Write a page, or only compare it. Returns the exit code."""
     name = path.relative_to(ROOT)
-    if not parser.parse_args().check:
+    if not check:
         path.write_text(text, encoding="utf-8")
         return 0
     is_current = path.exists() and path.read_text(encoding="utf-8") == text

@@ -30,8 +30,6 @@ from pathlib import Path
 
 from tools.pages import ROOT
 
-__all__ = ["Block", "WrongPageError", "follow", "read_blocks"]
-
 BLOCK = re.compile(r"^((?:<!-- [^\n]* -->\n)*)```(bash|python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"bash": ["bash", "-e", "-c"], "python": ["python", "-c"]}
 

@@ -13,8 +13,6 @@ from sphinx.application import Sphinx
 
 from prefixtune.utils.config import Config
 
-__all__ = ["setup"]
-
 CODE = re.compile(r"(?<!`)`([^`]+)`(?!`)(?=(\w?))")
 
 

@@ -5,14 +5,13 @@ docutils translates the LaTeX subset that its manual lists; what it does not kno
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 from sphinx.util import logging
-
-__all__ = ["setup"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,4 @@ def _mathml(node: nodes.Element, *, as_block: bool) -> str:
         return str(latex2mathml.tex2mathml(node.astext(), as_block=as_block))
     except Exception as error:  # docutils raises its own MathError, and others for what it does not expect
         logger.warning("this equation cannot be written as MathML: %s", error, location=node, type="equation")
-        return f"<code>{_escaped(node)}</code>"
-
-
-def _escaped(node: nodes.Element) -> str:
-    """The equation's source, safe within HTML."""
-    return str(node.astext()).replace("&", "&amp;").replace("<", "&lt;")
+        return f"<code>{escape(node.astext())}</code>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from prefixtune.server.app import DESCRIPTION, with_routes
@@ -74,14 +74,19 @@ def _response(response: Schema) -> str:
 def _schema(name: str, schema: Schema) -> Iterator[str]:
     yield f"### {name}"
     yield str(schema.get("description", ""))
-    if not schema.get("properties"):
-        return
-    required, rows = schema.get("required", ()), []
+    if schema.get("properties"):
+        yield schema_table(schema)
+
+
+def schema_table(schema: Schema, without: Collection[str] = ()) -> str:
+    """The table of an object's fields, but for some."""
+    rows = ["| field | type | default | |", "|---|---|---|---|"]
     for field, value in schema["properties"].items():
-        default = f"`{json.dumps(value['default'])}`" if "default" in value else "required" * (field in required)
-        cells = (f"`{field}`", _type(value), default, _text(value.get("description", "")))
-        rows.append(f"| {' | '.join(cells)} |")
-    yield "\n".join(["| field | type | default | |", "|---|---|---|---|", *rows])
+        if field not in without:
+            default = f"`{json.dumps(value['default'], ensure_ascii=False)}`" if "default" in value else ""
+            shown = default or "required" * (field in schema.get("required", ()))
+            rows.append(f"| `{field}` | {_type(value)} | {shown} | {_text(value.get('description', ''))} |")
+    return "\n".join(rows)
 
 
 def _type(schema: Schema) -> str:
@@ -89,11 +94,8 @@ def _type(schema: Schema) -> str:
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            return " or ".join(dict.fromkeys(_type(choice) for choice in schema[key]))
-    if "allOf" in schema:
-        return _type(schema["allOf"][0])
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(map(_type, schema["anyOf"])))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if "const" in schema:

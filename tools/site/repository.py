@@ -18,8 +18,6 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
-__all__ = ["setup"]
-
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)")
 
 
