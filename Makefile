@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 # Tests run in as many processes as there are cores, each on one of them. The programs that they start compile Python once.
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
 # What make test needs of the package's extras.
 TEST_EXTRAS := serve,scores,lora
 comma := ,
@@ -44,7 +45,7 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
-	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations tests/golden/test_interop.py $(PYTEST_ARGS)
+	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
 
@@ -57,7 +58,7 @@ package: $(VENV)/.packaged  ## build the sdist and the wheel into dist/, and che
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 
-fuzz: $(VENV)/.tested  ## ten minutes of made-up requests and files, on this machine only (PREFIXTUNE_FUZZ_SECONDS=600)
+fuzz: $(VENV)/.tested  ## ten minutes of made-up files and data (PREFIXTUNE_FUZZ_SECONDS=600)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/fuzz $(PYTEST_ARGS)
 
 test-oldest: $(VENV)/.uv  ## the tests with the oldest versions that pyproject.toml allows (5 GB more)
@@ -178,7 +179,7 @@ $(VENV)/.uv: $(VENV)/.pip
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.created
 	@echo "installing into $(VENV): a minute or more, the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python $(INSTALL) -e .
 	@touch $@
 
 # Dependency groups need pip 25.1.
@@ -189,28 +190,28 @@ $(VENV)/.pip: $(VENV)/.created
 # Each of these installs the package too: all in one run of pip.
 $(VENV)/.tested: pyproject.toml $(VENV)/.pip
 	@echo "installing into $(VENV): a minute or more, the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group test -e '.[$(TEST_EXTRAS)]'
+	$(BIN)/python $(INSTALL) --group test -e '.[$(TEST_EXTRAS)]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.integrated: pyproject.toml $(VENV)/.pip
 	@echo "installing what the integrations need into $(VENV): some minutes, the first time"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group integrations -e '.[all]'
+	$(BIN)/python $(INSTALL) --group integrations -e '.[all]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.site: pyproject.toml $(VENV)/.pip $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group site -e '.[serve]'
+	$(BIN)/python $(INSTALL) --group site -e '.[serve]'
 	@touch $@
 
 # shell-gpt, a client that the server is tried with, needs an older rich; it imports click, and does not ask for it.
 $(VENV)-sgpt/.installed: Makefile
 	$(PYTHON) -m venv $(VENV)-sgpt
-	$(VENV)-sgpt/bin/python -m pip install --quiet --disable-pip-version-check shell-gpt click
+	$(VENV)-sgpt/bin/python $(INSTALL) shell-gpt click
 	@touch $@
 
 $(VENV)/.checked: pyproject.toml $(VENV)/.pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group check -e '.[serve,scores]'
+	$(BIN)/python $(INSTALL) --group check -e '.[serve,scores]'
 	@touch $@
 
 $(VENV)/.packaged: pyproject.toml $(VENV)/.pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group package
+	$(BIN)/python $(INSTALL) --group package
 	@touch $@

@@ -1,6 +1,5 @@
 """A real browser for tests of pages: headless Chromium, driven over its DevTools pipe."""
 
-import base64
 import json
 import os
 import select
@@ -98,10 +97,6 @@ class Browser:
         while not self.value(expression):
             assert time.monotonic() < end, f"it did not come to pass: {expression}"
             time.sleep(0.02)
-
-    def screenshot(self, path):
-        """Store what is to be seen as a PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def press(self, key, code):
         for kind in ("keyDown", "keyUp"):

@@ -34,7 +34,6 @@ from prefixtune.server.state import ServerState
 from prefixtune.training.checkpoint import load_state
 
 FAULTS = ctypes.CDLL(None)
-Files = dict[str, bytes]
 
 
 def snapshot(folder):

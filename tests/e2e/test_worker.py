@@ -1,4 +1,4 @@
-"""`prefixtune worker` in processes of its own: killed, doubled, paused, and gone with its parent."""
+"""`prefixtune worker` in processes of its own: killed, asked to end, and gone with its parent."""
 
 import subprocess
 import time
@@ -6,16 +6,14 @@ import time
 import pytest
 
 import live_server
-from forked_command import ForkedCommand
 from prefixtune.backbone.identity import backbone_identity
 from prefixtune.jobs.folder import JobEvents
 from prefixtune.prefix.prefix import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
-STEPS = 500
+STEPS = 250
 """So many that a fast machine's worker is still at work when it looks for what was asked of it."""
-KILLED_STEPS = 150
-Worker = ForkedCommand
+KILLED_STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +66,6 @@ def wait_for_step(data, job, reached):
     wait_until(lambda: max(logged_steps(data, job), default=0) >= reached)
 
 
-def is_free(data, job):
-    with data.job(job.id).hold() as held:
-        return held
-
-
 def result(tmp_path, name):
     """The tensors of what is served, as bytes, and its header without whose it is."""
     prefix = read_artifact(tmp_path / "prefixes" / f"{name}.safetensors")
@@ -100,30 +93,7 @@ def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(start, a
     assert sorted(logged_steps(data, job)) == list(range(1, KILLED_STEPS + 1))
 
 
-def test_pausing_resuming_and_cancelling_until_the_parent_ends(start, add, data, queue, tmp_path):
-    worker = start("--with-parent", stdin=subprocess.PIPE)
-    paused = add("paused")
-    wait_until(lambda: step(data, paused) > 2)
-    cancelled = add("cancelled", config={"max_steps": 100_000})
-    queue.pause(paused.id)
-    # It is left: its folder is free, and the next one's turn has come.
-    wait_until(lambda: is_free(data, paused) and step(data, cancelled) > 2)
-    queue.cancel(cancelled.id)
-    wait_until(lambda: is_free(data, cancelled))
-    assert 2 < step(data, paused) < STEPS
-
-    queue.resume(paused.id)
-    wait_for(queue, paused, "succeeded", seconds=300)
-    assert queue.get(cancelled.id).status == "cancelled"
-    served = {path.name.partition(".")[0] for path in (tmp_path / "prefixes").glob("*.safetensors")}
-    assert served == {"paused"}
-    assert worker.poll() is None
-    assert worker.stdin is not None
-    worker.stdin.close()
-    assert worker.wait(20) == 0
-
-
-def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_when_it_is_idle(start, add, data, queue):
+def test_a_worker_that_is_asked_to_end_or_loses_its_parent_leaves_its_job_to_the_next(start, add, data, queue):
     worker = start("--name", "first", stdout=subprocess.PIPE)
     job = add("left")
     wait_until(lambda: step(data, job) > 2)
@@ -136,12 +106,19 @@ def test_a_worker_that_is_asked_to_end_leaves_its_job_to_the_next_which_ends_whe
     assert "Traceback" not in output
     # Given back to whichever worker comes next.
     assert queue.get(job.id).status == "queued"
-    reached = step(data, job)
+    reached = [step(data, job)]
+
+    child = start("--with-parent", stdin=subprocess.PIPE)
+    wait_until(lambda: step(data, job) > reached[0] + 2)
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(20) == 0
+    reached.append(step(data, job))
 
     assert start("--idle-seconds", "5").wait(180) == 0
     assert queue.get(job.id).status == "succeeded"
     told = [event.message for event in JobEvents(data.job(job.id)).read()]
-    assert f"Training goes on at step {reached}/{STEPS}." in told
+    assert {f"Training goes on at step {one}/{STEPS}." for one in reached} <= {*told}
 
 
 def test_what_is_wrong_is_said_in_one_line_and_leaves_jobs_for_others(start, add, queue, model, tmp_path):

@@ -1,8 +1,5 @@
 """Attention to the prefix against transformers' own eager attention over a cache that holds the prefix."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -13,7 +10,6 @@ from prefixtune.attention.record import PrefixMass
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
 
-Make = Callable[..., Any]
 WITHOUT_WINDOW = ("gpt2", "llama", "opt", "gpt_neox", "qwen3")
 P = 4
 

@@ -16,9 +16,6 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from zoo import make_tokenizer
 
-SITES = {"encoder": 4, "decoder": 3, "cross": 5}
-"""Every site, each with a length of its own."""
-
 NEW = 8
 GREEDY = GenerateConfig(max_new_tokens=NEW)
 

@@ -1,8 +1,6 @@
 """What holds of every kind of model alike: of decoders, of encoder-decoders with three sites, and of encoders."""
 
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ SOME = ("gpt2", "llama", "mistral", "bart", "pegasus", "t5", "m2m_100", "bert", 
 SITES = {"encoder": 4, "decoder": 3, "cross": 5}
 """Every site, each with a length of its own."""
 SITES_OF = {"decoder": ["decoder"], "encoder": ["encoder"], "encoder-decoder": list(SITES)}
-Make = Callable[..., Any]
 
 
 @pytest.fixture

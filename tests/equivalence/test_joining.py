@@ -10,13 +10,10 @@ from oracles import behind_cache
 from prefixtune.attention.layout import cache_argument
 from prefixtune.attention.record import compute_kv, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.cli.main import main
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError
-from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.compose import concatenate, cut
-from prefixtune.prefix.prefix import Prefix, save_prefix
+from prefixtune.prefix.prefix import Prefix
 from zoo import exists, make_model
 
 ROTARY = (
@@ -198,35 +195,6 @@ def test_joined_prefixes_are_both_caches_in_front(backbone, tiny_tokenizer, name
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
     swapped = concatenate([prefixes[1], prefixes[0], prefixes[2]], made.rotation)
     assert (made.forward(text, prefixes=swapped).logits - ours).norm() > 1e-3 or made.rotation.positions == "absolute"
-
-
-@pytest.mark.parametrize("name", ["llama", "gptj"])
-def test_generation_with_a_composed_file_is_that_of_the_model_behind_both_caches(
-    backbone, tiny_tokenizer, tmp_path, name
-):
-    made, plain = backbone(name), make_model(name, tiny_tokenizer)
-    texts, prompt = [_ids(6, 1), _ids(4, 2)], _ids(5, 3)
-    for number, ids in enumerate(texts):
-        prefix = prefix_from_tokens(made.model, made.layout, ids)
-        save_prefix(tmp_path / f"{number}.safetensors", Prefix(prefix.layers, make_header(made)))
-    files = [str(tmp_path / f"{number}.safetensors") for number in range(2)]
-    assert main(["compose", *files, "--output", str(tmp_path / "both.safetensors")]) == 0
-    joined = load_prefix(tmp_path / "both.safetensors", made)
-    (ours,) = generate_ids(made, prompt.tolist(), [joined], config=GenerateConfig(max_new_tokens=12))
-    caches = []
-    with torch.no_grad():
-        for start, ids in zip((0, 6), texts, strict=True):
-            positions = torch.arange(ids.shape[1])[None] + start
-            caches.append(plain(input_ids=ids, position_ids=positions, use_cache=True)[cache_argument(plain)])
-    ids, new = prompt, []
-    while len(new) < 12:
-        token = int(_logits_behind(plain, caches, ids, start=10)[0, -1].argmax())
-        if token == made.eos_id:
-            break
-        new.append(token)
-        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-    assert ours == new
-    assert len(new) > 3
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "t5gemma"])

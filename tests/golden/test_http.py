@@ -8,7 +8,6 @@ import asyncio
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,7 +38,6 @@ ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}
 USER = [{"role": "user", "content": "hi"}]
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=0123456789"}
-Call = tuple[str, str, Any] | tuple[str, str, Any, dict[str, str]]
 
 
 def part(name, content, more=""):

@@ -9,8 +9,6 @@ import struct
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +23,6 @@ from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from zoo import MAX_POSITIONS
-
-Make = Callable[..., Any]
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 """Model type -> what llama.cpp calls it."""

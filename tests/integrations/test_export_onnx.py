@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,8 +20,6 @@ from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.training.starts.words import from_words
-
-Make = Callable[..., Any]
 
 LAYERS = {"gpt2": {"n_layer": 2}, "llama": {"num_hidden_layers": 2}, "qwen2": {"num_hidden_layers": 2}}
 

@@ -2,9 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -19,7 +17,6 @@ from prefixtune.training.starts.words import from_words
 from zoo import store_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
-Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """PEFT's own model as an oracle, both ways: what it loads of ours and what we load of its give the same logits."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import peft
 import pytest
@@ -25,7 +23,6 @@ pytestmark = [
 P = 6
 NAMES = ("gpt2", "llama", "qwen3", "opt", "gpt_neox", "gptj", "phi", "stablelm", "gemma", "olmo2")
 KINDS = ["PREFIX_TUNING", *(["CARTRIDGE"] if hasattr(peft, "CartridgeConfig") else [])]
-Make = Callable[..., Any]
 
 
 @pytest.fixture(params=[name for name in NAMES if exists(name)])

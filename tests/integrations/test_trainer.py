@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 # Targets of very unequal lengths: a mean of the batches' means is not the mean over their tokens.
 EXAMPLES = [Example(f"item {n}", ("ab c " * (1 + 3 * (n % 3)) + f"{n}",)) for n in range(8)]
 STEPS, RATE = 6, 1e-2
-Make = Callable[..., Any]
 
 
 def settings(**changes):

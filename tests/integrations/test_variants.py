@@ -2,9 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -19,7 +17,6 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts.words import from_words
 from zoo import store_model
 
-Make = Callable[..., Any]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 EXAMPLES = [Example(f"a {n}", (f"b {n}",)) for n in range(4)]
 

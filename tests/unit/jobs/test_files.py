@@ -3,14 +3,13 @@
 import gzip
 import io
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from child_process import kill, start_child
 from prefixtune.jobs import files
-from prefixtune.jobs.files import FileLimits, FileStore, StoredFile, UnknownFileError
+from prefixtune.jobs.files import FileLimits, FileStore, UnknownFileError
 from prefixtune.jobs.folder import DataFolder
 from prefixtune.jobs.job import RefusedError
 
@@ -30,9 +29,6 @@ def folder(tmp_path):
 @pytest.fixture
 def store(folder):
     return FileStore(folder)
-
-
-Put = Callable[..., StoredFile]
 
 
 @pytest.fixture

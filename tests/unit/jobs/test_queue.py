@@ -3,7 +3,6 @@
 import functools
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -22,7 +21,6 @@ from prefixtune.utils.locks import file_lock
 from training_jobs import new_job_id, wait_for, wait_until
 
 NAME = "tests-1"
-How = Callable[[Job], JobResult]
 
 
 class Worker:

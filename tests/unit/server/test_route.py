@@ -1,8 +1,6 @@
 """A request for `route:PATTERN`: the memory with the nearest stored question answers, and the answer names it."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -12,8 +10,6 @@ from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
-
-Make = Callable[..., Any]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -90,13 +89,3 @@ def test_a_line_that_was_not_printed_is_wrong(tmp_path):
 def test_a_replacement_that_finds_nothing_is_wrong():
     with pytest.raises(WrongPageError):
         list(read_blocks("<!-- short: --steps 9 => --steps 1 -->\n```bash\ntrain --steps 8\n```\n", short=True))
-
-
-def test_what_runs_in_the_background_ends_with_the_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("```bash\nsleep 600 > log 2>&1 &\necho $! > pid\n```\n```bash\nkill -0 $(cat pid)\n```\n")
-    follow(page, tmp_path, dict(os.environ))
-    process, end = Path("/proc") / (tmp_path / "pid").read_text().strip(), time.monotonic() + 10
-    while process.exists() and " Z" not in (process / "stat").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
