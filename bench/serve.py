@@ -57,6 +57,7 @@ NAMES = {
     "llama-none": "llama.cpp, no prefix",
     "llama-server": "llama.cpp's own server, no prefix",
     "vllm": "vLLM, a prefix for each request",
+    "vllm-one": "vLLM, one prefix",
     "vllm-none": "vLLM, no prefix",
     "vllm-server": "vLLM's own server, no prefix",
 }

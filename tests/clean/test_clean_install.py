@@ -91,7 +91,7 @@ def test_the_demo_is_the_first_command(machine, demo):
     figures = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     if machine.name == "pip":
         assert figures["right_before"] <= 0.1 * figures["asked"]
-        assert figures["right_after"] >= 0.9 * figures["asked"]
+        assert figures["right_after"] >= max(0.9 * figures["asked"], figures["right_with_rows"])
     files = [folder / "prefixes" / f"{name}.safetensors" for name in ("capitals", "opposites")]
     assert all(file.stat().st_size < 600_000 for file in files)
 

@@ -107,8 +107,8 @@ class Keyring:
 class Gate:
     """Bounds what is inside the server: texts that are prepared, wait or run, or uploads.
 
-    A tenant that has some inside already may have as many as there is room left, and no more: one alone fills half,
-    and those who come later always find room.
+    A tenant that has some inside already may have as many as there is room left, and no more. So one who sends request
+    after request fills half of it. A single request may fill all.
 
     Args:
         limit: The bound.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,8 +80,9 @@ def demo(options: DemoOptions) -> None:
     prepare_backbone(DEFAULT_BACKBONE, report=console.info)
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
-    shutil.rmtree(folder, ignore_errors=True)
     write_text(folder / _RESULT, "{}\n")
+    for part in ("prefixes", *SKILLS):
+        shutil.rmtree(folder / part, ignore_errors=True)
     (folder / "prefixes").mkdir()
     prefixes = {}
     for name, skill in SKILLS.items():
@@ -110,41 +111,65 @@ def demo(options: DemoOptions) -> None:
 def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -> dict[str, Any]:
     """Everything that the demo shows, as JSON. All answers are of one batch.
 
-    A prefix reads the source and puts its own words around it; the bare model is given both.
+    A prefix reads the source and puts its own words around it. The bare model is given both, and once more with the
+    skill's rows before them.
     """
     from prefixtune.inference.generate import generate
 
     asked = [(name, *pair) for name, skill in SKILLS.items() for pair in skill.unseen.items()]
     bare = [SKILLS[name].words.format(source=source) for name, source, _ in asked]
-    texts = [*bare, *(source for _, source, _ in asked)]
-    owners = [*(None for _ in bare), *(prefixes[name] for name, _, _ in asked)]
+    shown = [_shown(SKILLS[name]) + text for (name, *_), text in zip(asked, bare, strict=True)]
+    texts = [*bare, *shown, *(source for _, source, _ in asked)]
+    owners = [*[None] * (2 * len(asked)), *(prefixes[name] for name, *_ in asked)]
     outputs = [text.strip() for text in generate(backbone, texts, owners, max_new_tokens=8)]
-    before, after = outputs[: len(asked)], outputs[len(asked) :]
+    parts = (outputs[first : first + len(asked)] for first in range(0, len(outputs), len(asked)))
+    answers = [
+        # After rows, an answer is a line.
+        {
+            "skill": name,
+            "source": source,
+            "target": target,
+            "before": old,
+            "with_rows": rows.split("\n")[0],
+            "after": new,
+        }
+        for (name, source, target), old, rows, new in zip(asked, *parts, strict=True)
+    ]
+
+    def count(column: str, right: Callable[[str, str], bool] = str.__eq__) -> int:
+        return sum(right(answer[column], answer["target"]) for answer in answers)
+
     return {
         "asked": len(asked),
-        "right_before": sum(text == target for text, (*_, target) in zip(before, asked, strict=True)),
-        "right_after": sum(text == target for text, (*_, target) in zip(after, asked, strict=True)),
+        "right_before": count("before"),
+        "begun_right_before": count("before", str.startswith),
+        "right_with_rows": count("with_rows"),
+        "right_after": count("after"),
         "backbone_parameters": backbone.num_parameters,
         "stored_parameters": next(iter(prefixes.values())).num_parameters,
         "file_bytes": next((folder / "prefixes").iterdir()).stat().st_size,
         "prefixes": str(folder / "prefixes"),
-        "answers": [
-            {"skill": name, "source": source, "target": target, "before": old, "after": new}
-            for (name, source, target), old, new in zip(asked, before, after, strict=True)
-        ],
+        "answers": answers,
     }
+
+
+def _shown(skill: Skill) -> str:
+    """The rows of a skill as a prompt shows them."""
+    return "".join(f"{skill.words.format(source=source)} {target}\n" for source, target in skill.rows.items())
 
 
 def _parts(figures: Mapping[str, Any]) -> Iterator[Table | str]:
     """The answers before and after, the figures and the next commands, for people."""
-    columns = ("skill", "source", "before", "after")
+    columns = ("skill", "source", "before", "with_rows", "after")
+    heads = ("bare model", "8 rows in its prompt", "its prefix")
     rows = [[" ".join(str(answer[name]).split()) for name in columns] for answer in figures["answers"]]
-    yield Table("Words that were not in the rows", ["", "asked", "bare model", "its prefix"], rows)
+    yield Table("Words that were not in the rows", ["", "asked", *heads], rows)
     count, share = figures["asked"], figures["stored_parameters"] / figures["backbone_parameters"]
-    scores = [["right", f"{figures['right_before']} of {count}", f"{figures['right_after']} of {count}"]]
-    yield Table("The word alone, and the right one", ["", "bare model", "its prefix"], scores)
+    right = [f"{figures[name]} of {count}" for name in ("right_before", "right_with_rows", "right_after")]
+    yield Table("The word alone, and the right one", ["", *heads], [["right", *right]])
     yield (
-        f"One frozen model of {figures['backbone_parameters']:,} parameters answered all {2 * count} in one batch. "
+        f"{figures['begun_right_before']} answers of the bare model begin with the right word. One frozen model of "
+        f"{figures['backbone_parameters']:,} parameters gave all {3 * count} answers in one batch. "
         f"A prefix has {figures['stored_parameters']:,} ({share:.2%}), {figures['file_bytes']:,} bytes."
     )
     yield "\n".join(
