@@ -1,7 +1,8 @@
-"""Commands of `prefixtune` in processes of their own, forked from one that has imported the libraries already.
+"""Commands of `prefixtune` and scripts in processes of their own, forked from one that has imported the libraries.
 
 Importing torch and transformers takes most of the time of a server's start. One process does so for all tests of a
 session, runs nothing else, and forks: each command begins as in a new process, with its own environment and streams.
+What a forked process starts with `sys.executable` is forked as well.
 """
 
 import atexit
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -28,6 +30,25 @@ LIBRARIES += (
     "uvicorn",
 )
 
+PROGRAM = """\
+#!{python} -S
+import json, os, signal, socket, sys
+
+if sys.argv[1] == "-P" and sys.argv[2:4] != ["-m", "prefixtune"]:
+    # Such as the reader of uploads, which limits its memory.
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({path!r})
+asked = json.dumps({{"arguments": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
+socket.send_fds(connection, [len(asked).to_bytes(4, "big")], [0, 1, 2])
+connection.sendall(asked)
+answers = connection.makefile()
+command = int(answers.readline())
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: os.kill(command, number))
+sys.exit(int(answers.readline()) % 256)
+"""
+
 
 class ForkedCommand:
     """`prefixtune` with some arguments, with the methods of `subprocess.Popen` that tests use."""
@@ -38,7 +59,9 @@ class ForkedCommand:
         err, self.stderr = (os.dup(out), None) if stderr == subprocess.STDOUT else _output(stderr)
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(start_forking())
-        asked = json.dumps({"arguments": arguments, "env": dict(env), "cwd": str(Path.cwd())}).encode()
+        words = ["-m", "prefixtune", *arguments]
+        env = {"PYTHONWARNINGS": "error::FutureWarning", **env}
+        asked = json.dumps({"arguments": words, "env": env, "cwd": str(Path.cwd())}).encode()
         socket.send_fds(self._connection, [len(asked).to_bytes(4, "big")], [theirs, out, err])
         self._connection.sendall(asked)
         for handed in (theirs, out, err):
@@ -114,6 +137,9 @@ def start_forking():
     process = subprocess.Popen(
         [sys.executable, __file__, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    program = Path(_program(path))
+    program.write_text(PROGRAM.format(python=sys.executable, path=path), encoding="utf-8")
+    program.chmod(0o755)
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stdout.readline() == "ready\n"
@@ -125,6 +151,15 @@ def start_forking():
 
     atexit.register(end)
     return path
+
+
+def forking_python():
+    """A program to use in place of Python, for a module (`-m`) or a script."""
+    return _program(start_forking())
+
+
+def _program(path):
+    return f"{path}-python"
 
 
 def _serve(path):
@@ -168,10 +203,29 @@ def _serve(path):
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
-    warnings.filterwarnings("error", category=FutureWarning)
-    from prefixtune.cli.main import main
+    sys.executable = _program(path)
+    return _run(asked["arguments"])
 
-    return main(asked["arguments"])
+
+def _run(words):
+    """Do what Python does with the words of its command line; returns the exit code."""
+    if action := os.environ.get("PYTHONWARNINGS", "").partition(":")[0]:
+        warnings.simplefilter(action, FutureWarning)
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    while words[0] in ("-P", "-u"):
+        words = words[1:]
+    if words[:2] == ["-m", "prefixtune"]:
+        from prefixtune.cli.main import main
+
+        return main(words[2:])
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
+        runpy.run_path(words[0], run_name="__main__")
+    return 0
 
 
 if __name__ == "__main__":

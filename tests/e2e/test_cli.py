@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import run, run_apart
+from command_line import run
 from forked_command import ForkedCommand
 from restaurant_tables import TABLES
 from zoo import store_model
@@ -65,7 +65,7 @@ def test_train_generate_evaluate_inspect(trained, data):
     out, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "Aromi is soup", "Bibi is cake")
     assert len(out.splitlines()) == 2
     sources = "Aromi is soup\nBibi is cake\n"
-    piped, _ = run_apart("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin=sources)
+    piped, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin=sources)
     assert piped == out
     scores, _ = run("evaluate", "--prefix", str(trained), "--data", data, "--target", "text", "--limit", "4", "--json")
     result = json.loads(scores)

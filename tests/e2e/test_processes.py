@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 
-from command_line import run, until
+from command_line import run
+from forked_command import forking_python
 from prefixtune.backbone.prefixes import load_prefix
 from zoo import store_model
 
@@ -46,8 +46,9 @@ def flags(folder):
 
 def launch(launcher, arguments):
     """The command in several processes."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "prefixtune", *arguments]
+    python = forking_python()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
+    command = [python, *launcher, "-m", "prefixtune", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -56,6 +57,15 @@ def finish(process):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out
+
+
+def wait_for_step(process, number):
+    """Read what it prints up to a step."""
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "step" and event["step"] >= number:
+            return
+    raise AssertionError(f"it ended before: {process.stderr.read()}")
 
 
 def events(folder, output, kind):
@@ -93,7 +103,7 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, flags):
     more = ("--max-steps", "16", "--reparameterization", "none")
     run(*flags("one", *more))
     started = launch(TORCHRUN, flags("two", *more, "--json"))
-    until(started, lambda event: event["event"] == "step" and event["step"] >= 3)
+    wait_for_step(started, 3)
     started.send_signal(signal.SIGTERM)
     started.communicate(timeout=120)
     assert 3 <= len(events(folder, "two", "step")) < 16

@@ -14,27 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from forked_command import start_forking
+from forked_command import forking_python
 from prefixtune.backbone.packaged import pretrained_folder
 from tools.tutorials import follow, make_environment, read_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 RUN = [page for page in PAGES if list(read_blocks(page.read_text(encoding="utf-8")))]
-COMMAND = """\
-import json, os, signal, socket, sys
-
-connection = socket.socket(socket.AF_UNIX)
-connection.connect({path!r})
-asked = json.dumps({{"arguments": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}).encode()
-socket.send_fds(connection, [len(asked).to_bytes(4, "big")], [0, 1, 2])
-connection.sendall(asked)
-answers = connection.makefile()
-command = int(answers.readline())
-signal.signal(signal.SIGTERM, lambda *_: os.kill(command, signal.SIGTERM))
-sys.exit(int(answers.readline()) % 256)
-"""
-"""`prefixtune`, by the protocol of tests/forked_command.py."""
 
 
 def test_pages_that_are_not_run_are_few():
@@ -52,9 +38,8 @@ def test_it_ends_in_the_answers_that_it_shows(page, tmp_path):
     for path in (programs, folder, cache):
         path.mkdir(parents=True)
     (cache / "pretrained").symlink_to(backbone.parent)
-    (programs / "command.py").write_text(COMMAND.format(path=start_forking()), encoding="utf-8")
     python = f'exec env PYTHONPATH="{ROOT / "src"}" "{sys.executable}"'
-    scripts = {"prefixtune": f'{python} -S "{programs / "command.py"}" "$@"', "python": f'{python} "$@"'}
+    scripts = {"prefixtune": f'exec "{forking_python()}" -m prefixtune "$@"', "python": f'{python} "$@"'}
     # The check of a type of model at its first load has tests of its own.
     environment = {**make_environment(home, programs, scripts), "PREFIXTUNE_SELF_CHECK": "0"}
     # Tests of another checkout may have a server at the page's own port.

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked_command import forking_python
 from live_server import MODEL, LiveServer, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def run(folder, script, *arguments):
     path = ROOT / "examples" / "retrieval" / f"{script}.py"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(path), "--backbone", MODEL, *arguments]
+    command = [forking_python(), str(path), "--backbone", MODEL, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

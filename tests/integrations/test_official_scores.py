@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from odd_texts import ODD
 from prefixtune.evaluation.metrics import alignment as meteor_module
 from prefixtune.evaluation.metrics import measure
 from prefixtune.evaluation.metrics.alignment import METEOR_JAR, meteor_score
@@ -97,8 +98,9 @@ def test_dart_ter(dart):
 
 @needs_java
 def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch):
-    """The one formula that is computed here and not by METEOR: the score from counts."""
+    """The one formula that is computed here and not by METEOR: the score from counts; also of odd texts."""
     texts = ["the cat sat on the mat", "cats were sitting on mats", "a dog", "", "the red house is big", "x y z"]
+    texts += ["cat sat", *ODD]
     references = [
         ["the cat sat on the mat"],
         ["a cat sat on a mat"],
@@ -106,6 +108,8 @@ def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch):
         ["some"],
         ["a large red home"],
         ["q"],
+        ["dog cat sat"],
+        *([text, "x"] for text in ODD),
     ]
     # METEOR takes seconds to start: the counts are those that the scores are made of.
     counts = []
@@ -120,6 +124,9 @@ def test_meteor_of_added_counts_is_what_the_program_says_of_them(monkeypatch):
     assert [measured.part([number]).score for number in range(len(texts))] == pytest.approx(each, abs=1e-9)
     assert measured.score == pytest.approx(total, abs=1e-9)
     assert each[0] == 1
+    # Precision 1, recall 2/3, alpha 0.85; two words in one chunk, gamma 0.6, beta 0.2.
+    mean = (2 / 3) / (0.85 + 0.15 * 2 / 3)
+    assert each[6] == pytest.approx(mean * (1 - 0.6 * 0.5**0.2))
     assert 0 < total < 1
     assert meteor_score(np.zeros(23)) == 0
 

@@ -5,10 +5,11 @@ The calls run in a process of their own, without the tests' checks of types, as 
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from forked_command import forking_python
 
 CALLS = Path(__file__).resolve().parents[1] / "python_calls.py"
 
@@ -16,7 +17,7 @@ CALLS = Path(__file__).resolve().parents[1] / "python_calls.py"
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calls")
-    done = subprocess.run([sys.executable, CALLS, folder], capture_output=True, text=True)
+    done = subprocess.run([forking_python(), CALLS, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

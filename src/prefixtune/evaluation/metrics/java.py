@@ -78,8 +78,9 @@ def run_java(command: Sequence[str], lines: Sequence[str]) -> list[str]:
     if java is None:
         what = "METEOR and the Penn Treebank tokenizer are Java programs, and there is no `java`"
         raise Unavailable(what, "install one (Debian and Ubuntu: apt install default-jre-headless)")
-    # UTF-8 whatever the locale; an unpaired surrogate becomes a question mark.
-    full_command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *command]
+    # UTF-8 whatever the locale; an unpaired surrogate becomes a question mark. Collecting garbage in one thread takes a
+    # fifth less of the processors' time.
+    full_command = [java, "-XX:+UseSerialGC", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *command]
     encoded = "".join(line + "\n" for line in lines).encode("utf-8", "replace")
     seconds = _SECONDS + _SECONDS_PER_LINE * len(lines)
     try:

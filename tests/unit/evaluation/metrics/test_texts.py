@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from odd_texts import ODD
 from prefixtune.evaluation.metrics import Unavailable, measure
 from prefixtune.evaluation.metrics.alignment import edits, meteor_statistics
 from prefixtune.evaluation.metrics.java import treebank_words
@@ -19,23 +20,6 @@ from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java on this machine")
 PYTHON_ONLY = ["bleu", "bleu_sound", "nist", "rouge_1", "rouge_2", "chrf", "ter"]
-ODD = [
-    "two\nlines",
-    "a ||| b",
-    "|||",
-    "",
-    "  ",
-    "a\u2028b\u2029c",
-    "tab\there",
-    "a\x85b\x0bc\x0cd\re\x1cf",
-    "nul \x00 and \x01",
-    "half \ud83d of a pair",
-    "snow ☃ and 🚆 £20 café",
-    "...",
-    "<b>x</b> &amp; [y] (z) 's",
-    "EVAL ||| 1",
-    "long " * 300,
-]
 
 
 def one(metric, hypotheses, references, protocol="plain"):
@@ -118,20 +102,6 @@ def test_captioning_metrics_of_known_texts():
     # and 2 of 4 alone.
     assert measure(["a b", "c d"], [["a b"], ["c d"]], metrics=["cider"])["cider"].score == pytest.approx(5)
     assert measure(["a b c d", "x"], [["a b c d"], ["y"]], metrics=["cider"])["cider"].score == pytest.approx(5)
-
-
-@needs_java
-def test_meteor_of_known_and_odd_texts():
-    wanted = [["dog cat sat"], ["red house"], *([text, "x"] for text in ODD)]
-    meteor = measure(["cat sat", "red house", *ODD], wanted, metrics=["meteor"])["meteor"]
-    # Precision 1, recall 2/3, alpha 0.85; two words in one chunk, gamma 0.6, beta 0.2.
-    mean = (2 / 3) / (0.85 + 0.15 * 2 / 3)
-    assert meteor.part([0]).score == pytest.approx(mean * (1 - 0.6 * 0.5**0.2))
-    assert meteor.part([1]).score == 1
-    assert len(meteor.values) == 2 + len(ODD)
-    assert 0 < meteor.score < 1
-    empty = 2 + ODD.index("")
-    assert meteor.part([empty]).score == 0
 
 
 # --- properties ------------------------------------------------------------------------------------------------------
