@@ -8,6 +8,7 @@ import asyncio
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}
 USER = [{"role": "user", "content": "hi"}]
 JSON = {"content-type": "application/json"}
 FORM = {"content-type": "multipart/form-data; boundary=0123456789"}
+Call = tuple[str, str, Any] | tuple[str, str, Any, dict[str, str]]
 
 
 def part(name, content, more=""):

@@ -1,16 +1,23 @@
 """Training computes what it did when these results were recorded: losses, stored tensors and headers of small runs.
 
 Losses are compared with a relative tolerance of 1e-4, stored numbers with 1e-3 of their tensor's mean size: AdamW turns
-differences of rounding between processors into parts of a step where a gradient is almost zero.
+differences of rounding between processors into parts of a step where a gradient is almost zero. A run that was really
+killed and resumed equals the undisturbed one on the same machine bit for bit.
 """
 
+import importlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("training.json")
 
 _COMMON = {"batch_size": 4, "targets_per_source": 2, "max_steps": 20, "warmup_steps": 3, "save_every": 4, "seed": 3}
@@ -34,6 +41,10 @@ CASES = {
     "full": ("gpt2", {"method": "full"}),
 }
 """Name -> kind of model, and what its run has besides `_COMMON`."""
+
+KILLED = ("decoder", "encoder-decoder", "classifier")
+"""Whose runs are killed and resumed."""
+_KINDS = ("llama", "bart", "bert")
 
 _FORGOTTEN = {
     "": ("made_with", "license", "rotation"),
@@ -61,13 +72,13 @@ def _inputs(name):
     return {"backbone": backbone, "examples": train, "dev_examples": dev}
 
 
-def _train(name, folder):
+def _train(name, folder, **more):
     """The run of a case, in a folder of its own."""
     from prefixtune.training.config import TrainConfig
     from prefixtune.training.train import train
 
     config = TrainConfig(**{**_COMMON, "output": str(folder / name), **CASES[name][1]})
-    return train(config, **_inputs(name), progress=False)
+    return train(config, **_inputs(name), progress=False, **more)
 
 
 def _of_kind(events, kind):
@@ -114,6 +125,15 @@ def golden():
     return dict(json.loads(GOLDEN.read_text(encoding="utf-8")))
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder of runs that were killed at step 11."""
+    folder = tmp_path_factory.mktemp("killed")
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "golden"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, env={**os.environ, "PYTHONPATH": paths})
+    return folder
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_as_it_was_recorded(name, golden, tmp_path):
     computed, recorded = _result(_train(name, tmp_path)), golden[name]
@@ -129,3 +149,40 @@ def test_a_run_is_as_it_was_recorded(name, golden, tmp_path):
         size = numbers["sums"][1] / count
         assert now["values"] == pytest.approx(numbers["values"], abs=1e-3 * size), tensor
         assert now["sums"] == pytest.approx(numbers["sums"], abs=1e-3 * size * count), tensor
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(name, killed, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    whole, resumed = _train(name, tmp_path), _train(name, killed, resume=True)
+    assert _of_kind(resumed.events, "step") == _of_kind(whole.events, "step")
+    assert any(event["event"] == "resume" and event["step"] == 8 for event in resumed.events)
+    for path in (whole.path.name, "state.safetensors"):
+        one, other = load_file(tmp_path / name / path), load_file(killed / name / path)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _kill_at_11(event):
+    if event["event"] == "step" and event["step"] == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train_and_be_killed(folder):
+    """Start each run in a process of its own, which is killed."""
+    # What takes most of the time of so short a run is done once.
+    for name in ("prefixtune.training.train", *(f"transformers.models.{kind}.modeling_{kind}" for kind in _KINDS)):
+        importlib.import_module(name)
+    for name in KILLED:
+        child = os.fork()
+        if not child:
+            _train(name, folder, on_event=_kill_at_11)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+if __name__ == "__main__":
+    _train_and_be_killed(Path(sys.argv[1]))
