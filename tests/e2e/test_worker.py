@@ -7,7 +7,6 @@ import pytest
 
 import live_server
 from prefixtune.backbone.identity import backbone_identity
-from prefixtune.jobs.folder import JobEvents
 from prefixtune.prefix.prefix import read_artifact
 from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
@@ -52,13 +51,13 @@ def add(data, model, queue):
 
 
 def step(data, job):
-    progress = JobEvents(data.job(job.id)).progress()
+    progress = data.job(job.id).progress()
     return progress.step if progress else 0
 
 
 def logged_steps(data, job):
     """The steps that the job's owner was told of: each as soon as it is taken, where progress is told now and then."""
-    events = JobEvents(data.job(job.id)).read()
+    events = data.job(job.id).events()
     return [event.data["step"] for event in events if "train_loss" in event.data]
 
 
@@ -117,7 +116,7 @@ def test_a_worker_that_is_asked_to_end_or_loses_its_parent_leaves_its_job_to_the
 
     assert start("--idle-seconds", "5").wait(180) == 0
     assert queue.get(job.id).status == "succeeded"
-    told = [event.message for event in JobEvents(data.job(job.id)).read()]
+    told = [event.message for event in data.job(job.id).events()]
     assert {f"Training goes on at step {one}/{STEPS}." for one in reached} <= {*told}
 
 

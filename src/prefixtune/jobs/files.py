@@ -10,7 +10,6 @@ and what a few kilobytes unpack to may need more memory than there is.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
@@ -18,22 +17,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 
-from prefixtune.data.examples import Example
 from prefixtune.data.files import FORMATS, iter_file, recognize_format
-from prefixtune.data.forms import FORMS, describe_data, fitting_forms, make_example
+from prefixtune.data.forms import describe_data, fitting_forms
 from prefixtune.data.registry import read_data
 from prefixtune.data.streams import GZIP_MAGIC, read_text
-from prefixtune.errors import DataError, PrefixError, RequestError
+from prefixtune.errors import DataError, PrefixError
 from prefixtune.jobs.folder import FILE_ID, DataFolder
-from prefixtune.jobs.job import RefusedError
+from prefixtune.jobs.job import metrics_file_id
 from prefixtune.prefix.folder import change_folder
 from prefixtune.utils.files import atomic_files, fsync, remove_abandoned, work_folder
 
@@ -44,8 +41,8 @@ MAX_DOCUMENT_BYTES = 2**24
 _META, _METRICS = "meta.json", "step_metrics.csv"
 """What is known of a file; and what the file of a job's metrics is called, as OpenAI calls it."""
 _LOCK_SECONDS = 30.0
-_HEAD, _MAX_FILENAME, _MAX_SAMPLED = 512, 200, 100
-"""Bytes by which the format of a file is recognized; the longest name; and examples of a sample."""
+_HEAD, _MAX_FILENAME = 512, 200
+"""Bytes by which the format of a file is recognized; and the longest name."""
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".text")
 _INLINE_BYTES, _MEMORY, _SECONDS = 2**18, 2**32, 300.0
 """Largest file that is checked in a thread; memory and time of the process that checks."""
@@ -105,23 +102,8 @@ class StoredFile(BaseModel, frozen=True):
     facts: FileFacts | None = None
 
 
-class UnknownFileError(RequestError):
-    """There is no such file, or it is somebody else's."""
-
-
-@dataclass(frozen=True)
-class FileLimits:
-    """How much may be kept.
-
-    Attributes:
-        max_bytes: Of one file.
-        max_files: Uploaded files of one owner.
-        max_total_bytes: Of all uploaded files of one owner.
-    """
-
-    max_bytes: int = 2**29
-    max_files: int = 100
-    max_total_bytes: int = 2**30
+CheckRoom = Callable[[int, Sequence[StoredFile]], None]
+"""Raises an error where there is no room for an upload of so many bytes beside the other uploads of its owner."""
 
 
 class FileStore:
@@ -135,7 +117,7 @@ class FileStore:
         self._folder, self._root = folder, folder.files
 
     def put(
-        self, owner: str, file: IO[bytes], filename: str, purpose: Purpose, limits: FileLimits | None = None
+        self, owner: str, file: IO[bytes], filename: str, purpose: Purpose, check_room: CheckRoom = lambda *_: None
     ) -> StoredFile:
         """Check an uploaded file, and keep it.
 
@@ -146,16 +128,14 @@ class FileStore:
             file: Its bytes.
             filename: As its owner calls it; only its last part is kept.
             purpose: What it is for.
-            limits: How much the owner may keep.
+            check_room: Called before it is read and, as other uploads may have ended meanwhile, before it is kept.
 
         Raises:
-            RefusedError: It is empty or too large, or there is no room for it.
             PrefixError, OSError: The disk is full, or fails.
         """
-        limits, filename = limits or FileLimits(), _shown_name(filename)
-        head, size = file.read(_HEAD), file.seek(0, os.SEEK_END)
+        filename, head, size = _shown_name(filename), file.read(_HEAD), file.seek(0, os.SEEK_END)
         file.seek(0)
-        self._check_room(owner, size, limits)
+        check_room(size, self._uploads(owner))
         ending = _ending_of(filename, head, purpose)
         stored = StoredFile(owner=owner, bytes=size, filename=filename, purpose=purpose, ending=ending)
         self._folder.make()
@@ -167,8 +147,7 @@ class FileStore:
             stored = check_file(path, stored)
             (made / _META).write_text(stored.model_dump_json(), encoding="utf-8")
             stack.enter_context(change_folder(self._root, _LOCK_SECONDS))
-            # Other uploads may have ended meanwhile.
-            self._check_room(owner, size, limits)
+            check_room(size, self._uploads(owner))
         return stored
 
     def put_metrics(self, owner: str, job_id: str, data: bytes) -> StoredFile:
@@ -183,37 +162,26 @@ class FileStore:
             PrefixError: It cannot be written.
         """
         facts: Any = {"owner": owner, "bytes": len(data), "filename": _METRICS, "purpose": "fine-tune-results"}
-        stored = StoredFile(id=job_id.replace("ftjob", "file"), ending=".csv", **facts)
+        stored = StoredFile(id=metrics_file_id(job_id), ending=".csv", **facts)
         self._folder.make()
         with change_folder(self._root, _LOCK_SECONDS), atomic_files(self._root / stored.id) as made:
             (made / "data.csv").write_bytes(data)
             (made / _META).write_text(stored.model_dump_json(), encoding="utf-8")
         return stored
 
-    def get(self, owner: str | None, file_id: str) -> StoredFile:
-        """What is known about a file.
+    def get(self, owner: str | None, file_id: str) -> StoredFile | None:
+        """What is known about a file; None: there is none.
 
         Args:
             owner: Whose it must be; None: anybody's.
             file_id: Its id.
-
-        Raises:
-            UnknownFileError: There is none.
         """
         stored = _read(self._root / file_id) if FILE_ID.fullmatch(file_id) else None
-        if stored is None or owner not in (None, stored.owner):
-            raise UnknownFileError(f"there is no file {file_id[:128]!r}.")
-        return stored
+        return stored if stored is not None and owner in (None, stored.owner) else None
 
     def path(self, file: StoredFile) -> Path:
         """Where a file's data are; their ending is that of their format. To be linked, never changed."""
         return self._root / file.id / f"data{file.ending}"
-
-    def sample(self, file: StoredFile) -> Sequence[Example]:
-        """The first examples of a file; none of a document, or where its form is not known."""
-        form = FORMS.get(file.facts.form) if file.facts and file.purpose == "fine-tune" else None
-        records = itertools.islice(iter_file(self.path(file)), _MAX_SAMPLED if form else 0)
-        return [make_example(record, form) for record in records if form]
 
     def list(self, owner: str | None) -> Sequence[StoredFile]:
         """All files of an owner, or of all owners, the newest first."""
@@ -232,22 +200,8 @@ class FileStore:
             os.replace(self._root / file.id, temporary / "file")
             fsync(self._root)
 
-    def _check_room(self, owner: str, size: int, limits: FileLimits) -> None:
-        """Refuse a file of so many bytes where there is no room for it.
-
-        Raises:
-            RefusedError: It is refused.
-        """
-        kept = [file.bytes for file in self.list(owner) if file.purpose != "fine-tune-results"]
-        most_bytes, most_files, most_in_all = limits.max_bytes, limits.max_files, limits.max_total_bytes
-        for code, is_wrong, message in (
-            ("empty_file", not size, "the file is empty"),
-            ("file_too_large", size > most_bytes, f"a file may have {most_bytes:,} bytes; split it"),
-            ("too_many_files", len(kept) >= most_files, f"{most_files:,} files may be kept; delete one"),
-            ("no_room", sum(kept) + size > most_in_all, f"all files may have {most_in_all:,} bytes"),
-        ):
-            if is_wrong:
-                raise RefusedError("file", f"{message}.", code)
+    def _uploads(self, owner: str) -> Sequence[StoredFile]:
+        return [file for file in self.list(owner) if file.purpose != "fine-tune-results"]
 
 
 def _read(folder: Path) -> StoredFile | None:

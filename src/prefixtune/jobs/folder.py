@@ -42,6 +42,46 @@ FILE_ID, JOB_ID = re.compile(r"file-[0-9a-f]{24}"), re.compile(r"ftjob-[0-9a-f]{
 """What may be the id of a file or a job, and so a part of a path."""
 
 
+class JobEvent(BaseModel, frozen=True):
+    """Something that happened to a job.
+
+    Attributes:
+        id: `ftevent-...`.
+        created: When, in seconds since 1970.
+        level: How serious it is.
+        message: For people; it names no path.
+        data: Figures of a step: `step`, `total_steps`, and `train_loss` or `valid_loss` in nats per token, and more.
+    """
+
+    id: str
+    created: int
+    level: EventLevel = "info"
+    message: str
+    data: dict[str, Any] = {}
+
+
+class Progress(BaseModel):
+    """How far a job is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        total_steps: Optimizer steps that are planned.
+        loss: Of the last step, in nats per token.
+        seconds_left: Until it is over, as far as the steps of its worker tell.
+        updated: When this was written, in seconds since 1970.
+        trained_tokens: Tokens of the steps taken, as they were counted for the loss.
+        best_loss: Lowest loss on the validation file so far, in nats per token; None without one.
+    """
+
+    step: int
+    total_steps: int = 0
+    loss: float | None = Field(None, validation_alias="train_loss")
+    seconds_left: float | None = None
+    updated: int = 0
+    trained_tokens: int = 0
+    best_loss: float | None = None
+
+
 class JobFolder:
     """The files of a job.
 
@@ -56,7 +96,7 @@ class JobFolder:
 
     def __init__(self, root: Path) -> None:
         self.root, self.inputs, self.run = root, root / "inputs", root / "run"
-        self.checkpoints = self.run / "checkpoints"
+        self.checkpoints, self._log = self.run / "checkpoints", root / "events.jsonl"
 
     def find_input(self, name: InputName) -> Path | None:
         """The file of that name, whatever its ending; None: the job has none."""
@@ -67,7 +107,7 @@ class JobFolder:
         """Hold the job while the block runs, as its worker does; yields whether nobody else holds it.
 
         Raises:
-            OSError: The folder cannot be written.
+            OSError: The folder cannot be written, or the system has no locks.
         """
         self.root.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -76,6 +116,46 @@ class JobFolder:
             if lock is not None:
                 stack.callback(lock.release)
             yield lock is not None
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def events(self, last_bytes: int = _LOG_BYTES) -> list[JobEvent]:
+        """The events, the oldest first; of a very long log, those of its last bytes."""
+        known: dict[str, JobEvent] = {}
+        with contextlib.suppress(FileNotFoundError), self._log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
+            for line in file.read(last_bytes).split(b"\n"):
+                with contextlib.suppress(ValidationError):
+                    event = JobEvent.model_validate_json(line)
+                    known.setdefault(event.id, event)
+        return list(known.values())
+
+    def progress(self) -> Progress | None:
+        """How far the job is; None: it has taken no step."""
+        told = [event for event in self.events(_TAIL_BYTES) if event.data]
+        figures = {name: value for event in told for name, value in event.data.items()}
+        return Progress(**figures, updated=told[-1].created) if "train_loss" in figures else None
+
+    def add_event(
+        self, message: str, *, level: EventLevel = "info", data: dict[str, Any] | None = None, key: str = ""
+    ) -> None:
+        """Append an event.
+
+        Args:
+            message: What happened.
+            level: How serious it is.
+            data: Figures of a step.
+            key: Names what happens at most once, such as a step: of two events with one key, the first is read; empty:
+                it may happen any number of times.
+
+        Raises:
+            PrefixError: The log cannot be written.
+        """
+        digest = hashlib.sha256(f"{self.root.name}/{key or secrets.token_hex(12)}".encode()).hexdigest()
+        event = JobEvent(
+            id=f"ftevent-{digest[:24]}", created=int(time.time()), level=level, message=message, data=data or {}
+        )
+        append_line(self._log, event.model_dump_json())
 
 
 class DataFolder:
@@ -137,92 +217,3 @@ def _put(source: Path, path: Path, *, copy: bool) -> None:
             os.link(source.resolve(), path)
             return
     shutil.copyfile(source, path)
-
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-class JobEvent(BaseModel, frozen=True):
-    """Something that happened to a job.
-
-    Attributes:
-        id: `ftevent-...`.
-        created: When, in seconds since 1970.
-        level: How serious it is.
-        message: For people; it names no path.
-        data: Figures of a step: `step`, `total_steps`, and `train_loss` or `valid_loss` in nats per token, and more.
-    """
-
-    id: str
-    created: int
-    level: EventLevel = "info"
-    message: str
-    data: dict[str, Any] = {}
-
-
-class Progress(BaseModel):
-    """How far a job is.
-
-    Attributes:
-        step: Optimizer steps taken.
-        total_steps: Optimizer steps that are planned.
-        loss: Of the last step, in nats per token.
-        seconds_left: Until it is over, as far as the steps of its worker tell.
-        updated: When this was written, in seconds since 1970.
-        trained_tokens: Tokens of the steps taken, as they were counted for the loss.
-    """
-
-    step: int
-    total_steps: int = 0
-    loss: float | None = Field(None, validation_alias="train_loss")
-    seconds_left: float | None = None
-    updated: int = 0
-    trained_tokens: int = 0
-
-
-class JobEvents:
-    """The events of a job.
-
-    Args:
-        folder: Of the job.
-    """
-
-    def __init__(self, folder: JobFolder) -> None:
-        self._job, self._log = folder.root.name, folder.root / "events.jsonl"
-
-    def read(self, last_bytes: int = _LOG_BYTES) -> list[JobEvent]:
-        """The events, the oldest first; of a very long log, those of its last bytes."""
-        known: dict[str, JobEvent] = {}
-        with contextlib.suppress(FileNotFoundError), self._log.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - last_bytes, 0))
-            for line in file.read(last_bytes).split(b"\n"):
-                with contextlib.suppress(ValidationError):
-                    event = JobEvent.model_validate_json(line)
-                    known.setdefault(event.id, event)
-        return list(known.values())
-
-    def progress(self) -> Progress | None:
-        """How far the job is; None: it has taken no step."""
-        steps = [event for event in self.read(_TAIL_BYTES) if "train_loss" in event.data]
-        return Progress(**steps[-1].data, updated=steps[-1].created) if steps else None
-
-    def add(
-        self, message: str, *, level: EventLevel = "info", data: dict[str, Any] | None = None, key: str = ""
-    ) -> None:
-        """Append an event.
-
-        Args:
-            message: What happened.
-            level: How serious it is.
-            data: Figures of a step.
-            key: Names what happens at most once, such as a step: of two events with one key, the first is read; empty:
-                it may happen any number of times.
-
-        Raises:
-            PrefixError: The log cannot be written.
-        """
-        digest = hashlib.sha256(f"{self._job}/{key or secrets.token_hex(12)}".encode()).hexdigest()
-        event = JobEvent(
-            id=f"ftevent-{digest[:24]}", created=int(time.time()), level=level, message=message, data=data or {}
-        )
-        append_line(self._log, event.model_dump_json())

@@ -1,4 +1,4 @@
-"""What a job is, where it stands, what it leaves, and why it fails or waits."""
+"""What a job is, where it stands, and why it fails or waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from prefixtune import errors
 from prefixtune.prefix.folder import FolderBusyError
@@ -17,16 +17,11 @@ JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cance
 ENDED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
 
 
-class _Stored(BaseModel):
-    """What the database holds as JSON."""
+class Job(BaseModel, frozen=True):
+    """What somebody asked for, as the database holds it. It never changes once it is queued.
 
-    # A newer version may have stored more: whoever lists goes on without it, and `PROTOCOL` keeps such a job from
-    # workers that would train by a part of it.
-    model_config = ConfigDict(frozen=True)
-
-
-class Job(_Stored):
-    """What somebody asked for. It never changes once it is queued.
+    A newer version may have stored more: whoever lists goes on without it, and `PROTOCOL` keeps such a job from workers
+    that would train by a part of it.
 
     Attributes:
         id: `ftjob-...`.
@@ -70,26 +65,8 @@ class Job(_Stored):
     metadata: dict[str, str] = {}
 
 
-class JobResult(_Stored):
-    """What a job that succeeded left.
-
-    Attributes:
-        name: The prefix is served under this name.
-        trained_tokens: Tokens of all steps, as they were counted for the loss.
-        steps: Optimizer steps.
-        result_files: Ids of files of the owner: the metrics as CSV.
-        best_loss: Lowest loss on the validation file, in nats per token; None without one.
-    """
-
-    name: str
-    trained_tokens: int
-    steps: int
-    result_files: list[str] = []
-    best_loss: float | None = None
-
-
-class JobError(_Stored):
-    """Why a job failed.
+class JobError(BaseModel, frozen=True):
+    """Why a job failed, as the database holds it.
 
     Attributes:
         code: One word, such as `invalid_training_file`.
@@ -115,13 +92,6 @@ class RefusedError(errors.RequestError):
         self.param, self.code = param, code
 
 
-class JobPausedError(Exception):
-    """A job cannot go on now, by no fault of its own: it is paused, and what it has trained is kept.
-
-    The message is the reason, as its owner may read it: a part of a sentence.
-    """
-
-
 @dataclass(frozen=True)
 class JobState:
     """A job as it stands.
@@ -130,7 +100,6 @@ class JobState:
         job: What was asked for.
         status: Where it stands.
         finished: When it ended, in seconds since 1970; None: not yet.
-        result: If it succeeded.
         error: If it failed.
         worker: Who trains it now; empty: nobody.
     """
@@ -138,9 +107,17 @@ class JobState:
     job: Job
     status: JobStatus
     finished: int | None = None
-    result: JobResult | None = None
     error: JobError | None = None
     worker: str = ""
+
+
+def metrics_file_id(job_id: str) -> str:
+    """The id of the file with the metrics of a job that succeeded.
+
+    >>> metrics_file_id("ftjob-0123456789abcdef01234567")
+    'file-0123456789abcdef01234567'
+    """
+    return job_id.replace("ftjob", "file")
 
 
 def checkpoint_name(name: str, step: int | str) -> str:
@@ -166,15 +143,15 @@ _FOLDERS = re.compile(r"(?<![\w.])/(?:[^/'\"]+/)*")
 
 
 def pause_reason(error: Exception) -> str:
-    """Why a job is paused by an error, as a part of a sentence: what the disk refuses may pass; empty: it fails."""
-    if isinstance(error, JobPausedError):
-        return str(error)
-    if isinstance(error, errors.DataError | errors.ConfigError | errors.BackboneError):
+    """Why a job is paused by an error, as a sentence: what the disk refuses may pass; empty: it fails."""
+    if isinstance(error, FolderBusyError):
+        return error.message
+    refused = [one.errno for one in errors.causes(error) if isinstance(one, OSError)]
+    if not refused or isinstance(error, errors.DataError | errors.ConfigError | errors.BackboneError):
         return ""
-    refused = [one for one in errors.causes(error) if isinstance(one, FolderBusyError | OSError)]
-    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in refused):
-        return "the disk of the training service is full"
-    return "a file or folder of the training service cannot be used now" if refused else ""
+    if {errno.ENOSPC, errno.EDQUOT} & set(refused):
+        return "the disk of the training service is full."
+    return "a file or folder of the training service cannot be used now."
 
 
 def failure_of(error: Exception) -> JobError:

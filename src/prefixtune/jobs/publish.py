@@ -18,9 +18,9 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import JobEvents, JobFolder
-from prefixtune.jobs.job import Job, JobPausedError, JobResult, checkpoint_name
-from prefixtune.prefix.folder import change_folder, path_of
+from prefixtune.jobs.folder import JobFolder
+from prefixtune.jobs.job import Job, checkpoint_name
+from prefixtune.prefix.folder import FolderBusyError, change_folder, path_of
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.training.run_folder import PREFIX_FILE, Event
@@ -39,7 +39,7 @@ _LOCK_SECONDS = 30.0
 
 def publish(
     job: Job, folder: JobFolder, backbone: Backbone, prefixes: Path, files: FileStore, *, max_bytes: int = 2**30
-) -> JobResult:
+) -> None:
     """Serve what a job has trained under the job's name, and store its metrics for its owner.
 
     May be called again for the same job, as after a kill. All is written and checked beside the files that are served;
@@ -56,12 +56,10 @@ def publish(
 
     Raises:
         CheckpointError: The prefix cannot be served; nothing is published.
-        JobPausedError: Another file has its name; nothing is published.
-        FolderBusyError: Others change the folder of prefixes; nothing is published.
+        FolderBusyError: Another file has its name, or others change the folder of prefixes; nothing is published.
         OSError, PrefixError: A file cannot be written, as on a full disk; nothing is published.
     """
-    figures = [event.data for event in JobEvents(folder).read() if event.data]
-    metrics = files.put_metrics(job.owner, job.id, metrics_csv(figures).encode())
+    files.put_metrics(job.owner, job.id, metrics_csv(event.data for event in folder.events() if event.data).encode())
     prefix, validator = read_artifact(folder.run / PREFIX_FILE), PrefixValidator(backbone, max_bytes)
     header = {**prefix.header, **_origin_field(job)}
     if (start := header.get("initialization") or {}).get("kind") == "prefix":
@@ -77,27 +75,10 @@ def publish(
             validator.load(path, path.stem)
         changing.enter_context(change_folder(prefixes, _LOCK_SECONDS))
         for path in [*made.iterdir()]:
-            if not _is_free(prefixes / path.name, job):
-                path.unlink()
+            if (prefixes / path.name).exists() and not _is_from(job, prefixes / path.name):
+                path.unlink(missing_ok=True)
         if not path_of(made, job.name).exists():
-            raise JobPausedError(f"another model is served as {job.name!r} now")
-    best = [one["best_loss"] for one in figures if "valid_loss" in one]
-    last = [one for one in figures if "train_loss" in one][-1]
-    return JobResult(
-        name=job.name,
-        trained_tokens=last["trained_tokens"],
-        steps=last["step"],
-        result_files=[metrics.id],
-        best_loss=best[-1] if best else None,
-    )
-
-
-def _is_free(path: Path, job: Job) -> bool:
-    """Whether a job may have a name: a checkpoint of the same owner's that stayed without its result is replaced."""
-    origin = _origin(path)
-    if origin is None:
-        return not path.exists()
-    return origin.id == job.id or (origin.owner == job.owner and origin.step is not None)
+            raise FolderBusyError(f"another model is served as {job.name!r} now.")
 
 
 def metrics_csv(figures: Iterable[dict[str, Any]]) -> str:
@@ -119,11 +100,12 @@ def _origin_field(job: Job, step: int | None = None) -> dict[str, Any]:
     return {"job": JobOrigin(id=job.id, owner=job.owner, step=step).model_dump(exclude_none=True)}
 
 
-def _origin(path: Path) -> JobOrigin | None:
-    """The job that made a file; None: no job did, or it cannot be read."""
+def _is_from(job: Job, path: Path) -> bool:
+    """Whether a job made a file, as far as that can be read."""
     with contextlib.suppress(OSError, CheckpointError):
-        return job_origin(read_outline(path).header)
-    return None
+        origin = job_origin(read_outline(path).header)
+        return origin is not None and origin.id == job.id
+    return False
 
 
 def take_back(job: Job, prefixes: Path) -> list[str]:
@@ -134,9 +116,8 @@ def take_back(job: Job, prefixes: Path) -> list[str]:
         PrefixError: Others change the folder for too long.
     """
     with change_folder(prefixes, _LOCK_SECONDS):
-        origin, removed = _origin(path_of(prefixes, job.name)), [one.path for one in checkpoints(job, prefixes)]
-        if origin is not None and origin.id == job.id:
-            removed.append(path_of(prefixes, job.name))
+        files = [path_of(prefixes, job.name), *prefixes.glob(path_of(prefixes, checkpoint_name(job.name, "*")).name)]
+        removed = [path for path in files if _is_from(job, path)]
         for path in removed:
             path.unlink(missing_ok=True)
     return [path.name for path in removed]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.job import ENDED, Job, JobError, JobResult, JobState, JobStatus
+from prefixtune.jobs.job import ENDED, Job, JobError, JobState, JobStatus
 
 if TYPE_CHECKING:
     from dbos import WorkflowStatus
@@ -25,14 +25,12 @@ PROTOCOL = "4"
 
 _STATES: dict[str, JobStatus] = {
     "ENQUEUED": "queued",
-    "DELAYED": "queued",
     "PENDING": "running",
     "SUCCESS": "succeeded",
     "ERROR": "failed",
-    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",
     "CANCELLED": "paused",
 }
-_ACTIVE = ["ENQUEUED", "DELAYED", "PENDING"]
+_ACTIVE = ["ENQUEUED", "PENDING"]
 _CANCELLED = "cancelled"
 _PAGE = 100
 """Jobs that are read at once."""
@@ -181,7 +179,6 @@ def _state(workflow: WorkflowStatus) -> JobState:
         Job.model_validate(workflow.input["args"][0]),
         status,
         finished=int(workflow.completed_at / 1000) if status in ENDED and workflow.completed_at else None,
-        result=JobResult.model_validate(workflow.output) if status == "succeeded" else None,
         error=_error(workflow.error) if status == "failed" else None,
         worker=workflow.executor_id or "" if status == "running" else "",
     )

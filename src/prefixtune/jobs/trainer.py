@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dbos import PortableWorkflowError
 
@@ -21,7 +21,7 @@ from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.distill import open_memory
 from prefixtune.errors import BackboneError, PrefixError, TrainingError
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
+from prefixtune.jobs.folder import DataFolder, JobFolder
 from prefixtune.jobs.job import Job, failure_of, pause_reason
 from prefixtune.jobs.publish import keep_checkpoint, publish
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
@@ -46,7 +46,6 @@ _MOST_STEPS_TOLD = 2000
 """Of a longer run, every second step is an event, or every third ..."""
 OnProgress = Callable[[str, int, int | None], None]
 """Called with what is being prepared, how much of it is done, and how much there is."""
-_T = TypeVar("_T")
 _log = logging.getLogger("prefixtune.jobs")
 
 
@@ -87,8 +86,8 @@ class Trainer:
         """Whether a job is being trained."""
         return self._turn.locked()
 
-    def run(self, job: Job, step: Step) -> dict[str, Any]:
-        """Bring a job to its end, in any thread; returns its result as JSON.
+    def run(self, job: Job, step: Step) -> None:
+        """Bring a job to its end, in any thread.
 
         Raises:
             PortableWorkflowError: It failed.
@@ -98,7 +97,7 @@ class Trainer:
         with self._turn:
             try:
                 step("train", lambda: claim.guard(claim.train))
-                result: dict[str, Any] = step("publish", lambda: claim.guard(claim.publish))
+                step("publish", lambda: claim.guard(claim.publish))
             except LeftError:
                 # Its worker leaves it in good order.
                 with contextlib.suppress(OSError):
@@ -108,8 +107,7 @@ class Trainer:
             finally:
                 self.idle_since = time.monotonic()
         claim.tell("The job has succeeded.", key="succeeded")
-        note("job_succeeded", job=job.id, model=job.name, steps=result["steps"])
-        return result
+        note("job_succeeded", job=job.id, model=job.name)
 
 
 class _Claim:
@@ -117,8 +115,7 @@ class _Claim:
 
     def __init__(self, job: Job, trainer: Trainer) -> None:
         self.job, self.trainer, self.folder = job, trainer, trainer.data.job(job.id)
-        self.events, self.attempts = JobEvents(self.folder), self.folder.root / "attempts"
-        self.status, self._ask_at = "", 0.0
+        self.attempts, self.status, self._ask_at = self.folder.root / "attempts", "", 0.0
 
     # --- the steps ----------------------------------------------------------------------------------------------------
 
@@ -132,7 +129,7 @@ class _Claim:
         with open_job(self.job, self.folder, self.trainer.backbone, self._prepare) as run:
             loop, leave = run.loop, threading.Event()
             loop.most_positions = positions_at_once(self.trainer.backbone)
-            report, begun_at = Reporter(self.job, self.folder, run, self.events).report, loop.state.step
+            report, begun_at = Reporter(self.job, self.folder, run).report, loop.state.step
             note("job_opened", job=self.job.id, step=begun_at, steps=loop.state.total_steps)
 
             def on_event(event: Event) -> None:
@@ -154,19 +151,18 @@ class _Claim:
     def _prepare(self, what: str, done: int, total: int | None) -> None:
         self.ask()
         if total:
-            self.events.add(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
+            self.folder.add_event(f"Preparing {what}: {done}/{total}", key=f"preparing/{what}/{10 * done // total}")
 
-    def publish(self) -> dict[str, Any]:
-        """Publish what was trained; returns the job's result."""
+    def publish(self) -> None:
+        """Publish what was trained."""
         self.ask(now=True)
         at = self.trainer
-        result = publish(self.job, self.folder, at.backbone, at.prefixes, FileStore(at.data), max_bytes=at.max_bytes)
+        publish(self.job, self.folder, at.backbone, at.prefixes, FileStore(at.data), max_bytes=at.max_bytes)
         self.tell(f"The new model is served as {self.job.name!r}.", key="published")
-        return result.model_dump(mode="json")
 
     # --- whether it goes on -------------------------------------------------------------------------------------------
 
-    def guard(self, work: Callable[[], Any]) -> Any:
+    def guard(self, work: Callable[[], None]) -> None:
         """Do a step, and tell the job's owner how an error ends it: what the disk refuses pauses the job.
 
         Until it is done nobody else has the job's folder: what it publishes is removed only after it.
@@ -186,7 +182,7 @@ class _Claim:
         except Exception as error:
             if reason := pause_reason(error):
                 note("job_paused", logging.WARNING, job=self.job.id, reason=str(error))
-                self.tell(f"The job is paused: {reason}. Resume it when that has changed.", level="warn")
+                self.tell(f"The job is paused: {reason} Resume it when that has changed.", level="warn")
                 self.ask(now=True)
                 self._reach(lambda: self.trainer.jobs.pause(self.job.id))
                 raise LeftError from None
@@ -210,7 +206,7 @@ class _Claim:
             if state is None or (state.status, state.worker) != ("running", self.trainer.worker):
                 raise LeftError
 
-    def _reach(self, action: Callable[[], _T]) -> _T:
+    def _reach(self, action: Callable[[], Any]) -> Any:
         """Do something with the database; while it does not answer, as where it is on a full disk, nothing goes on.
 
         Raises:
@@ -227,7 +223,7 @@ class _Claim:
     def tell(self, message: str, **options: Any) -> None:
         """Tell the job's owner something, if the disk lets one."""
         with contextlib.suppress(PrefixError):
-            self.events.add(message, **options)
+            self.folder.add_event(message, **options)
 
 
 def note(event: str, level: int = logging.INFO, error: Exception | None = None, **fields: Any) -> None:
@@ -271,11 +267,10 @@ class Reporter:
         job: What is trained.
         folder: Its folder.
         run: Ready or resumed.
-        events: What its owner sees.
     """
 
-    def __init__(self, job: Job, folder: JobFolder, run: Run, events: JobEvents) -> None:
-        self._job, self._folder, self._loop, self._events = job, folder, run.loop, events
+    def __init__(self, job: Job, folder: JobFolder, run: Run) -> None:
+        self._job, self._folder, self._loop = job, folder, run.loop
         self._trained_tokens = sum(event.get("target_tokens", 0) for event in run.events)
         self._loss: float | None = None
         self._opened, self._begun_at = time.monotonic(), run.loop.state.step
@@ -289,9 +284,9 @@ class Reporter:
         step, total = self._loop.state.step, self._loop.state.total_steps
         match event["event"]:
             case "start":
-                self._events.add("Training has started.", key="started")
+                self._folder.add_event("Training has started.", key="started")
             case "resume":
-                self._events.add(f"Training goes on at step {step}/{total}.")
+                self._folder.add_event(f"Training goes on at step {step}/{total}.")
             case "step":
                 self._trained_tokens += event["target_tokens"]
                 self._loss = event["loss_per_token"]
@@ -310,7 +305,7 @@ class Reporter:
     def _add_metrics(self, what: str, figures: dict[str, float]) -> None:
         step, total = self._loop.state.step, self._loop.state.total_steps
         message = f"Step {step}/{total}: {what} loss={next(iter(figures.values())):.2f}"
-        self._events.add(message, data={"step": step, "total_steps": total, **figures}, key=f"{what}/{step}")
+        self._folder.add_event(message, data={"step": step, "total_steps": total, **figures}, key=f"{what}/{step}")
 
 
 class _Reporting(Console):

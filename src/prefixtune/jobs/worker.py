@@ -107,7 +107,7 @@ def _load(config: WorkerConfig) -> Backbone:
 
 @contextlib.contextmanager
 def launch(
-    database_url: str, name: str, backbone: str, run: Callable[[Job, Callable[..., Any]], dict[str, Any]]
+    database_url: str, name: str, backbone: str, run: Callable[[Job, Callable[..., Any]], object]
 ) -> Iterator[None]:
     """Claim jobs for a worker while the block runs, those of an earlier one of its name first. One per process.
 
@@ -127,14 +127,13 @@ def launch(
             "serializer": DBOSPortableJSONSerializer(),
             # The worker's log tells of jobs that fail; the library would add its own traceback.
             "log_level": "CRITICAL",
-            "enable_otlp": False,
         }
     )
 
     # A job that kills its worker again and again is noticed by the steps that it takes between, not by a count.
     @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
-    def train(stored: dict[str, Any]) -> dict[str, Any]:
-        return run(Job.model_validate(stored), lambda step, work: DBOS.run_step({"name": step}, work))
+    def train(stored: dict[str, Any]) -> None:
+        run(Job.model_validate(stored), lambda step, work: DBOS.run_step({"name": step}, work))
 
     queue = queue_name(backbone)
     DBOS.listen_queues([queue])

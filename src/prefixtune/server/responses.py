@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from prefixtune.errors import BackboneError, CheckpointError, ConfigError, DataError, PrefixError, RequestError, causes
-from prefixtune.jobs.files import UnknownFileError
 
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "unknown_path", 405: "method_not_allowed", 413: "body_too_large"}
@@ -111,12 +110,10 @@ def storage_error(error: BaseException) -> ApiError:
 
 
 def api_error(error: PrefixError) -> ApiError:
-    """An error of this project: 404, 507 where the disk refuses, 400 where the request is at fault, else 503.
+    """An error of this project: 507 where the disk refuses, 400 where the request is at fault, else 503.
 
     Only for messages that contain no path: those of the engine, the folder of prefixes, and the tasks.
     """
-    if isinstance(error, UnknownFileError):
-        return ApiError(404, error.message, code="file_not_found")
     if any(isinstance(one, OSError) for one in causes(error)):
         return storage_error(error)
     if isinstance(error, RequestError | DataError | BackboneError | ConfigError):

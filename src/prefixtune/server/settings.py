@@ -10,11 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from prefixtune.jobs.config import (
-    DATA_FOLDER_HELP,
-    DATABASE_URL_HELP,
-    DatabaseUrl,
-)
+from prefixtune.jobs.config import DATA_FOLDER_HELP, DATABASE_URL_HELP, DatabaseUrl
 from prefixtune.utils.config import CommaList, Config, Layer, Table, option_group
 
 ENVIRONMENT = "PREFIXTUNE_SERVE_"

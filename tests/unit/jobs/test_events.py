@@ -5,7 +5,7 @@ import os
 import pytest
 
 from prefixtune.errors import PrefixError
-from prefixtune.jobs.folder import DataFolder, JobEvents
+from prefixtune.jobs.folder import DataFolder
 from training_jobs import new_job_id
 
 
@@ -17,44 +17,42 @@ def folder(tmp_path):
 
 
 def messages(folder):
-    return [event.message for event in JobEvents(folder).read()]
+    return [event.message for event in folder.events()]
 
 
 def test_events_come_in_order_with_their_figures_and_once(folder):
-    JobEvents(folder).add("The job is queued.")
-    JobEvents(folder).add("Step 1/2", data={"step": 1, "train_loss": 1.5}, key="step/1")
+    folder.add_event("The job is queued.")
+    folder.add_event("Step 1/2", data={"step": 1, "train_loss": 1.5}, key="step/1")
     # Another worker goes on from an earlier state.
-    resumed = JobEvents(folder)
     for step in (1, 2, 2):
-        resumed.add(f"Step {step}/2", key=f"step/{step}")
-    resumed.add("Paused.")
-    resumed.add("Paused.")
+        folder.add_event(f"Step {step}/2", key=f"step/{step}")
+    folder.add_event("Paused.")
+    folder.add_event("Paused.")
     assert messages(folder) == ["The job is queued.", "Step 1/2", "Step 2/2", "Paused.", "Paused."]
-    first, second, *_ = JobEvents(folder).read()
+    first, second, *_ = folder.events()
     assert (first.level, first.data) == ("info", {})
     assert second.data == {"step": 1, "train_loss": 1.5}
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out_and_written_again(folder):
     for step in (1, 2):
-        JobEvents(folder).add(f"Step {step}/2", key=f"step/{step}")
+        folder.add_event(f"Step {step}/2", key=f"step/{step}")
     path = folder.root / "events.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     assert messages(folder) == ["Step 1/2"]
-    JobEvents(folder).add("Step 2/2", key="step/2")
+    folder.add_event("Step 2/2", key="step/2")
     assert messages(folder) == ["Step 1/2", "Step 2/2"]
 
 
 def test_the_progress_is_that_of_the_last_step(folder):
-    events = JobEvents(folder)
-    assert (events.progress(), events.read()) == (None, [])
-    events.add("Training has started.")
-    assert events.progress() is None
+    assert (folder.progress(), folder.events()) == (None, [])
+    folder.add_event("Training has started.")
+    assert folder.progress() is None
     for step in (1, 2):
         data = {"step": step, "total_steps": 3, "train_loss": 1.5, "seconds_left": 4.0, "trained_tokens": 7}
-        events.add(f"Step {step}/3", data=data)
-    events.add("Step 2/3", data={"step": 2, "total_steps": 3, "valid_loss": 9.0})
-    found = events.progress()
+        folder.add_event(f"Step {step}/3", data=data)
+    folder.add_event("Step 2/3", data={"step": 2, "total_steps": 3, "valid_loss": 9.0})
+    found = folder.progress()
     assert found is not None
     assert (found.step, found.total_steps, found.loss, found.seconds_left, found.trained_tokens) == (2, 3, 1.5, 4.0, 7)
 

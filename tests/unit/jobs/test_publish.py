@@ -13,8 +13,8 @@ import prefixtune as pt
 from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.jobs import publish as publishing
 from prefixtune.jobs.files import FileStore
-from prefixtune.jobs.folder import DataFolder, JobEvents, JobFolder
-from prefixtune.jobs.job import Job, JobPausedError, JobState, failure_of, pause_reason
+from prefixtune.jobs.folder import DataFolder, JobFolder
+from prefixtune.jobs.job import Job, JobState, failure_of, pause_reason
 from prefixtune.jobs.publish import checkpoints, publish, take_back
 from prefixtune.jobs.trainer import Reporter
 from prefixtune.jobs.worker import _clear, look_after
@@ -47,7 +47,7 @@ def finished(backbone, tmp_path_factory):
 
     def begin(loop):
         run = SimpleNamespace(loop=loop, events=[])
-        reporters.append(Reporter(JOB, folder, run, JobEvents(folder)))
+        reporters.append(Reporter(JOB, folder, run))
 
     train(
         config, backbone=backbone, examples=examples, dev_examples=examples[:2], progress=False, check=begin,
@@ -87,7 +87,7 @@ ALL = ["support.safetensors", *(f"support.step-{step}.safetensors" for step in (
 
 
 def test_a_result_is_the_runs_best_prefix_with_its_owner(folder, run, backbone, prefixes, files):
-    result = publish(JOB, folder, backbone, prefixes, files)
+    publish(JOB, folder, backbone, prefixes, files)
     assert names(prefixes) == ALL
     best, served = read_artifact(run / "prefix.safetensors"), read_artifact(prefixes / "support.safetensors")
     assert served.equal(best)
@@ -99,12 +99,10 @@ def test_a_result_is_the_runs_best_prefix_with_its_owner(folder, run, backbone, 
     assert text.startswith("step,train_loss,valid_loss,learning_rate,seconds\n1,")
     assert [row["step"] for row in rows] == [str(step) for step in range(1, 11)]
     assert [bool(row["valid_loss"]) for row in rows] == [False, True] * 5
-    assert result.best_loss == min(float(row["valid_loss"]) for row in rows if row["valid_loss"])
-    assert (result.name, result.steps, result.result_files) == ("support", 10, [METRICS])
-    assert result.trained_tokens > 10
+    assert folder.progress().best_loss == min(float(row["valid_loss"]) for row in rows if row["valid_loss"])
     # Again, it changes nothing.
     before = {path.name: path.read_bytes() for path in prefixes.iterdir()}
-    assert publish(JOB, folder, backbone, prefixes, files) == result
+    publish(JOB, folder, backbone, prefixes, files)
     assert {path.name: path.read_bytes() for path in prefixes.iterdir()} == before
 
 
@@ -112,7 +110,7 @@ def test_a_name_that_another_file_has_is_left_alone(folder, backbone, prefixes, 
     publish(OTHER, folder, backbone, prefixes, files)
     for content in ((prefixes / "support.safetensors").read_bytes(), b"no prefix"):
         (prefixes / "support.safetensors").write_bytes(content)
-        with pytest.raises(JobPausedError, match="'support'"):
+        with pytest.raises(FolderBusyError, match="'support'"):
             publish(JOB, folder, backbone, prefixes, files)
         assert (prefixes / "support.safetensors").read_bytes() == content
 
@@ -218,7 +216,7 @@ def test_a_job_that_has_succeeded_keeps_only_what_it_published(folder, run, back
     assert checkpoints(JOB, prefixes) == served
     assert not folder.inputs.exists()
     assert not list(run.rglob("*.safetensors"))
-    assert JobEvents(folder).read()
+    assert folder.events()
 
 
 def test_only_old_folders_of_jobs_that_were_never_queued_are_removed(data, queue, prefixes):

@@ -1,4 +1,4 @@
-"""From a request to a job: what `auto` stands for, and everything that is wrong, in the words of the request."""
+"""From a request to what a worker trains by: what `auto` stands for, and what is refused."""
 
 import pytest
 
@@ -33,17 +33,18 @@ def made(
     options=None,
     model="tiny",
     seed=0,
-    suffix="",
     integrations=(),
     **files,
 ):
     named = {"prefixtune.questions" if name == "questions" else name: file for name, file in files.items()}
+    data, options = training_file or stored(), options or {}
     asked = Job(
-        id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options or {}, seed=seed,
-        suffix=suffix, integrations=integrations,
+        id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options, seed=seed,
+        integrations=integrations, hyperparameters=hyperparameters or {},
+        kind="document" if data.purpose == "document" else "examples",
     )  # fmt: skip
-    limits = {"max_steps": max_steps, "start_lengths": start_lengths}
-    return settle_job(asked, {"training_file": training_file or stored(), **named}, hyperparameters or {}, **limits)
+    form, limits = options.get("form") or data.facts.form, {"max_steps": max_steps, "start_lengths": start_lengths}
+    return settle_job(asked, {"training_file": data, **named}, form, **limits)
 
 
 def refused(**fields):
@@ -92,24 +93,13 @@ def test_the_same_values_come_back_from_the_database():
 def test_a_validation_file_is_evaluated_on_while_it_trains():
     job = made(training_file=stored(targets=1000), validation_file=stored(2))
     assert (job.config["eval_every"], job.config["dev_limit"]) == (39, MOST_VALIDATED)
-    assert job.validation_file == stored(2).id
-
-
-def test_the_model_answers_a_bounded_number_of_questions():
-    some = stored(7, "question", 1001, counted=0)
-    error = refused(training_file=DOCUMENT, questions=some)
-    assert (error.param, error.code) == ("prefixtune.questions", None)
-    # Nothing has to be written for these.
-    made(training_file=DOCUMENT, questions=stored(7, "question", 5000))
 
 
 def test_a_document_is_distilled():
     job = made(training_file=DOCUMENT, options={"prefix_length": 8, "num_questions": 32})
     config = DistillConfig(document="x", questions="self", output="y", **job.config)
     assert (config.max_steps, config.prefix_length, config.num_questions) == (150, 8, 32)
-    assert (job.kind, job.training_file, job.questions_file) == ("document", DOCUMENT.id, "")
     both = made(training_file=DOCUMENT, questions=QUESTIONS, hyperparameters={"n_epochs": 4})
-    assert (both.training_file, both.questions_file) == (DOCUMENT.id, QUESTIONS.id)
     assert both.config["max_steps"] == 12
 
 
@@ -117,19 +107,6 @@ def test_training_goes_on_from_a_prefix_of_any_sites():
     job = made(model="mine", start_lengths={"encoder": 20, "cross": 5})
     config = TrainConfig(train="x", output="y", init_prefix="z", **job.config)
     assert (config.initialization, config.site_lengths) == ("prefix", {"encoder": 20, "cross": 5})
-    assert refused(model="mine", start_lengths={"decoder": 5}, options={"start": "words"}).param == "prefixtune.start"
-
-
-def test_the_name_is_that_of_the_request_or_made_up():
-    assert made(options={"name": "exact"}).name == "exact"
-    assert made(suffix="cats").name == "cats-abababab"
-    assert made().name == "ft-abababab"
-    for name in ("x" * 112, "support.step-x", "support.step-3.b"):
-        assert made(options={"name": name}).name == name
-    for name in ("../x", "a+b", "x" * 113, "x.step-4", ".x", "x\n"):
-        error = refused(options={"name": name})
-        assert (error.param, error.code) == ("prefixtune.name", "invalid_name")
-    assert refused(suffix="x" * 110).param == "suffix"
 
 
 def test_a_tracker_has_the_project_and_the_name_of_the_request():
@@ -139,17 +116,9 @@ def test_a_tracker_has_the_project_and_the_name_of_the_request():
 
 
 WRONG = [
-    ({"training_file": stored(status="error", status_details="row 7: no answer.")}, "training_file",
-     "invalid_training_file"),
-    ({"training_file": stored(purpose="fine-tune-results")}, "training_file", "invalid_training_file"),
-    ({"training_file": stored(form="", forms=["prompt", "text"])}, "prefixtune.form", None),
-    ({"options": {"form": "label"}}, "training_file", "invalid_training_file"),
     ({"training_file": DOCUMENT, "validation_file": stored(2)}, "prefixtune", None),
-    ({"validation_file": stored(2, "label")}, "validation_file", "invalid_validation_file"),
-    ({"training_file": DOCUMENT, "questions": stored(2)}, "prefixtune.questions", "invalid_questions"),
     ({"options": {"max_steps": 5001}}, "prefixtune.max_steps", "too_many_steps"),
     ({"hyperparameters": {"n_epochs": 900, "batch_size": 1}}, "hyperparameters.n_epochs", "too_many_steps"),
-    ({"options": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
     ({"options": {"preset": "quick"}, "training_file": stored(targets=3)}, "prefixtune.preset", None),
 ]  # fmt: skip
 

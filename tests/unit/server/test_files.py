@@ -56,6 +56,9 @@ def test_openais_client_uploads_lists_reads_and_deletes(app):
         assert (await client.files.delete(made.id)).deleted
         with pytest.raises(openai.NotFoundError, match="there is no file"):
             await client.files.retrieve(made.id)
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.files.delete("file-1")
+        assert caught.value.code == "file_not_found"
 
     ask(app, work)
 
@@ -80,6 +83,9 @@ def test_the_limits_of_a_key(make_server, tmp_path):
     assert post(app, PURPOSE + FILE + END, **bearer("ann")).status == 200
     response = post(app, PURPOSE + FILE + END, **bearer("ann"))
     assert (response.status, response.code) == (403, "too_many_files")
+    for status, code, data in ((400, "empty_file", b""), (413, "file_too_large", b"x" * (2**20 + 1))):
+        response = post(app, document + part("file", data, filename="a.txt") + END, **bearer("ann"))
+        assert (response.status, response.code) == (status, code)
     assert len(stored(tmp_path)) == 2
 
 

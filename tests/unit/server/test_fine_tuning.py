@@ -15,8 +15,6 @@ import pytest
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.jobs.folder import JobEvents
-from prefixtune.jobs.job import JobResult
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.worker import launch
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
@@ -59,7 +57,7 @@ def left(state):
 def worker(state, run):
     """A worker that runs jobs in its own way."""
     training = state.training
-    with launch(training.database_url, "tests", training.backbone, lambda job, _: run(job).model_dump(mode="json")):
+    with launch(training.database_url, "tests", training.backbone, lambda job, _: run(job)):
         yield
 
 
@@ -118,12 +116,12 @@ def test_a_job_from_its_creation_to_its_result(make_server):
 
     def run(asked):
         seen.append(asked)
-        events = JobEvents(state.training.folder.job(asked.id))
-        events.add("step 1", data={"step": 1, "total_steps": 6, "train_loss": 2.0, "seconds_left": 30.0})
+        events = state.training.folder.job(asked.id)
+        events.add_event("step 1", data={"step": 1, "total_steps": 6, "train_loss": 2.0, "seconds_left": 30.0})
         began.set()
         assert release.wait(20)
-        events.add("done")
-        return JobResult(name=asked.name, trained_tokens=99, steps=6, result_files=["file-x"], best_loss=1.5)
+        events.add_event("step 6", data={"step": 6, "total_steps": 6, "train_loss": 1.0, "trained_tokens": 99})
+        events.add_event("done", data={"step": 6, "total_steps": 6, "valid_loss": 1.6, "best_loss": 1.5})
 
     with worker(state, run):
         assert began.wait(20)
@@ -131,16 +129,18 @@ def test_a_job_from_its_creation_to_its_result(make_server):
         assert running.status == "running"
         assert 0 <= running.estimated_finish - now - 30 < 20
         assert running.prefixtune["progress"]["step"] == 1
+        assert (running.fine_tuned_model, running.trained_tokens, running.result_files) == (None, None, [])
         # Of a worker that has not been heard of since.
         log = folder.root / "events.jsonl"
-        event = JobEvents(folder).read()[0]
+        event = folder.events()[0]
         log.write_text(event.model_copy(update={"created": now - 100}).model_dump_json() + "\n")
         assert ask(app, lambda client: client.fine_tuning.jobs.retrieve(job.id)).estimated_finish is None
         (asked,) = seen
         assert (asked.backbone, asked.fingerprint) == (state.training.backbone, state.backbone.fingerprint)
         release.set()
         done = wait_for(app, job.id, "succeeded")
-    assert (done.fine_tuned_model, done.trained_tokens, done.result_files) == (job.prefixtune["name"], 99, ["file-x"])
+    assert (done.fine_tuned_model, done.trained_tokens) == (job.prefixtune["name"], 99)
+    assert (done.result_files, done.prefixtune["best_loss"]) == ([job.id.replace("ftjob", "file")], 1.5)
     assert done.finished_at >= done.created_at
     config = seen[0].config
     assert (config["prefix_length"], config["initialization"], config["max_steps"]) == (4, "words", 6)
@@ -151,8 +151,8 @@ def test_a_job_from_its_creation_to_its_result(make_server):
         return [one.message async for one in first], [one.data async for one in first]
 
     messages, data = ask(app, events)
-    assert messages == ["done", "step 1"]
-    assert (data[1]["step"], data[1]["train_loss"]) == (1, 2.0)
+    assert messages == ["done", "step 6", "step 1"]
+    assert (data[2]["step"], data[2]["train_loss"]) == (1, 2.0)
     assert ask(app, lambda client: client.fine_tuning.jobs.checkpoints.list(job.id)).data == []
 
 
@@ -172,7 +172,7 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(make_server, tmp_path,
     # Another model has the name of the other one.
     shutil.copyfile(copies / "cats.step-2.safetensors", tmp_path / "prefixes" / "cats.step-2.safetensors")
     shutil.copyfile(tmp_path / "prefixes" / "a.safetensors", tmp_path / "prefixes" / "cats.step-4.safetensors")
-    with worker(state, lambda job: JobResult(name=job.name, trained_tokens=1, steps=4)):
+    with worker(state, lambda job: None):
         wait_for(app, job.id, "succeeded")
     assert listed() == ["cats.step-2"]
 
@@ -308,6 +308,42 @@ def test_trackers_are_allowed_by_the_servers_owner(make_server):
     other = refusal(app, upload(state), integrations=[{"type": "mlflow"}])
     assert (other.status_code, other.param, other.code) == (400, "integrations[0].type", "tracker_not_allowed")
     assert left(state) == ([], [])
+
+
+def test_what_is_wrong_with_a_request_is_named(make_server):
+    app, state = make_server()
+    rows = upload(state)
+    label, two = (
+        upload(state, text, "a.csv") for text in ("text,label\na,b\n", "prompt,completion,question,answer\n1,2,3,4\n")
+    )
+    broken, document = upload(state, '{"prompt": "no answer"}\n'), upload(state, "Owls fly.", "a.txt", "document")
+    metrics = state.training.files.put_metrics("local", f"ftjob-{'0' * 24}", b"step\n").id
+    open_questions = upload(state, "".join(json.dumps({"question": f"Why {n}?"}) + "\n" for n in range(1001)))
+    for file, more, param, code in (
+        (broken, {}, "training_file", "invalid_training_file"),
+        (metrics, {}, "training_file", "invalid_training_file"),
+        (two, {}, "prefixtune.form", None),
+        (rows, {"own": {"form": "label"}}, "training_file", "invalid_training_file"),
+        (rows, {"validation_file": label}, "validation_file", "invalid_validation_file"),
+        (rows, {"validation_file": f"file-{'1' * 24}"}, "validation_file", "file_not_found"),
+        (document, {"own": {"questions": rows}}, "prefixtune.questions", "invalid_questions"),
+        (document, {"own": {"questions": open_questions}}, "prefixtune.questions", None),
+        (rows, {"own": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
+        (rows, {"own": {"prefix_length": 2048}}, "prefixtune.prefix_length", None),
+        (rows, {"own": {"max_steps": 5}, "hyperparameters": {"n_epochs": 1}}, "prefixtune.max_steps", None),
+        (rows, {"model": "a", "own": {"start": "words"}}, "prefixtune.start", None),
+        (rows, {"suffix": "x" * 64, "own": {"name": "x.step-4"}}, "prefixtune.name", "invalid_name"),
+        *((rows, {"own": {"name": name}}, "prefixtune.name", "invalid_name") for name in ("../x", "a+b", ".x", "x\n")),
+        (rows, {"own": {"name": "x" * 113}}, "prefixtune.name", "invalid_name"),
+    ):
+        error = refusal(app, file, **more)
+        assert (error.status_code, error.param, error.code) == (404 if code == "file_not_found" else 400, param, code)
+    assert left(state) == ([], [])
+    for name in ("x" * 112, "support.step-x", "support.step-3.b"):
+        assert create(app, rows, own={"name": name}).prefixtune["name"] == name
+    job = create(app, document, own={"questions": upload(state, '{"question": "Who?", "answer": "Owls."}\n')})
+    assert (job.prefixtune["kind"], job.prefixtune["name"]) == ("document", f"ft-{job.id[-8:]}")
+    assert state.training.folder.job(job.id).find_input("questions") is not None
 
 
 def test_keys_see_their_own_and_admins_all(make_server):

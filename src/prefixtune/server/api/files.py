@@ -5,6 +5,9 @@ Each key sees its own files; an admin key, and everybody where there are no keys
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Query, Response
@@ -14,8 +17,9 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 
 from prefixtune.data.examples import Example
-from prefixtune.jobs.files import FileLimits, StoredFile
-from prefixtune.jobs.job import RefusedError
+from prefixtune.data.files import iter_file
+from prefixtune.data.forms import FORMS, make_example
+from prefixtune.jobs.files import StoredFile
 from prefixtune.pages.format import spread_out
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.training_views import After, page_of
@@ -24,8 +28,7 @@ from prefixtune.server.responses import ApiError, bad_request
 router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
-_MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 24, 50, 2_000
-_STATUSES = {"empty_file": 400, "file_too_large": 413, "no_room": 413, "too_many_files": 403}
+_MOST_SAMPLED, _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 100, 24, 50, 2_000
 
 
 class Upload(BaseModel):
@@ -64,12 +67,26 @@ def _store(context: RequestContext, form: FormData) -> StoredFile:
         raise bad_request("the field 'file' with the file and its name is missing.", "file")
     if purpose not in ("fine-tune", "document"):
         raise bad_request("'purpose' must be 'fine-tune' or 'document'.", "purpose")
-    rules = context.caller.rules
-    limits = FileLimits(context.state.config.max_file_mib * 2**20, rules.max_files, rules.max_storage_mib * 2**20)
-    try:
-        return context.training.files.put(context.caller.name, file.file, file.filename or "", purpose, limits)
-    except RefusedError as error:
-        raise ApiError(_STATUSES[error.code or ""], error.message, code=error.code, param=error.param) from None
+    check = partial(_check_room, context)
+    return context.training.files.put(context.caller.name, file.file, file.filename or "", purpose, check)
+
+
+def _check_room(context: RequestContext, size: int, kept: Sequence[StoredFile]) -> None:
+    """Refuse an upload of so many bytes where there is no room for it beside those that its owner keeps.
+
+    Raises:
+        ApiError: It is refused.
+    """
+    rules, most_bytes = context.caller.rules, context.state.config.max_file_mib * 2**20
+    most_in_all = rules.max_storage_mib * 2**20
+    for status, code, is_wrong, message in (
+        (400, "empty_file", not size, "the file is empty"),
+        (413, "file_too_large", size > most_bytes, f"a file may have {most_bytes:,} bytes; split it"),
+        (403, "too_many_files", len(kept) >= rules.max_files, f"{rules.max_files:,} files may be kept; delete one"),
+        (413, "no_room", sum(file.bytes for file in kept) + size > most_in_all, f"all may have {most_in_all:,} bytes"),
+    ):
+        if is_wrong:
+            raise ApiError(status, f"{message}.", code=code, param="file")
 
 
 @router.get("/v1/files")
@@ -124,13 +141,16 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
     }
 
 
-def find_file(context: RequestContext, file_id: str) -> StoredFile:
-    """A file, as far as the caller may see it.
+def find_file(context: RequestContext, file_id: str, param: str | None = None) -> StoredFile:
+    """A file, as far as the caller may see it; `param` is the field that names it.
 
     Raises:
-        UnknownFileError: There is none.
+        ApiError: 404: there is none.
     """
-    return context.training.files.get(context.training.whose(context.caller), file_id)
+    stored = context.training.files.get(context.training.whose(context.caller), file_id)
+    if stored is None:
+        raise ApiError(404, f"there is no file {file_id[:128]!r}.", param=param, code="file_not_found")
+    return stored
 
 
 # --- a preview --------------------------------------------------------------------------------------------------------
@@ -139,11 +159,15 @@ def find_file(context: RequestContext, file_id: str) -> StoredFile:
 @router.get(f"{_PATH}/preview")
 def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """What training would read of a file: some examples, or the beginning of a document."""
-    stored, files = find_file(context, file_id), context.training.files
-    examples = [_shown(example) for example in spread_out(files.sample(stored), _MOST_SHOWN)]
-    if stored.purpose == "document" and stored.facts is not None:
-        with open(files.path(stored), "rb") as file:
+    stored = find_file(context, file_id)
+    path, form = context.training.files.path(stored), stored.facts.form if stored.facts else ""
+    examples = []
+    if form == "document":
+        with open(path, "rb") as file:
             examples = [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
+    elif form:
+        first = itertools.islice(iter_file(path), _MOST_SAMPLED)
+        examples = [_shown(make_example(record, FORMS[form])) for record in spread_out([*first], _MOST_SHOWN)]
     return {"id": stored.id, "object": "file.preview", "examples": examples}
 
 

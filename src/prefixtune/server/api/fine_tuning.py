@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastapi.concurrency import run_in_threadpool
 
 from prefixtune.errors import RequestError
-from prefixtune.jobs.folder import JOB_ID, JobEvents
+from prefixtune.jobs.folder import JOB_ID
 from prefixtune.jobs.job import ENDED, JobState
 from prefixtune.jobs.publish import checkpoints
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
@@ -117,7 +117,7 @@ async def list_fine_tuning_events(
 ) -> dict[str, Any]:
     """What happened to a job, the newest first."""
     state = await context.training.ask(lambda queue: _get(context, queue, job_id))
-    events = await run_in_threadpool(JobEvents(context.training.folder.job(state.job.id)).read)
+    events = await run_in_threadpool(context.training.folder.job(state.job.id).events)
     return page_of([event_view(one) for one in events[::-1]], after, limit)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import secrets
 import shutil
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, RequestError
-from prefixtune.jobs.files import StoredFile, UnknownFileError
+from prefixtune.jobs.files import StoredFile
 from prefixtune.jobs.folder import InputName
 from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.queue import JobQueue
@@ -21,6 +22,7 @@ from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact
 from prefixtune.server.api.endpoint import RequestContext
+from prefixtune.server.api.files import find_file
 from prefixtune.server.api.training_protocol import FineTuningRequest
 from prefixtune.server.responses import ApiError, bad_request, unavailable
 
@@ -31,6 +33,13 @@ _Links = Mapping[InputName, tuple[Path, str]]
 """What a job's folder links to, or has a copy of; see `DataFolder.make_job`."""
 _Lengths = Mapping[str, int] | None
 """The positions by site of the prefix that training goes on from; None: there is none."""
+_NAME = re.compile(r"(?!.*\.step-[0-9]+\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,111}")
+"""Of a result: so that `.step-N` can follow it, and not the name of a checkpoint."""
+_OF_START = ("start", "prefix_length", "init_text", "init_examples")
+"""Options that a prefix to go on from has itself."""
+_MOST_QUESTIONS = 1000
+"""Without an answer, which the model has to write."""
+_QUESTIONS = "prefixtune.questions"
 
 
 def create_job(context: RequestContext, queue: JobQueue, body: FineTuningRequest) -> JobState:
@@ -98,21 +107,18 @@ def _find_files(context: RequestContext, body: FineTuningRequest) -> dict[str, S
     Raises:
         ApiError: 404: there is no such file, or it is somebody else's.
     """
-    training, options = context.training, body.options
+    options = body.options
     if options.get("document", body.training_file) != body.training_file:
         raise bad_request("the document must be the training file.", "prefixtune.document")
     asked = {
         "training_file": body.training_file,
         "validation_file": body.validation_file,
-        "prefixtune.questions": None if options.get("questions") == SELF else options.get("questions"),
+        _QUESTIONS: None if options.get("questions") == SELF else options.get("questions"),
     }
     found = {}
     for param, file_id in asked.items():
         if file_id is not None:
-            try:
-                found[param] = training.files.get(training.whose(context.caller), file_id)
-            except UnknownFileError as error:
-                raise ApiError(404, error.message, param=param, code="file_not_found") from None
+            found[param] = find_file(context, file_id, param)
     return found
 
 
@@ -124,26 +130,34 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     """
     state, training = context.state, context.training
     start_lengths, files = _start_lengths(context, body.model), _find_files(context, body)
-    if (length := body.options.get("prefix_length", 0)) >= state.catalog.max_length:
-        message = f"prefixtune.prefix_length is {length}, but the model has {state.catalog.max_length} positions."
-        raise bad_request(message, "prefixtune.prefix_length")
+    data, questions = files["training_file"], files.get(_QUESTIONS)
+    is_document = data.purpose == "document"
+    form = "document" if is_document else str(body.options.get("form") or (data.facts.form if data.facts else ""))
+    for param, file in files.items():
+        _check_file(param, file, "question" if file is questions else form)
+    _check_options(body, questions, start_lengths, state.catalog.max_length)
     asked = Job(
         id=job_id,
         owner=context.caller.name,
         created=int(time.time()),
         model=body.model,
+        name=_result_name(body, job_id),
+        kind="document" if is_document else "examples",
         backbone=training.backbone,
         fingerprint=state.backbone.fingerprint,
+        training_file=data.id,
+        validation_file=body.validation_file or "",
+        questions_file=questions.id if questions else "",
         seed=body.seed or 0,
+        hyperparameters=body.given_hyperparameters,
         extension=body.options,
         integrations=[one.given() for one in body.integrations or ()],
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    limits, numbers = context.caller.rules, body.given_hyperparameters
-    job = settle_job(asked, files, numbers, max_steps=limits.max_steps, start_lengths=start_lengths)
-    train: InputName = "document" if job.kind == "document" else "train"
-    read: dict[InputName, str] = {train: "training_file", "dev": "validation_file", "questions": "prefixtune.questions"}
+    job = settle_job(asked, files, form, max_steps=context.caller.rules.max_steps, start_lengths=start_lengths)
+    train: InputName = "document" if is_document else "train"
+    read: dict[InputName, str] = {train: "training_file", "dev": "validation_file", "questions": _QUESTIONS}
     links: dict[InputName, tuple[Path, str]] = {
         name: (training.files.path(files[param]), files[param].ending) for name, param in read.items() if param in files
     }
@@ -151,6 +165,62 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         start = path_of(state.store.folder, body.model)
         links["init_prefix"] = (start, f".{start.name}")
     return job, links, start_lengths
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+def _result_name(body: FineTuningRequest, job_id: str) -> str:
+    """What the result will be served as.
+
+    Raises:
+        ApiError: The name is not allowed.
+    """
+    name = str(body.options.get("name") or f"{body.suffix or 'ft'}-{job_id[-8:]}")
+    if not _NAME.fullmatch(name):
+        message = f"{name[:128]!r} is no name: use at most 112 letters, digits, '.', '_' and '-', without '.step-N'."
+        raise bad_request(message, "prefixtune.name" if "name" in body.options else "suffix", "invalid_name")
+    return name
+
+
+def _check_file(param: str, file: StoredFile, form: str) -> None:
+    """Refuse a file that cannot be read in a form.
+
+    Raises:
+        ApiError: It is refused.
+    """
+    code, forms = f"invalid_{param.removeprefix('prefixtune.')}", file.facts.forms if file.facts else []
+    if file.status != "processed":
+        what = file.status_details.rstrip(".")
+        raise bad_request(f"{file.id} cannot be trained on: {what}. Upload a corrected file.", param, code)
+    if not form and forms:
+        raise bad_request(f"'training_file' can be read as {forms}; say which by this option.", "prefixtune.form")
+    if form != "document" and (form not in forms or file.purpose != "fine-tune"):
+        raise bad_request(f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", param, code)
+
+
+def _check_options(
+    body: FineTuningRequest, questions: StoredFile | None, start_lengths: _Lengths, max_length: int
+) -> None:
+    """Refuse options that mean nothing in this job, or do not go together.
+
+    Raises:
+        ApiError: One is refused.
+    """
+    options, facts = body.options, questions.facts if questions else None
+    begun = [name for name in _OF_START if name in options and start_lengths is not None]
+    length, epochs = options.get("prefix_length", 0), body.given_hyperparameters.get("n_epochs", "auto")
+    unanswered = facts.rows - facts.targets if facts else 0
+    for name, is_wrong, message in (
+        *((name, True, f"training goes on from {body.model!r}, which has its own {name}") for name in begun),
+        ("prefix_length", length >= max_length, f"{length} is given, but the model has {max_length} positions"),
+        # A command line would read a file.
+        ("init_text", str(options.get("init_text")).startswith("@"), "init_text must not begin with '@'"),
+        ("max_steps", epochs != "auto" and "max_steps" in options, "both n_epochs and max_steps are given"),
+        ("questions", unanswered > _MOST_QUESTIONS, f"at most {_MOST_QUESTIONS:,} questions may have no answer"),
+    ):
+        if is_wrong:
+            raise bad_request(f"{message}.", f"prefixtune.{name}")
 
 
 def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:

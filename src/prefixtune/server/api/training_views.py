@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import Query
 
-from prefixtune.jobs.folder import DataFolder, JobEvent, JobEvents, Progress
-from prefixtune.jobs.job import Job, JobState
+from prefixtune.jobs.folder import DataFolder, JobEvent, Progress
+from prefixtune.jobs.job import Job, JobState, metrics_file_id
 from prefixtune.jobs.publish import Checkpoint
 from prefixtune.server.responses import ApiError, bad_request
 
@@ -29,20 +29,21 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
         folder: Where its progress is.
         positions: Id of a job that waits -> how many come before it.
     """
-    job, result, error = state.job, state.result, state.error
-    progress = JobEvents(folder.job(job.id)).progress() if state.status != "queued" else None
+    job, error = state.job, state.error
+    progress = folder.job(job.id).progress() if state.status != "queued" else None
+    ended = progress if state.status == "succeeded" else None
     return {
         "object": "fine_tuning.job",
         **job.model_dump(include={"id", "model", "seed", "integrations", "metadata"}),
         "created_at": job.created,
         "finished_at": state.finished,
         "status": state.status,
-        "fine_tuned_model": result.name if result else None,
+        "fine_tuned_model": job.name if state.status == "succeeded" else None,
         "error": error.model_dump() if error else None,
         "training_file": job.training_file,
         "validation_file": job.validation_file or None,
-        "result_files": list(result.result_files) if result else [],
-        "trained_tokens": result.trained_tokens if result else None,
+        "result_files": [metrics_file_id(job.id)] if state.status == "succeeded" else [],
+        "trained_tokens": ended.trained_tokens if ended else None,
         "estimated_finish": _estimated_finish(progress) if state.status == "running" else None,
         "hyperparameters": job.hyperparameters,
         "method": {"type": "supervised", "supervised": {"hyperparameters": job.hyperparameters}},
@@ -54,7 +55,7 @@ def job_view(state: JobState, folder: DataFolder, positions: Mapping[str, int]) 
             "options": job.extension,
             "position": positions.get(job.id),
             "progress": progress.model_dump() if progress else None,
-            "best_loss": result.best_loss if result else None,
+            "best_loss": ended.best_loss if ended else None,
         },
     }
 
