@@ -50,7 +50,6 @@ DatabaseUrl = Annotated[str, AfterValidator(_check_url)]
 WORKER_ENVIRONMENT = "PREFIXTUNE_WORKER_"
 """A worker's setting may be a variable with this before its name, as a password is not to be seen among processes."""
 
-_Number = Annotated[int, Field(ge=0, le=1_000_000)]
 _model, _jobs, _machine = option_group("model"), option_group("jobs"), option_group("machine")
 
 
@@ -75,19 +74,15 @@ class WorkerConfig(Config):
     cache_mib: Annotated[int, Field(ge=1, le=1_000_000_000)] = _jobs(
         1024, description="largest result, in MiB: cache_mib of the servers, which refuse larger prefixes"
     )
-    idle_seconds: Annotated[float, Field(ge=0)] = _jobs(
-        0.0, description="end after this many seconds without a job; 0: never"
-    )
+    idle_seconds: float = _jobs(0.0, ge=0, description="end after this many seconds without a job; 0: never")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{0,40}$")] = _machine(
         "",
         description="of this worker, which no other one has: letters, digits and -; started again under it, it goes on "
         "with its jobs (default: this machine's name and some digits)",
     )
-    threads: _Number = _machine(0, description="threads that train; 0: as many as cores")
-    nice: Annotated[int, Field(ge=0, le=19)] = _machine(
-        0, description="how far this process steps back where the processor is busy"
-    )
+    threads: int = _machine(0, ge=0, le=1_000_000, description="threads that train; 0: as many as cores")
+    nice: int = _machine(0, ge=0, le=19, description="how far this process steps back where the processor is busy")
     log_level: Literal["debug", "info", "warning", "error"] = _machine(
         "info", description="lowest level of the lines on stdout, which are JSON"
     )

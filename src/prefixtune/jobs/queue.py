@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import PrefixError, RequestError
-from prefixtune.jobs.job import ENDED, Job, JobError, JobState, JobStatus
+from prefixtune.jobs.job import ENDED, Job, JobError, JobState, JobStatus, failure_of
 
 if TYPE_CHECKING:
     from dbos import WorkflowStatus
@@ -186,6 +186,4 @@ def _state(workflow: WorkflowStatus) -> JobState:
 
 def _error(error: Any) -> JobError:
     """Why a workflow failed: what the worker stored, or what DBOS says of it."""
-    data = getattr(error, "data", None)
-    unforeseen = {"code": "internal_error", "message": "the training failed for a reason that was not foreseen."}
-    return JobError.model_validate(data if isinstance(data, dict) else unforeseen)
+    return JobError(**error.data) if isinstance(getattr(error, "data", None), dict) else failure_of(Exception())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.errors import PrefixError
 from prefixtune.jobs.job import Job, RefusedError
-from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.training.config import TrainConfig, default_learning_rate
 from prefixtune.training.presets import preset, without_conflicts
 
@@ -27,14 +26,7 @@ _CHARACTERS_OF_WINDOW = 2048
 """Of a text that is learned in windows; an estimate."""
 
 
-def settle_job(
-    asked: Job,
-    files: Mapping[str, StoredFile],
-    form: str,
-    *,
-    max_steps: int,
-    start_lengths: Mapping[str, int] | None = None,
-) -> Job:
+def settle_job(asked: Job, files: Mapping[str, StoredFile], given: Mapping[str, Any], max_steps: int) -> Job:
     """A job that can be queued.
 
     Args:
@@ -42,9 +34,8 @@ def settle_job(
             as a number or `auto`; what a worker trains by is still empty.
         files: By the request's field: `training_file` has the examples or is the document; the best prefix is chosen by
             `validation_file`; `prefixtune.questions` are about the document, and without them the model makes some.
-        form: That the training file is read in; of a document, `document`.
+        given: What the request says, as the configuration calls it; of examples, their form is in it.
         max_steps: Most optimizer steps that the owner may ask for.
-        start_lengths: Positions by site of the prefix to go on from; None: training begins anew.
 
     Raises:
         RefusedError: Too many steps are asked for, or values do not go together.
@@ -52,11 +43,10 @@ def settle_job(
     options, training, is_document = asked.extension, files["training_file"], asked.kind == "document"
     has_validation = "validation_file" in files
     numbers = {name: value for name, value in asked.hyperparameters.items() if value != "auto"}
-    values = _given_values(asked, form, start_lengths)
-    if has_validation:
-        values["dev"] = "dev"
-    targets = _num_targets(files.get("prefixtune.questions", training), form, options)
-    values = {**_preset_values(training, form, targets, values, options.get("preset")), **values}
+    values = {**given, "dev": "dev"} if has_validation else dict(given)
+    targets = _num_targets(files.get("prefixtune.questions", training), values)
+    if not is_document:
+        values = {**_preset_values(training, targets, values, options.get("preset")), **values}
     usual_rate = default_learning_rate(values.get("reparameterization", TrainConfig.default("reparameterization")))
     batch_size = int(numbers.get("batch_size", values.get("batch_size", TrainConfig.default("batch_size"))))
     per_epoch = -(-targets // batch_size)
@@ -83,41 +73,23 @@ def settle_job(
     return asked.model_copy(update={"config": settled, "hyperparameters": told})
 
 
-def _num_targets(file: StoredFile, form: str, options: Mapping[str, Any]) -> int:
+def _num_targets(file: StoredFile, values: Mapping[str, Any]) -> int:
     """What an epoch goes through."""
     assert file.facts is not None
     if file.purpose == "document":
-        return int(options.get("num_questions", DistillConfig.default("num_questions")))
+        return int(values.get("num_questions", DistillConfig.default("num_questions")))
     # Texts are learned in windows.
-    windows = file.facts.characters // _CHARACTERS_OF_WINDOW if form == "text" else 0
+    windows = file.facts.characters // _CHARACTERS_OF_WINDOW if values.get("form") == "text" else 0
     return max(file.facts.targets or file.facts.rows, windows)
 
 
-def _given_values(asked: Job, form: str, start_lengths: Mapping[str, int] | None) -> dict[str, Any]:
-    """What the request says, as the configuration calls it."""
-    no_config = ("name", "document", "questions") if asked.kind == "document" else ("name", "preset")
-    names = {"start": "initialization"}
-    given = {names.get(name, name): value for name, value in asked.extension.items() if name not in no_config}
-    if asked.kind == "examples":
-        given["form"] = form
-    if start_lengths is not None:
-        length, sites = max(start_lengths.values()), spell_lengths(start_lengths)
-        given |= {"initialization": "prefix", "init_prefix": "start", "prefix_length": length, "sites": sites}
-    for integration in asked.integrations:
-        settings = integration.get(integration["type"]) or {}
-        given |= {"report_to": [integration["type"]], "run_name": settings.get("name") or asked.id}
-        given["project"] = settings.get("project") or ""
-    return given
-
-
-def _preset_values(
-    training: StoredFile, form: str, targets: int, given: Mapping[str, Any], chosen: str | None
-) -> dict[str, Any]:
+def _preset_values(training: StoredFile, targets: int, given: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:
     """Those of `quick`, where it is asked for, or there are as few examples as it is for."""
     facts = training.facts
-    if facts is None or form == "document" or (chosen or ("quick" if targets in _QUICK_TARGETS else "none")) == "none":
+    if facts is None or (chosen or ("quick" if targets in _QUICK_TARGETS else "none")) == "none":
         return {}
-    if facts.task not in ("classification", "tagging") and form != "text" and facts.examples >= _FEWEST_EXAMPLES:
+    has_texts = given["form"] != "text" and facts.task not in ("classification", "tagging")
+    if has_texts and facts.examples >= _FEWEST_EXAMPLES:
         return without_conflicts(preset("quick", "records"), given)
     if chosen is None:
         return {}

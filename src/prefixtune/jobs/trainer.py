@@ -68,7 +68,6 @@ class Trainer:
         worker: The worker's name.
         stop: Ends the work after the running step.
         max_bytes: Largest prefix that servers take.
-        idle_since: When the last job was left, by the monotonic clock.
     """
 
     data: DataFolder
@@ -78,7 +77,6 @@ class Trainer:
     worker: str
     stop: threading.Event
     max_bytes: int = 2**30
-    idle_since: float = field(default_factory=time.monotonic)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -104,8 +102,6 @@ class Trainer:
                     claim.attempts.unlink(missing_ok=True)
                 note("job_left", job=job.id, status=claim.status)
                 raise
-            finally:
-                self.idle_since = time.monotonic()
         claim.tell("The job has succeeded.", key="succeeded")
         note("job_succeeded", job=job.id, model=job.name)
 
@@ -155,7 +151,6 @@ class _Claim:
 
     def publish(self) -> None:
         """Publish what was trained."""
-        self.ask(now=True)
         at = self.trainer
         publish(self.job, self.folder, at.backbone, at.prefixes, FileStore(at.data), max_bytes=at.max_bytes)
         self.tell(f"The new model is served as {self.job.name!r}.", key="published")
@@ -173,12 +168,12 @@ class _Claim:
         """
         try:
             while True:
-                self.ask()
+                self.ask(now=True)
                 with self.folder.hold() as held:
                     if held:
                         return work()
                 # A worker that has lost the job has not left it yet.
-                time.sleep(0.1)
+                time.sleep(_ASK_SECONDS)
         except Exception as error:
             if reason := pause_reason(error):
                 note("job_paused", logging.WARNING, job=self.job.id, reason=str(error))

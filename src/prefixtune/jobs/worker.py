@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import platform
@@ -73,20 +72,21 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
             with launch(url, name, identity, trainer.run):
                 note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
                 _work(config, trainer, identity)
-            _try(lambda: look_after(data, jobs, identity, prefixes))
+            _try(look_after, data, jobs, identity, prefixes)
 
 
 def _work(config: WorkerConfig, trainer: Trainer, backbone: str) -> None:
     """Look after all jobs while this worker's are trained; returns when it is to end and has left its job."""
-    due, name, stop = 0.0, trainer.worker, trainer.stop
-    while not stop.wait(_LOOK_SECONDS):
+    due, busy_at = 0.0, time.monotonic()
+    while not trainer.stop.wait(_LOOK_SECONDS):
         if time.monotonic() >= due:
-            _try(lambda: look_after(trainer.data, trainer.jobs, backbone, trainer.prefixes, worker=name))
+            _try(look_after, trainer.data, trainer.jobs, backbone, trainer.prefixes, trainer.worker)
             due = time.monotonic() + _CHORE_SECONDS
-        idle = 0.0 if trainer.is_busy else time.monotonic() - trainer.idle_since
-        if 0 < config.idle_seconds <= idle:
-            stop.set()
-    note("worker_stopping", worker_name=name)
+        if trainer.is_busy:
+            busy_at = time.monotonic()
+        if 0 < config.idle_seconds <= time.monotonic() - busy_at:
+            trainer.stop.set()
+    note("worker_stopping", worker_name=trainer.worker)
     while trainer.is_busy:
         time.sleep(_LOOK_SECONDS)
 
@@ -155,15 +155,15 @@ def launch(
 # --- chores -----------------------------------------------------------------------------------------------------------
 
 
-def _try(chore: Callable[[], object]) -> None:
+def _try(chore: Callable[..., None], *arguments: Any) -> None:
     """Do something that may fail, and is then done again another time."""
     try:
-        chore()
+        chore(*arguments)
     except (PrefixError, OSError) as error:
         note("chore_failed", logging.WARNING, reason=str(error))
 
 
-def look_after(data: DataFolder, jobs: JobQueue, backbone: str, prefixes: Path, *, worker: str = "") -> None:
+def look_after(data: DataFolder, jobs: JobQueue, backbone: str, prefixes: Path, worker: str = "") -> None:
     """Queue the jobs again that nobody trains, as their worker has died or is just ending; and clear what has ended.
 
     Args:
@@ -184,7 +184,7 @@ def look_after(data: DataFolder, jobs: JobQueue, backbone: str, prefixes: Path, 
             if time.time() - folder.inputs.stat().st_mtime > _ORPHAN_SECONDS:
                 shutil.rmtree(folder.root)
         elif state.status in ENDED:
-            _try(functools.partial(_clear, folder, state, prefixes))
+            _try(_clear, folder, state, prefixes)
         elif state.status == "running" and state.worker != worker and state.job.backbone == backbone:
             with folder.hold() as is_free:
                 if is_free:

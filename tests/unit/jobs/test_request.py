@@ -29,22 +29,20 @@ def made(
     *,
     max_steps=5000,
     hyperparameters=None,
-    start_lengths=None,
     options=None,
-    model="tiny",
     seed=0,
-    integrations=(),
     **files,
 ):
     named = {"prefixtune.questions" if name == "questions" else name: file for name, file in files.items()}
     data, options = training_file or stored(), options or {}
     asked = Job(
-        id="ftjob-" + "ab" * 12, owner="ann", created=1, model=model, extension=options, seed=seed,
-        integrations=integrations, hyperparameters=hyperparameters or {},
+        id="ftjob-" + "ab" * 12, owner="ann", created=1, model="tiny", extension=options, seed=seed,
+        hyperparameters=hyperparameters or {},
         kind="document" if data.purpose == "document" else "examples",
     )  # fmt: skip
-    form, limits = options.get("form") or data.facts.form, {"max_steps": max_steps, "start_lengths": start_lengths}
-    return settle_job(asked, {"training_file": data, **named}, form, **limits)
+    given = options if asked.kind == "document" else {"form": data.facts.form, **options}
+    given = {name: value for name, value in given.items() if name != "preset"}
+    return settle_job(asked, {"training_file": data, **named}, given, max_steps)
 
 
 def refused(**fields):
@@ -82,7 +80,7 @@ def test_numbers_are_used_as_they_are():
 
 
 def test_the_same_values_come_back_from_the_database():
-    for options in ({}, {"start": "examples", "prefix_length": 10, "init_examples": 3}, {"preset": "none"}):
+    for options in ({}, {"initialization": "examples", "prefix_length": 10, "init_examples": 3}, {"preset": "none"}):
         job = made(options=options)
         again = Job.model_validate_json(job.model_dump_json())
         config = TrainConfig(train="x", output="y", **again.config)
@@ -101,18 +99,6 @@ def test_a_document_is_distilled():
     assert (config.max_steps, config.prefix_length, config.num_questions) == (150, 8, 32)
     both = made(training_file=DOCUMENT, questions=QUESTIONS, hyperparameters={"n_epochs": 4})
     assert both.config["max_steps"] == 12
-
-
-def test_training_goes_on_from_a_prefix_of_any_sites():
-    job = made(model="mine", start_lengths={"encoder": 20, "cross": 5})
-    config = TrainConfig(train="x", output="y", init_prefix="z", **job.config)
-    assert (config.initialization, config.site_lengths) == ("prefix", {"encoder": 20, "cross": 5})
-
-
-def test_a_tracker_has_the_project_and_the_name_of_the_request():
-    for settings, expected in (({"project": "p", "name": "n"}, ("p", "n")), (None, ("", "ftjob-" + "ab" * 12))):
-        config = made(integrations=[{"type": "wandb", "wandb": settings}]).config
-        assert (config["report_to"], (config["project"], config["run_name"])) == (["wandb"], expected)
 
 
 WRONG = [

@@ -15,12 +15,14 @@ import pytest
 from asgi_client import send
 from openai_client import ask
 from prefixtune.backbone.prefixes import make_header
+from prefixtune.jobs.job import Job
 from prefixtune.jobs.queue import JobQueue, QueueUnavailableError
 from prefixtune.jobs.worker import launch
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.server.api import job_creation
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import KeyConfig
+from prefixtune.training.config import TrainConfig
 
 ROWS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) + "\n" for n in range(20))
 
@@ -217,6 +219,20 @@ def test_training_goes_on_from_a_prefix(make_server):
     assert start.read_bytes() == (state.store.folder / "a.safetensors").read_bytes()
     asked = asyncio.run(state.training.ask(lambda queue: queue.get(job.id))).job
     assert (asked.config["initialization"], asked.config["prefix_length"]) == ("prefix", 4)
+
+
+def test_training_goes_on_from_a_prefix_of_any_sites():
+    asked = Job(id="ftjob-1", owner="ann", created=1, model="a")
+    values = job_creation._given_values(asked, "prompt", {"encoder": 20, "cross": 5})
+    config = TrainConfig(train="x", output="y", **values)
+    assert (config.initialization, config.site_lengths) == ("prefix", {"encoder": 20, "cross": 5})
+
+
+def test_a_run_is_called_as_its_job_where_no_name_is_given(make_server):
+    app, state = make_server(trackers=("trackio",))
+    job = create(app, upload(state), integrations=[{"type": "trackio"}])
+    config = asyncio.run(state.training.ask(lambda queue: queue.get(job.id))).job.config
+    assert (config["report_to"], config["project"], config["run_name"]) == (["trackio"], "", job.id)
 
 
 def test_only_who_may_have_a_prefix_goes_on_from_it(make_server, monkeypatch):

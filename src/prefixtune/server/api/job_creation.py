@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prefixtune.distillation.config import SELF
 from prefixtune.errors import CheckpointError, RequestError
@@ -19,6 +20,7 @@ from prefixtune.jobs.job import Job, JobState
 from prefixtune.jobs.queue import JobQueue
 from prefixtune.jobs.request import settle_job
 from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.geometry import spell_lengths
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact
 from prefixtune.server.api.endpoint import RequestContext
@@ -155,7 +157,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         suffix=body.suffix or "",
         metadata=body.metadata or {},
     )
-    job = settle_job(asked, files, form, max_steps=context.caller.rules.max_steps, start_lengths=start_lengths)
+    job = settle_job(asked, files, _given_values(asked, form, start_lengths), context.caller.rules.max_steps)
     train: InputName = "document" if is_document else "train"
     read: dict[InputName, str] = {train: "training_file", "dev": "validation_file", "questions": _QUESTIONS}
     links: dict[InputName, tuple[Path, str]] = {
@@ -165,6 +167,23 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
         start = path_of(state.store.folder, body.model)
         links["init_prefix"] = (start, f".{start.name}")
     return job, links, start_lengths
+
+
+def _given_values(asked: Job, form: str, start_lengths: _Lengths) -> dict[str, Any]:
+    """What a request says, as the configuration calls it."""
+    is_document, names = asked.kind == "document", {"start": "initialization"}
+    no_config = ("name", "document", "questions") if is_document else ("name", "preset")
+    given = {names.get(name, name): value for name, value in asked.extension.items() if name not in no_config}
+    if not is_document:
+        given["form"] = form
+    if start_lengths is not None:
+        length, sites = max(start_lengths.values()), spell_lengths(start_lengths)
+        given |= {"initialization": "prefix", "init_prefix": "start", "prefix_length": length, "sites": sites}
+    for integration in asked.integrations:
+        settings = integration.get(integration["type"]) or {}
+        given |= {"report_to": [integration["type"]], "run_name": settings.get("name") or asked.id}
+        given["project"] = settings.get("project") or ""
+    return given
 
 
 # --- what can be wrong ------------------------------------------------------------------------------------------------
