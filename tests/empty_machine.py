@@ -84,6 +84,12 @@ class Machine:
         out, _ = self.run("python", "-c", RUN, stdin=words, **self.offline)
         return [(code, said, told) for code, said, told in json.loads(out)]
 
+    def results(self, *commands):
+        """What commands print, which all do their work, in one process."""
+        done = self.commands(*commands)
+        assert not [one for one in done if one[0] or "Traceback" in one[2]], done
+        return [out for _, out, _ in done]
+
     def mistakes(self, *commands):
         """Commands that each end with one line of error and its hint; what they say."""
         found = []

@@ -4,6 +4,8 @@ Everything runs outside the checkout, with an empty HOME and an empty PREFIXTUNE
 developer's environment has. Nothing of the project is imported here: `make clean-install` runs this folder by itself.
 """
 
+import fcntl
+import os
 import shutil
 import sys
 import venv
@@ -17,9 +19,14 @@ from empty_machine import BIN, ROOT, Machine, call, new_folder, path_without_uv
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The package, built from the checkout."""
-    folder = new_folder(tmp_path_factory, "wheel")
-    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, folder=folder)
+    """The package, built from the checkout; once for all processes of this run."""
+    folder = tmp_path_factory.getbasetemp().parent / f"wheel-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            home = new_folder(tmp_path_factory, "wheel")
+            call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, folder=home)
     (built,) = folder.glob("prefixtune-*.whl")
     return built
 
@@ -58,7 +65,7 @@ def made_by_pip(factory, wheel):
     folder = new_folder(factory, "pip")
     venv.create(folder / "environment", with_pip=True)
     programs = folder / "environment" / BIN
-    call(programs / "python", "-m", "pip", "install", "--quiet", wheel, folder=folder)
+    call(programs / "python", "-m", "pip", "install", "--quiet", "--no-compile", wheel, folder=folder)
     return Machine("pip", folder, programs, path_without_uv())
 
 
@@ -91,13 +98,15 @@ def machine(request, tmp_path_factory, wheel):
 
 @pytest.fixture(scope="session")
 def demo(machine):
-    """What `prefixtune demo` prints, the first command of all; it fetches the backbone. By uv it is cut short."""
-    return machine.run("prefixtune", "demo", "--steps", "20" if machine.name == "pip" else "2")
+    """What `prefixtune demo` prints, the first command of all; it fetches the backbone. It is cut short, most by uv."""
+    return machine.run("prefixtune", "demo", "--steps", "6" if machine.name == "pip" else "2")
 
 
 @pytest.fixture(scope="session")
 def prefix(machine, demo):
-    """A prefix that `prefixtune train` made from a small file."""
+    """A prefix: by pip, one that `prefixtune train` makes from a small file."""
+    if machine.name == "uv":
+        return Path("runs", "demo", "prefixes", "capitals.safetensors")
     source = ("--source", "{name} is {food}", "--target", "text")
     machine.prefixtune("train", "--train", "places.jsonl", *source, "--output", "runs/places", "--max-steps", "2")
     return Path("runs", "places", "prefix.safetensors")

@@ -120,16 +120,18 @@ def test_the_wheel_brings_completion_for_the_shells(machine):
 
 @by_pip
 def test_train_generate_evaluate_inspect_report(machine, prefix):
-    out, _ = machine.prefixtune("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian")
-    assert json.loads(out)["output"]
     evaluate = ("evaluate", "--prefix", prefix, "--data", "places.jsonl", "--target", "text", "--max-new-tokens", "4")
-    out, _ = machine.prefixtune(*evaluate, "--output", "runs/places/test", "--json")
-    assert json.loads(out)["num_examples"] == len(PLACES)
+    generated, evaluated, inspected, _ = machine.results(
+        ("generate", "--prefix", prefix, "--max-new-tokens", "4", "--json", "Aromi is Italian"),
+        (*evaluate, "--output", "runs/places/test", "--json"),
+        ("inspect", prefix),
+        ("report", "runs/places", "--output", "places.html"),
+    )
+    assert json.loads(generated)["output"]
+    assert json.loads(evaluated)["num_examples"] == len(PLACES)
     written = (machine.work / "runs" / "places" / "test" / "outputs.jsonl").read_text(encoding="utf-8")
     assert len(written.splitlines()) == len(PLACES)
-    out, _ = machine.prefixtune("inspect", prefix)
-    assert "smollm2-135m" in out
-    machine.prefixtune("report", "runs/places", "--output", "places.html")
+    assert "smollm2-135m" in inspected
     page = (machine.work / "places.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "<svg" in page
@@ -138,14 +140,17 @@ def test_train_generate_evaluate_inspect_report(machine, prefix):
 @by_pip
 def test_commands_on_files(machine, prefix):
     """What converts, exports and scores needs no optional library either."""
-    out, _ = machine.prefixtune(*SCORE, "--metrics", "bleu,chrf", "--json")
-    assert json.loads(out)["scores"]["bleu"]["score"] == pytest.approx(100)
-    assert "webnlg" in machine.prefixtune("data", "--tasks")[0]
-    machine.prefixtune("convert", prefix, "peft", "--to", "peft")
+    scored, tasks, *_ = machine.results(
+        (*SCORE, "--metrics", "bleu,chrf", "--json"),
+        ("data", "--tasks"),
+        ("convert", prefix, "peft", "--to", "peft"),
+        ("convert", "peft", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m"),
+        ("export", prefix, "--to", "llama.cpp", "--output", "exported-llama"),
+    )
+    assert json.loads(scored)["scores"]["bleu"]["score"] == pytest.approx(100)
+    assert "webnlg" in tasks
     assert (machine.work / "peft" / "adapter_config.json").exists()
-    machine.prefixtune("convert", "peft", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m")
     assert (machine.work / "back.safetensors").stat().st_size < 600_000
-    machine.prefixtune("export", prefix, "--to", "llama.cpp", "--output", "exported-llama")
     assert (machine.work / "exported-llama" / "check.py").exists()
 
 
@@ -163,10 +168,10 @@ def test_the_python_of_the_readme(machine, demo):
 def test_tokenizers_of_sentencepiece(machine):
     """transformers reads them with two packages that it does not require."""
     machine.run("python", Path(__file__).with_name("sentencepiece_models.py"), "models", **machine.offline)
-    for name in ("marian", "pegasus"):
-        model = ("--backbone", Path("models", name), "--output", Path("runs", name))
-        machine.prefixtune("train", "--train", "places.jsonl", *DATA[2:], *model, "--max-steps", "1")
-        assert (machine.work / "runs" / name / "prefix.safetensors").exists()
+    names = ("marian", "pegasus")
+    train = ("train", "--train", "places.jsonl", *DATA[2:], "--max-steps", "1")
+    machine.results(*((*train, "--backbone", f"models/{name}", "--output", f"runs/{name}") for name in names))
+    assert all((machine.work / "runs" / name / "prefix.safetensors").exists() for name in names)
 
 
 @by_uv
