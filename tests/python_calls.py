@@ -79,9 +79,7 @@ def main(folder):
     calls("a config", lambda: pt.generate(backbone, TEXTS, prefix, config=pt.GenerateConfig(max_new_tokens=4)))
     calls("load", lambda: pt.load(folder / "model", run, dtype="float32").generate(TEXTS, max_new_tokens=4))
     model_with_prefix = pt.load(backbone, prefix)
-    calls("load: a number", lambda: pt.load(3))
     calls("load: no template", lambda: model_with_prefix.chat("a"))
-    calls("load: a number as messages", lambda: model_with_prefix.chat(3))
     calls("stream", lambda: "".join(stream(backbone, TEXTS[0], str(file), config={"max_new_tokens": 4})))
     calls("load_prefix", lambda: pt.load_prefix(run, (model, tokenizer)).length())
     calls("load_backbone", lambda: pt.load_backbone((model, tokenizer)).name)
@@ -131,7 +129,6 @@ def main(folder):
     calls("PrefixModel: a mistyped option", lambda: PrefixModel(backbone, prefix_lenth=2).settings.prefix_length)
     calls("train: again", lambda: trained("train", backbone=backbone, examples=examples))
     calls("train: a number as config", lambda: trained("no", 3))
-    calls("train: a number as examples", lambda: trained("no", backbone=backbone, examples=3))
     calls("train: nothing to resume", lambda: trained("no", resume=True))
     calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
 
@@ -142,7 +139,6 @@ def main(folder):
     calls("Example: one target", lambda: list(pt.Example("a source", "two words").targets))
 
     # What is wrong.
-    calls("a number as text format", lambda: written(text_format=3))
     calls("Example: a number", lambda: pt.Example(3))
     calls("Prefix: no tensors", lambda: pt.Prefix({"decoder": ((1, 2),)}))
     calls("train: no target", lambda: trained("no", backbone=backbone, examples=[{"source": "a"}]))

@@ -59,12 +59,3 @@ def test_standard_input_trains_and_is_resumed(model, tmp_path):
     out, err = run("evaluate", "--backbone", model, "--data", "-", "--max-new-tokens", "4", stdin=table)
     assert "stdin: read as prompts and completions: examples 1, targets 1" in err
     assert "1 examples of -" in out
-
-
-def test_long_texts_are_learned_in_windows_and_a_share_is_held_out(model, tmp_path):
-    data = tmp_path / "texts.jsonl"
-    data.write_text(
-        "".join(json.dumps({"text": f"{number} the pub is near the river " * 40}) + "\n" for number in range(4))
-    )
-    said = train(model, tmp_path / "run", data, "--max-length", "64", "--hold-out", "0.25")
-    assert "texts longer than 64 positions (max_length) are learned in windows: 3 texts, " in said

@@ -1,4 +1,4 @@
-"""Files that a fuzzer makes up or spoils, through everything that reads one: a good result or a `PrefixError`.
+"""Files from elsewhere that a fuzzer makes up or spoils, through what reads them: a good result or a `PrefixError`.
 
     make fuzz
 
@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import made_up_runs
 from prefixtune.backbone.lora import adapter_config
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import main
@@ -30,17 +29,12 @@ from prefixtune.data import TASKS, as_examples, read_task
 from prefixtune.data.forms import check_template, render
 from prefixtune.data.labels import labels_of
 from prefixtune.errors import PrefixError
-from prefixtune.evaluation.decode import read_decoded
 from prefixtune.prefix.file import HEADER_KEY
-from prefixtune.prefix.hub import read_evaluations
 from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.prefix.text_format import read_text_format
-from prefixtune.report import compose, read_results, to_html
-from prefixtune.server.settings import ENVIRONMENT, ServeConfig
 from prefixtune.training.artifact import load_weights, save_weights
 from prefixtune.training.checkpoint import load_state, save_state
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.run_folder import read_events
 
 SECONDS = float(os.environ.get("PREFIXTUNE_FUZZ_SECONDS", "600"))
 SEED = int(os.environ.get("PREFIXTUNE_FUZZ_SEED", "0")) or random.SystemRandom().randrange(1, 2**31)
@@ -322,111 +316,7 @@ def test_templates(folder, template, record):
         TrainConfig(prompt_format=template, source=template, label_words=template, sites=template)
 
 
-# --- configurations ---------------------------------------------------------------------------------------------------
-
-TOML = b"""task = "records"
-train = "my.jsonl"
-source = "{name}"
-prefix_length = 10
-learning_rate = 1e-3
-max_steps = 5
-sites = "encoder=20,cross"
-methods = ["prefix", "full"]
-sizes = [50, 100]
-learning_rates = { full = [1e-4] }
-port = 8000
-
-[train_settings.full]
-epochs = 2.0
-
-[keys.alice]
-hash = "sha256:00"
-prefixes = ["*"]
-"""
-
-
-@fuzzed(data=spoiled(TOML))
-def test_configurations(folder, data):
-    path = write(folder / "run.toml", data)
-    for read in (TrainConfig.from_file, ServeConfig.from_file):
-        with refused():
-            read(path)
-
-
-@fuzzed(values=st.dictionaries(st.sampled_from(sorted({*TrainConfig().to_dict(), "port", "keys"})), JSON, max_size=4))
-def test_values_of_configurations(folder, values):
-    with refused():
-        config = TrainConfig(**values)
-        path = write(folder / "again.toml", config.to_toml().encode("utf-8"))
-        assert TrainConfig.from_file(path) == config
-    with refused():
-        ServeConfig.from_layers(
-            *ServeConfig.sources(None, {f"{ENVIRONMENT}{name.upper()}": str(value) for name, value in values.items()})
-        )
-
-
-# --- folders of runs --------------------------------------------------------------------------------------------------
-
-
-def made_folders():
-    """Every text file of runs and evaluations, by its path."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
-        made_up_runs.training(root / "run", steps=4)
-        made_up_runs.evaluation(root / "evaluation")
-        files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".safetensors"]
-        return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
-
-
-FOLDERS = made_folders()
-
-
-def report_on(folder):
-    with refused():
-        document = compose([read_results(folder)], "")
-        assert len(to_html(document)) < 20_000_000
-
-
-JSONS = {name: json.loads(data) for name, data in FOLDERS.items() if name.endswith(".json")}
-
-
-@fuzzed(
-    chosen=st.sampled_from(sorted(FOLDERS)).flatmap(lambda n: st.tuples(st.just(n), spoiled(FOLDERS[n])))
-    | st.sampled_from(sorted(JSONS)).flatmap(
-        lambda n: st.tuples(st.just(n), altered(JSONS[n]).map(lambda value: json.dumps(value).encode()))
-    )
-)
-def test_spoiled_folders(folder, chosen):
-    name, data = chosen
-    top = name.split("/")[0]
-    for other, content in FOLDERS.items():
-        if other.startswith(f"{top}/") and not (folder / other).exists():
-            write(folder / other, content)
-    write(folder / name, data)
-    report_on(folder / top)
-    if name.endswith("events.jsonl"):
-        with refused():
-            read_events(folder / name, 3)
-    if name.endswith(".jsonl"):
-        with refused():
-            list(read_decoded(folder / name, "digest"))
-    with refused():
-        read_evaluations(folder / top)
-    write(folder / name, FOLDERS[name])
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
-
-
-@fuzzed(data=spoiled(b"Eat at Aromi.\nGo to Bibi.\n"), ending=st.sampled_from([".txt", ".jsonl", ".txt.gz", ""]))
-def test_outputs_to_score(folder, data, ending):
-    write(folder / "refs.jsonl", b'{"name": "a", "text": "Eat at Aromi."}\n{"name": "b", "text": "Go to Bibi."}\n')
-    path = write(folder / f"out{ending}", data)
-    command = f"evaluate --task records --source name --target text --metrics bleu --data {folder / 'refs.jsonl'}"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main([*command.split(), "--outputs", str(path), "--json"]) in (0, 2)
 
 
 ADAPTER = json.dumps({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "base_model_name_or_path": "gpt2"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import openai
 import pytest
@@ -197,12 +196,3 @@ def test_generates_options_say_what_is_wrong_before_the_model_loads(tmp_path):
             GenerateConfig(response_schema=value)
     with pytest.raises(ConfigError, match="num_beams"):
         GenerateConfig(response_schema="{}", num_beams=2)
-
-
-def test_without_the_extra_the_way_out_is_named(monkeypatch, backbone):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ConfigError, match="llguidance") as error:
-        compile_json_schema(backbone, {})
-    assert "prefixtune[json]" in error.value.hint
-    with pytest.raises(ConfigError, match=r"prefixtune\[json\]"):
-        GenerateConfig(response_schema="{}")

@@ -3,13 +3,11 @@
 The hub itself is never asked: `load_dataset` is replaced.
 """
 
-import sys
-
 import datasets
 import pytest
 
 from prefixtune.data import read_task
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import DataError
 
 MR = "name[Aromi], eatType[pub]"
 TRIPLE = "Aarhus | leaderName | Jacob_Bundsgaard"
@@ -206,11 +204,3 @@ def test_a_set_that_is_a_script_has_a_way_out(asked):
 def test_what_the_hub_has_not(asked, path, split):
     with pytest.raises(DataError):
         read_task("summarization", path, split=split)
-
-
-def test_without_the_library(tmp_path, monkeypatch):
-    folder = save(tmp_path / "set", [{"document": "x", "summary": "y"}])
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    for path in (folder, "hub:GEM/xsum"):
-        with pytest.raises(ConfigError, match=r"needs datasets, which is not installed.*prefixtune\[datasets"):
-            read_task("summarization", path, split="test")

@@ -1,6 +1,5 @@
 """Backbones that are quantized, spread over memory and disk, or tuned by LoRA."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -104,9 +103,3 @@ def test_a_run_goes_on_as_quantized_as_it_began(folder, tmp_path):
     with pytest.raises(ConfigError, match="quantize"):
         pt.train(**again)
     assert pt.train(**again, backbone=load_backbone(folder, device="cpu", quantize="int8")).events
-
-
-def test_a_missing_library_is_named_before_anything_loads(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ConfigError, match="needs torchao"):
-        load_backbone("no/such/model", quantize="int8")

@@ -1,6 +1,5 @@
 """`prefixtune serve`: file, environment and options of one configuration; a new key."""
 
-import sys
 import tomllib
 
 from command_line import run
@@ -45,9 +44,3 @@ def test_a_new_key_comes_with_its_table(monkeypatch):
     key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
     config = ServeConfig(**tomllib.loads(out[out.index("[keys") :]))
     assert config.keys["a b"].hash == hash_key(key)
-
-
-def test_a_missing_library_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "prefixtune.server.launch", raising=False)
-    assert "prefixtune[serve]" in run("serve", code=2)[1]
