@@ -155,9 +155,7 @@ def report(result: Mapping[str, Any]) -> list[Figure]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the figures."""
     parser = make_parser(__doc__, "train", repeats=7, quick=2)
-    parser.add_argument(
-        "--data", type=Path, help="E2E training file (default: beside the repository, else the toy set)"
-    )
+    parser.add_argument("--data", type=Path, help="E2E's training file (default: beside the repository, or toy)")
     parser.add_argument("--prefix-length", type=int, default=10, help="default %(default)s")
     return run_benchmark(parser, measure, arguments)
 

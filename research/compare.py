@@ -20,8 +20,6 @@ from prefixtune.evaluation.metrics import measure, randomize
 from prefixtune.results import EVALUATION_FILE, OUTPUTS_FILE, Evaluation, OutputRow
 from research.study import Cell, Study, cells
 
-__all__ = ["compare", "compare_over_sizes", "load"]
-
 
 def load(study: Study) -> pd.DataFrame:
     """A row for each run that is done: `point`, `size`, `sample`, its scores by metric, and what the training took."""

@@ -38,8 +38,6 @@ from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.utils.files import write_text
 
-__all__ = ["Cell", "Study", "cells", "main", "read_study", "run", "run_on_ray", "sample", "sample_targets"]
-
 
 class Study(BaseModel):
     """The file of a study.

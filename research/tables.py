@@ -18,8 +18,6 @@ from prefixtune.data import TASKS
 from research.compare import compare, compare_over_sizes, load
 from research.study import Study, read_study
 
-__all__ = ["differences", "differences_over_sizes", "main", "scores"]
-
 _COSTS = {"trained_parameters": "trained", "file_bytes": "bytes", "steps": "steps", "seconds": "seconds"}
 
 
@@ -42,18 +40,8 @@ def _mean(values: pd.Series[float]) -> str:
     return f"{values.mean():.{digits}f}{spread}"
 
 
-def differences(study: Study, metric: str) -> pd.DataFrame:
-    """`compare`, for people."""
-    return _for_people(study, metric, compare(study, metric))
-
-
-def differences_over_sizes(study: Study, metric: str) -> pd.DataFrame:
-    """`compare_over_sizes`, for people; empty where the study has one size."""
-    found = compare_over_sizes(study, metric).assign(size="mean of all")
-    return _for_people(study, metric, found[: len(found) if len(study.sizes) > 1 else 0])
-
-
-def _for_people(study: Study, metric: str, found: pd.DataFrame) -> pd.DataFrame:
+def differences(study: Study, metric: str, found: pd.DataFrame) -> pd.DataFrame:
+    """What `compare` found, for people."""
     spans = zip(found["low"], found["high"], strict=True)
     between = ["" if pd.isna(low) else f"{low:.3f} to {high:.3f}" for low, high in spans]
     return pd.DataFrame(
@@ -78,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = read_study(path)
         metric = options.metric or TASKS[study.task].metrics[0]
         print(f"## {path.stem}\n")
-        for table in (scores(study), differences(study, metric), differences_over_sizes(study, metric)):
+        found = [compare(study, metric)]
+        if len(study.sizes) > 1:
+            found.append(compare_over_sizes(study, metric).assign(size="mean of all"))
+        for table in (scores(study), *(differences(study, metric, one) for one in found)):
             if len(table):
                 print(table.to_markdown(index=False, disable_numparse=True), end="\n\n")
     return 0

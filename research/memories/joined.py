@@ -30,7 +30,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.distill import distill
 from prefixtune.distillation.inputs import Question
-from prefixtune.distillation.wording import choose_wording, encode_questions
+from prefixtune.distillation.wording import Wording, choose_wording, encode_questions
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 
@@ -71,7 +71,6 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
         dtype=options.dtype,
         prefix_length=options.length,
         beside=options.beside,
-        **({"beside_most": options.beside_most} if options.beside_most else {}),
         learning_rate=options.rate,
         max_steps=options.steps,
         batch_size=options.batch_size,
@@ -80,18 +79,19 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
         save_every=20,
         output=str(folder / "runs"),
     )
-    earlier = (
-        {}
-        if options.beside in ("", "self")
-        else {
-            path.parent.name: load_prefix(path, backbone)
-            for path in sorted(Path(options.beside).glob("*/prefix.safetensors"))
-        }
-    )
+    earlier = {}
+    if options.beside not in ("", "self"):
+        paths = sorted(Path(options.beside).glob("*/prefix.safetensors"))
+        earlier = {path.parent.name: load_prefix(path, backbone) for path in paths}
     tests = [test for name, _, _, test in documents(options.data, options.split) if name in earlier] + tests
     resume = (folder / "runs" / "distill.toml").exists()
     made = [result.prefix for result in distill(config, backbone=backbone, resume=resume)]
     return [*earlier.values(), *made], tests, config
+
+
+def encode(backbone: Backbone, rows: Rows, wording: Wording, positions: int) -> list[TokenizedExample]:
+    """Questions and answers as examples that leave so many positions for memories."""
+    return encode_questions(backbone, [Question(row["question"], row["answer"]) for row in rows], wording, positions)
 
 
 @torch.no_grad()
@@ -113,8 +113,7 @@ def score(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExampl
 def measure(backbone: Backbone, memories: list[Prefix], tests: list[Rows], config: DistillConfig) -> dict[str, Any]:
     """Exact answers of each document's questions with its memory alone, with another's, and with some joined."""
     wording, count = choose_wording(config, backbone, None), len(memories)
-    asked = [[Question(row["question"], row["answer"]) for row in rows] for rows in tests]
-    examples = [encode_questions(backbone, questions, wording, count * config.prefix_length) for questions in asked]
+    examples = [encode(backbone, rows, wording, count * config.prefix_length) for rows in tests]
 
     def over(fronts: dict[int, tuple[int, ...]]) -> dict[str, Any]:
         exact, loss, tokens = list[float](), 0.0, 0
@@ -145,10 +144,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--documents", nargs="+", default=(), help="some of them; none: all")
-    parser.add_argument(
-        "--beside", default="self", help="self; runs of earlier memories; nothing: each is trained alone"
-    )
-    parser.add_argument("--beside-most", type=int, default=0)
+    parser.add_argument("--beside", default="self", help="self; runs of earlier memories; nothing: each alone")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4, help="questions of each document in a step")

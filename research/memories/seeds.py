@@ -9,15 +9,15 @@ would give. A share kept is joined divided by alone, of each document.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131)
-"""Of 95 %, by degrees of freedom from 1."""
+from scipy import stats
+
+_MEASURED = ("alone", "another", "joined")
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -26,9 +26,8 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     >>> [round(value, 2) for value in interval([0.7, 0.8, 0.9])]
     [0.8, 0.55, 1.05]
     """
-    mean, spread = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = _T[len(values) - 2] * spread
-    return mean, mean - half, mean + half
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval()
+    return statistics.fmean(values), low, high
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
@@ -47,9 +46,6 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         mean, low, high = (100 * value for value in interval(by_document))
         cells = " | ".join(f"{100 * statistics.fmean(own):.1f}" for own in seeds)
         yield f"| {name} | {cells} | {mean:.1f} | {low:.1f} to {min(high, 100):.1f} |"
-
-
-_MEASURED = ("alone", "another", "joined")
 
 
 def main() -> None:

@@ -27,11 +27,10 @@ from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
-from prefixtune.distillation.inputs import Question
-from prefixtune.distillation.wording import choose_wording, encode_questions
+from prefixtune.distillation.wording import choose_wording
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
-from research.memories.joined import documents, score
+from research.memories.joined import documents, encode, score
 
 _ALL = (0.5, 0.7, 1.0, 1.4, 2.0)
 _OWN = (2.0, 4.0, 16.0)
@@ -88,15 +87,7 @@ def main() -> None:
     memories = [load_prefix(options.run / "runs" / name / "prefix.safetensors", backbone) for name, *_ in found]
     config = DistillConfig(document="text", questions="questions")
     wording, numbers = choose_wording(config, backbone, None), range(len(memories))
-    asked = [
-        [
-            encode_questions(
-                backbone, [Question(row["question"], row["answer"]) for row in rows], wording, 32 * len(memories)
-            )
-            for rows in parts
-        ]
-        for _, _, *parts in found
-    ]
+    asked = [[encode(backbone, rows, wording, 32 * len(memories)) for rows in parts] for _, _, *parts in found]
     # All stand at the same positions, so that their order means nothing.
     joined = concatenate(memories, backbone.rotation)
     along, spreads = directions(backbone, joined, [one for train, _ in asked for one in train[::4]])

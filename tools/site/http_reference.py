@@ -30,7 +30,8 @@ def _endpoints(document: Schema) -> Iterator[str]:
     yield "| | path | |\n|---|---|---|"
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            yield f"| {method.upper()} | [`{path}`](#{_slug(method, path)}) | {_summary(operation)} |"
+            summary = operation["description"].partition("\n\n")[0].rstrip(".")
+            yield f"| {method.upper()} | [`{path}`](#{_slug(method, path)}) | {_text(summary)} |"
 
 
 def _path(path: str, methods: Schema) -> Iterator[str]:
@@ -56,10 +57,6 @@ def _path(path: str, methods: Schema) -> Iterator[str]:
                     yield f"```json\n{json.dumps(content['example'], indent=2, ensure_ascii=False)}\n```"
         rows = [f"| {status} | {_response(response)} |" for status, response in operation["responses"].items()]
         yield "\n".join(["| status | response |", "|---|---|", *rows])
-
-
-def _summary(operation: Schema) -> str:
-    return _text(operation["description"].partition("\n\n")[0].rstrip("."))
 
 
 def _response(response: Schema) -> str:

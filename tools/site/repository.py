@@ -62,11 +62,9 @@ class RepositoryLinks(SphinxTransform):  # type: ignore[misc]
         target = node["reftarget"].partition("#")[0]
         if not target:
             return
-        if node.get("refdomain") == "doc":  # a Markdown page: its name has lost its suffix
-            path = Path(os.path.normpath(srcdir / f"{target}.md"))
-        else:
-            path = Path(os.path.normpath(srcdir / self.env.docname)).parent / target
-            path = Path(os.path.normpath(path))
+        is_page = node.get("refdomain") == "doc"  # a Markdown page: its name has lost its suffix
+        path = srcdir / f"{target}.md" if is_page else (srcdir / self.env.docname).parent / target
+        path = Path(os.path.normpath(path))
         if not path.exists() or not path.is_relative_to(root) or self.env.path2doc(path) in self.env.found_docs:
             return
         name = path.relative_to(root).as_posix()

@@ -32,6 +32,7 @@ DEFAULT_SIZES = {"full": 0, "adapter": 64, "lora": 8}
 
 _OF_PREFIXES = (
     *("adapter", "quantize", "nested", "prefix_dropout", "beside", "init_examples", "init_prefix", "sites"),
+    "keep_general",
 )
 TrackerName = Literal["trackio", "wandb", "tensorboard", "mlflow", "all", "none"]
 _TRACKERS = ("trackio", "wandb", "tensorboard", "mlflow")
@@ -117,7 +118,6 @@ class TrainConfig(Config):
         description="to be joined later: prefixes that stand beside this one in most of the samples: a file, a folder, "
         "hub:OWNER/NAME, or self (those that train together, and learn from each other's samples to be silent)",
     )
-    beside_most: int = _prefix(20, ge=1, le=63, description="most others that stand beside at once")
     nested: bool = _prefix(False, description="train random lengths, so that the first p positions are a good prefix")
 
     learning_rate: float = _training(
