@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracles import greedy_by_recomputation, outputs_of
+from prefixtune.errors import DataError
 from prefixtune.interop.lm_eval.likelihood import Continuation, score_continuations
 
 
@@ -41,6 +42,16 @@ def test_log_likelihoods_are_those_of_one_row_each(backbone, random_prefix, rand
         if written := greedy_by_recomputation(backbone, one.context, one.prefix, 3):
             requests.append(Continuation(one.context, tuple(written), one.prefix))
     check(backbone, requests, batch_size=7)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "jamba"])
+def test_an_empty_context_or_continuation_is_refused(tiny_backbone, random_ids, name):
+    backbone = tiny_backbone(name)
+    good = Continuation((5, 6), tuple(random_ids(3)), None)
+    for bad in (Continuation((5, 6), (), None), Continuation((), (5,), None)):
+        for asked in ([bad], [bad, good], [good, bad]):
+            with pytest.raises(DataError):
+                score_continuations(backbone, asked, batch_size=4)
 
 
 def test_encoder_decoders_score_too(encoder_decoder, random_prefix, random_ids):

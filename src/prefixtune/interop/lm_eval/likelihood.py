@@ -15,6 +15,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.loss import label_logits, token_losses
 from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample
+from prefixtune.errors import DataError
 from prefixtune.prefix.prefix import Prefix
 
 _SHORT_CONTEXT = 256
@@ -61,9 +62,11 @@ def score_continuations(
         on_batch: Called after each batch with the number of different continuations so far.
 
     Raises:
-        DataError: A context is empty.
+        DataError: A context or a continuation is empty.
         BackboneError: A prefix does not fit the backbone.
     """
+    if not all(one.tokens for one in continuations):
+        raise DataError("a continuation has no token: every text begins with it.", hint="leave it out.")
     unique = {one.key: one for one in continuations}
     results: dict[Key, tuple[float, bool]] = {}
     for batch in _batches(backbone, _group(list(unique.values())), batch_size):
