@@ -108,14 +108,14 @@ class StepAttention:
     Attributes:
         kv_cache: The pool.
         spans: The texts, in the order of the row; those with one token come first.
-        places: Where in the pool each token of the row goes; None: nothing is written.
+        places: Where in the pool the new keys and values go.
         pages: The `page_numbers` of the spans, for attention in one call; none: text by text.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
     """
 
     kv_cache: KVCache
     spans: Sequence[Span]
-    places: Int[Tensor, " T"] | None
+    places: Int[Tensor, " T"]
     pages: Sequence[Int[Tensor, " _"]] = ()
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
     _masks: dict[object, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
@@ -131,17 +131,15 @@ class StepAttention:
         self,
         layer: tuple[Site, int],
         query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H T Dk"],
-        value: Float[Tensor, "1 H T Dv"],
+        key: Float[Tensor, "1 H S Dk"],
+        value: Float[Tensor, "1 H S Dv"],
         scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Write the tokens' keys and values into the pool, and attend to what each text has there."""
-        self.kv_cache.keys[layer[1]][self.places] = key[0].transpose(0, 1)
-        self.kv_cache.values[layer[1]][self.places] = value[0].transpose(0, 1)
-        return self.read(layer[1], query, scores)
-
-    def read(self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions) -> Float[Tensor, "1 T Hq Dv"]:
-        """Attend to the texts at a layer, as they are in the pool."""
+        """Write keys and values into the pool, and attend to what each text has there."""
+        index = layer[1]
+        if len(self.places):
+            self.kv_cache.keys[index][self.places] = key[0].transpose(0, 1)
+            self.kv_cache.values[index][self.places] = value[0].transpose(0, 1)
         if self._fits_pages(index, query, scores):
             return self._attend_pages(index, query, scores)
         # What the model computed of it came from positions in the row.
@@ -168,23 +166,21 @@ class StepAttention:
         """Texts whose runs lie side by side, in one call; what is between them is computed as well, and dropped."""
         name = (group, scores.window)
         if name not in self._masks:
-            self._masks[name] = self._mask_together(group, scores.window, query.dtype), None
+            stops = torch.ones(group.count, 1, dtype=torch.long)
+            prefixes = torch.zeros_like(stops)
+            for place, row in zip(group.at.tolist(), group.rows.tolist(), strict=True):
+                stops[place], prefixes[place] = self.spans[row].stop, self.spans[row].prefix_length
+            # Each text sees its own positions; in a window, the nearest ones and its prefix.
+            mask = _mask(stops - 1, torch.arange(group.length), scores.window, prefixes, query.dtype)
+            self._masks[name] = mask[:, None, None], None
         whole = query.new_zeros(group.count, *query.shape[1:]).index_copy_(0, group.at, query)
         runs = slice(group.first, group.first + group.count * group.size)
         key, value = (
             part[runs].unflatten(0, (group.count, group.size))[:, : group.length].transpose(1, 2)
             for part in (self.kv_cache.keys[index], self.kv_cache.values[index])
         )
-        mask = self._masks[name][0]
-        return F.scaled_dot_product_attention(whole, key, value, attn_mask=mask, scale=scores.scale)[group.at]
-
-    def _mask_together(self, group: _Together, window: int | None, dtype: torch.dtype) -> Float[Tensor, "R 1 1 S"]:
-        """Each text sees its own positions; in a window, the nearest ones and its prefix."""
-        stops = torch.ones(group.count, 1, dtype=torch.long)
-        prefixes = torch.zeros_like(stops)
-        for place, row in zip(group.at.tolist(), group.rows.tolist(), strict=True):
-            stops[place], prefixes[place] = self.spans[row].stop, self.spans[row].prefix_length
-        return _mask(stops - 1, torch.arange(group.length), window, prefixes, dtype)[:, None, None]
+        found = F.scaled_dot_product_attention(whole, key, value, self._masks[name][0], scale=scores.scale)
+        return found[group.at]
 
     def _attend_span(
         self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions, span: Span
@@ -287,13 +283,11 @@ class EncoderAttention:
 
     Attributes:
         decoder: Attention to the texts' own positions.
-        cross: Attention to their sources; its spans end where a source ends.
-        new_sources: Of the row, in order: how many positions each has, and where they go in the pool.
+        cross: Attention to their sources; its spans end where a source ends, and its places are those of new sources.
     """
 
     decoder: StepAttention
     cross: StepAttention
-    new_sources: Sequence[tuple[int, int]]
 
     def attend(
         self,
@@ -304,13 +298,6 @@ class EncoderAttention:
         scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Attend to the texts' own positions; or store new sources, and attend to each text's source."""
-        site, index = layer
-        if site == "decoder":
+        if layer[0] == "decoder":
             return self.decoder.attend(layer, query, key, value, scores)
-        keys, values = self.cross.kv_cache.keys[index], self.cross.kv_cache.values[index]
-        first = 0
-        for length, target in self.new_sources:
-            keys[target : target + length] = key[0, :, first : first + length].transpose(0, 1)
-            values[target : target + length] = value[0, :, first : first + length].transpose(0, 1)
-            first += length
-        return self.cross.read(index, query, replace(scores, window=None))
+        return self.cross.attend(layer, query, key, value, replace(scores, window=None))

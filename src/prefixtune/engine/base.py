@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,8 @@ from prefixtune.engine.request import ContextLengthError, Request, SequenceOutpu
 from prefixtune.errors import RequestError
 
 _log = logging.getLogger(__name__)
+CLOSE_SECONDS = 10.0
+"""Most that a step or slow callbacks may still take when an engine is closed."""
 Receive = Callable[[SequenceOutput], None]
 """Takes a request's outputs, in order, in a thread of the engine."""
 
@@ -58,13 +60,13 @@ class Limits:
     Attributes:
         backbone: The model, or its tokenizer and shapes.
         max_length: Most positions of a text.
-        lacks: Sampling parameters that are refused -> the value that asks for nothing, which is taken.
+        lacks: Sampling parameters of which it takes only the default, which asks for nothing.
         remedy: What to do if a text is too long.
     """
 
     backbone: Backbone
     max_length: int
-    lacks: Mapping[str, Any]
+    lacks: Sequence[str] = ()
     remedy = "shorten the text or lower max_new_tokens."
 
     @property
@@ -89,11 +91,9 @@ class Limits:
         # Without new tokens the prompt's last one takes a position all the same.
         if max(1, new_tokens) > self.available_tokens(prompt_tokens, prefix_length):
             side = " on either side" if self.backbone.kind == "encoder-decoder" else ""
-            raise ContextLengthError(
-                f"the request needs {prefix_length} (prefix), {prompt_tokens} (text) and {new_tokens} (new) positions, "
-                f"but the limit is {self.max_length}{side}.",
-                hint=self.remedy,
-            )
+            needs = f"{prefix_length} (prefix), {prompt_tokens} (text) and {new_tokens} (new) positions"
+            limit = f"the limit is {self.max_length}{side}"
+            raise ContextLengthError(f"the request needs {needs}, but {limit}.", hint=self.remedy)
 
     def check(self, request: Request) -> None:
         """Refuse what the engine cannot run.
@@ -104,21 +104,18 @@ class Limits:
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
         """
         sampling = request.sampling
-        for name, nothing in self.lacks.items():
-            if getattr(sampling, name) != nothing:
-                raise RequestError(
-                    f"{self.backbone.name!r} has no {name} in this engine.", hint="leave it out, or use another engine."
-                )
+        for name in self.lacks:
+            if getattr(sampling, name) != sampling.default(name):
+                what = f"{self.backbone.name!r} has no {name} in this engine."
+                raise RequestError(what, hint="leave it out, or use another engine.")
         if request.prefix is not None:
             load_prefix(request.prefix, self.backbone)
         self.check_length(len(request.prompt), request.prefix_length, sampling.max_new_tokens)
         tokens, size = (*request.prompt, *sampling.banned, *sampling.logit_bias), self.vocab_size
         unknown = [token for token in tokens if not 0 <= token < size]
         if unknown:
-            raise RequestError(
-                f"there is no token {unknown[0]}: the model has {size:,}.",
-                hint="encode the text with the backbone's own tokenizer.",
-            )
+            what = f"there is no token {unknown[0]}: the model has {size:,}."
+            raise RequestError(what, hint="encode the text with the backbone's own tokenizer.")
 
 
 class Engine(Limits, abc.ABC):
@@ -128,9 +125,6 @@ class Engine(Limits, abc.ABC):
 
     Attributes:
         name: What computes, for people and for the settings of an evaluation.
-        backbone: The model, or its tokenizer and shapes.
-        max_length: Most positions of a text.
-        lacks: Sampling parameters that it refuses -> the value that asks for nothing, which it takes.
         failed: Whether it has failed for good.
         on_failure: Called, in a thread of the engine, after it has failed and all requests know it.
     """
@@ -173,8 +167,8 @@ class Engine(Limits, abc.ABC):
         """What the engine is doing now, and its counters."""
 
     @abc.abstractmethod
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop within so many seconds."""
+    def close(self) -> None:
+        """Cancel what still runs, and stop within `CLOSE_SECONDS`."""
 
     def _give(self, caller: Any, output: SequenceOutput) -> None:
         """Give an output to `caller.receive`; one that raises gets no more, and its request is cancelled."""

@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,12 +82,11 @@ class Engine(Limits):
         wanted = min((limit for limit in limits if limit), default=DEFAULT_MAX_LENGTH)
         cache_bytes = self.config.kv_cache_mib * 2**20
         self.runner = ModelRunner(backbone, self.config.num_slots, wanted, cache_bytes)
-        self._has_encoder = backbone.kind == "encoder-decoder"
         self.max_length = min(wanted, *(cache.num_positions for cache in self.runner.caches))
         if self.max_length < wanted:
             self.remedy = "shorten the text, lower max_new_tokens, or raise kv_cache_mib."
         # The encoder reads the prompt.
-        self.lacks: Mapping[str, Any] = {"prompt_logprobs": None} if self._has_encoder else {}
+        self.lacks = ("prompt_logprobs",) if self.runner.has_encoder else ()
         max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
         on_cpu = backbone.device.type == "cpu"
         self.prefill_tokens = self.config.prefill_tokens or (_CPU_PREFILL_TOKENS if on_cpu else _GPU_PREFILL_TOKENS)
@@ -112,7 +110,7 @@ class Engine(Limits):
         with self._lock:
             if request.id in self._sequences:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
-            first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self._has_encoder else ()
+            first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self.runner.has_encoder else ()
             detokenizers = [request.detokenizer(self.backbone) for _ in range(request.n)]
             sequences = [TokenSequence(request, index, one, *first) for index, one in enumerate(detokenizers)]
             self._sequences[request.id] = sequences
@@ -129,11 +127,8 @@ class Engine(Limits):
         super().check(request)
         for needed, cache in zip(self.runner.positions(request), self.runner.caches, strict=True):
             if needed > cache.num_positions:
-                raise ContextLengthError(
-                    f"the request needs {needed:,} positions of keys and values, but memory has room for "
-                    f"{cache.num_positions:,}.",
-                    hint="shorten the text, use a shorter prefix, or raise kv_cache_mib.",
-                )
+                what = f"the request needs {needed:,} positions, but memory has room for {cache.num_positions:,}."
+                raise ContextLengthError(what, hint="shorten the text or its prefix, or raise kv_cache_mib.")
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """Cancel a request: its slots are free before the next step. Unknown ids are ignored."""
@@ -168,10 +163,8 @@ class Engine(Limits):
             PrefixError: As `add`; then none of them is run, unless two have one id.
         """
         if self.busy:
-            raise RequestError(
-                "the engine has other requests, whose outputs would be lost.",
-                hint="call `step` until it is not busy, or `add` these requests as well.",
-            )
+            what = "the engine has other requests, whose outputs would be lost."
+            raise RequestError(what, hint="call `step` until it is not busy, or `add` these requests as well.")
         for request in requests:
             self.check(request)
         for request in requests:
@@ -240,16 +233,15 @@ class Engine(Limits):
         for sequence, computed in self.scheduler.shared_prompts():
             self.runner.share_prompt(sequence, computed)
 
-    def _append(self, sequence: TokenSequence, token: Token | str | RequestError) -> SequenceOutput:
-        """Append a sampled token to its sequence, which ends if that fails, or if there is none, as `sample` says."""
+    def _append(self, sequence: TokenSequence, token: Token | PrefixError) -> SequenceOutput:
+        """Append a sampled token to its sequence, which ends if that fails, or if `sample` found none."""
         try:
-            if isinstance(token, Token):
-                return self._extend(sequence, token)
-            raise PrefixError(token) if isinstance(token, str) else token
+            if isinstance(token, PrefixError):
+                raise token
+            return self._extend(sequence, token)
         except Exception as error:
             reason = error.message if isinstance(error, PrefixError) else f"{type(error).__name__}: {error}"
-            is_refused = isinstance(error, RequestError)
-            return replace(self._finish(sequence, "error", error=reason), refused=is_refused)
+            return self._finish(sequence, "error", error=reason, refused=isinstance(error, RequestError))
 
     def _extend(self, sequence: TokenSequence, token: Token) -> SequenceOutput:
         """As `_append`, but raises what fails."""
@@ -271,12 +263,7 @@ class Engine(Limits):
         return SequenceOutput(sequence.request.id, sequence.index, (token,), piece, prompt_tokens=prompt_tokens)
 
     def _finish(
-        self,
-        sequence: TokenSequence,
-        reason: FinishReason,
-        tokens: tuple[Token, ...] = (),
-        text: str = "",
-        error: str = "",
+        self, sequence: TokenSequence, reason: FinishReason, tokens: tuple[Token, ...] = (), text: str = "", **why: Any
     ) -> SequenceOutput:
         """End a sequence: its room, its slot and, with the last one of a request, the request's id are free."""
         request_id = sequence.request.id
@@ -289,7 +276,7 @@ class Engine(Limits):
                 del self._sequences[request_id]
                 self._cancelled.pop(request_id, None)
         prompt_tokens = sequence.take_prompt_tokens() if reason in ("stop", "length") else ()
-        return SequenceOutput(request_id, sequence.index, tokens, text, reason, error, prompt_tokens=prompt_tokens)
+        return SequenceOutput(request_id, sequence.index, tokens, text, reason, prompt_tokens=prompt_tokens, **why)
 
     def _end_cancelled(self) -> list[SequenceOutput]:
         """End the sequences of cancelled requests."""
@@ -329,7 +316,4 @@ def _check_generates(backbone: Backbone) -> None:
         (len(devices) > 1, f"is on {len(devices)} devices, but keys and values are on one"),
     ):
         if is_so:
-            raise BackboneError(
-                f"{backbone.name!r} {why}.",
-                hint="use `generate`, which batches whole requests; an encoder only labels.",
-            )
+            raise BackboneError(f"{backbone.name!r} {why}.", hint="use `generate`; an encoder only labels.")

@@ -42,10 +42,8 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise BackboneError(f"{str(path)!r} is no GGUF file of a language model: {error}", hint="check it.") from error
     if wrong:
-        raise BackboneError(
-            f"{str(path)!r} holds another model than {backbone.name!r}: {wrong}.",
-            hint="convert the backbone's own folder to GGUF by llama.cpp's converter.",
-        )
+        what = f"{str(path)!r} holds another model than {backbone.name!r}: {wrong}."
+        raise BackboneError(what, hint="convert the backbone's own folder to GGUF by llama.cpp's converter.")
     return path, quantization
 
 

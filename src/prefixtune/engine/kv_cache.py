@@ -13,7 +13,6 @@ import mmap
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import ConfigError
@@ -66,12 +65,8 @@ class KVCache:
         if not self.num_positions:
             raise ConfigError("memory has no room for keys and values.", hint=hint)
         try:
-            self.keys: list[Float[Tensor, "N H Dk"]] = [
-                _zeros((length, shape.num_kv_heads, shape.key_dim), dtype, device) for shape in shapes
-            ]
-            self.values: list[Float[Tensor, "N H Dv"]] = [
-                _zeros((length, shape.num_kv_heads, shape.value_dim), dtype, device) for shape in shapes
-            ]
+            self.keys = [_zeros((length, one.num_kv_heads, one.key_dim), dtype, device) for one in shapes]
+            self.values = [_zeros((length, one.num_kv_heads, one.value_dim), dtype, device) for one in shapes]
         except (OSError, MemoryError, OverflowError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"there is no room for {size:,.1f} GiB of keys and values.", hint=hint) from error
         self.taken, self._end = list[range](), length

@@ -12,15 +12,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.shapes import check_plain_layers
 from prefixtune.engine import llama_child
 from prefixtune.engine.gguf import find_gguf
-from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, probe_file, rows_of
-from prefixtune.engine.remote import RemoteEngine, RemoteText
+from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, rows_of, version_of
+from prefixtune.engine.remote import PENALTIES, SAMPLERS, RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import ConfigError, RequestError
@@ -32,16 +31,6 @@ _COMPLETION = "/completion"
 _DEFAULT_LENGTH = 4096
 _MOST_SLOTS = 256
 """LLAMA_MAX_SEQ of llama.cpp."""
-_LACKS = MappingProxyType(
-    {
-        "min_new_tokens": 0,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "prompt_logprobs": None,
-    }
-)
-"""What llama.cpp lacks, or counts over the placeholders too -> the values that ask for nothing."""
 
 
 class LlamaCppEngine(RemoteEngine):
@@ -61,6 +50,9 @@ class LlamaCppEngine(RemoteEngine):
         PrefixError: The cache folder cannot be written.
     """
 
+    # Penalties would count the placeholders, too.
+    lacks = ("min_new_tokens", *PENALTIES, "prompt_logprobs")
+
     def __init__(
         self, backbone: Backbone, gguf: str = "", *, num_slots: int = 8, max_length: int = 0, threads: int = 0
     ) -> None:
@@ -69,11 +61,9 @@ class LlamaCppEngine(RemoteEngine):
         is_interleaved(backbone)
         if not 1 <= num_slots <= _MOST_SLOTS:
             raise ConfigError(f"num_slots is {num_slots}, but llama.cpp has 1 to {_MOST_SLOTS}.", hint="ask for fewer.")
-        limits = (max_length or _DEFAULT_LENGTH, backbone.max_positions)
-        length = min(limit for limit in limits if limit)
-        check_plain_layers(backbone, "llama.cpp", length)
+        self.max_length = min(filter(None, (max_length or _DEFAULT_LENGTH, backbone.max_positions)))
+        check_plain_layers(backbone, "llama.cpp", self.max_length)
         self._path, quantization = find_gguf(gguf, backbone)
-        self.max_length, self.lacks = length, _LACKS
         self._threads = threads or num_cores()
         super().__init__(f"llama.cpp ({quantization or 'unknown quantization'})", backbone, num_slots)
 
@@ -83,37 +73,34 @@ class LlamaCppEngine(RemoteEngine):
         hint = "check that it is a whole GGUF file of a model; if memory is short, lower --num-slots or --max-length."
         server = await RemoteServer.start("llama.cpp", command, hint)
         try:
-            self._version = await self._probe(server)
+            await self._probe(server)
         except BaseException:
             await server.close()
             raise
         return server
 
-    async def _probe(self, server: RemoteServer) -> int:
-        """Which layout of states this build has, seen by saving one, and that it uses one that was made here.
+    async def _probe(self, server: RemoteServer) -> None:
+        """See which layout of states this build has, by saving one, and that it uses one that was made here.
 
         Raises:
             ConfigError: It is none that this program writes, or restoring does nothing.
         """
         tokens = [token for token in range(100, 200) if token != self.backbone.eos_id][:16]
         slot = {"id_slot": 0, "n_predict": 1, "temperature": 0, "cache_prompt": True}
-        file, other, cached, reason = self._files.folder / "probe.bin", tokens[::-1], 0, "they are not used"
+        file, cached, reason = self._files.folder / "probe.bin", 0, "they are not used"
         await server.ask(_COMPLETION, {"prompt": tokens, **slot})
         await server.ask("/slots/0?action=save", {"filename": file.name})
-        version, content = probe_file(file.read_bytes(), self.backbone.geometry["decoder"], other)
-        file.write_bytes(content)
+        self._version = version_of(file.read_bytes())
+        placeholders = self._write_file(file, self._zero_prefix(len(tokens)))
         try:
             await server.ask("/slots/0?action=restore", {"filename": file.name})
-            answer = await server.ask(_COMPLETION, {"prompt": [*other, tokens[0]], **slot})
+            answer = await server.ask(_COMPLETION, {"prompt": [*placeholders, tokens[0]], **slot})
             cached = int(answer["timings"]["cache_n"])
         except RequestError as error:
             reason = error.message
         if cached < len(tokens):
-            raise ConfigError(
-                f"this build of llama.cpp does not take saved states: {reason}.",
-                hint="install another version of xllamacpp, or use the engine torch.",
-            )
-        return version
+            what = f"this build of llama.cpp does not take saved states: {reason}."
+            raise ConfigError(what, hint="install another version of xllamacpp, or use the engine torch.")
 
     def _write_file(self, path: Path, prefix: Prefix) -> list[int]:
         placeholders = placeholders_for(prefix, self.backbone)
@@ -170,8 +157,8 @@ def _options(text: RemoteText) -> dict[str, Any]:
         "return_tokens": True,
         "timings_per_token": True,
         "n_predict": sampling.max_new_tokens,
-        "samplers": ("temperature", "top_k", "top_p", "min_p"),
-        **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")},
+        "samplers": SAMPLERS,
+        **{name: getattr(sampling, name) for name in SAMPLERS},
         "logit_bias": [*map(list, sampling.logit_bias.items()), *([token, False] for token in sampling.banned)],
         **{name: value for name, value in optional.items() if value is not None},
     }

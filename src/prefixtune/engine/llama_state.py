@@ -19,7 +19,6 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix
 
 STATE_VERSIONS = (2, 3, 4)
@@ -62,11 +61,8 @@ def is_interleaved(backbone: Backbone) -> bool:
     """
     model_type = str(backbone.model.config.model_type)
     if model_type not in LAYOUTS:
-        raise BackboneError(
-            f"{backbone.name!r} is of model type {model_type!r}, whose keys were never compared with llama.cpp's; "
-            f"compared were {', '.join(LAYOUTS)}.",
-            hint="use the engine torch of `prefixtune serve`, or another target.",
-        )
+        what = f"keys of {backbone.name!r}, a {model_type!r}, were never compared with llama.cpp's."
+        raise BackboneError(what, hint=f"use the engine torch, or a model of type {', '.join(LAYOUTS)}.")
     return LAYOUTS[model_type]
 
 
@@ -104,11 +100,9 @@ def encode_file(
         ConfigError: The version or the type is unknown, or the type cannot hold a number.
     """
     if version not in STATE_VERSIONS or kv_type not in KV_TYPES:
-        raise ConfigError(
-            f"state version {version!r} with a cache of {kv_type!r}; known are versions "
-            f"{', '.join(map(str, STATE_VERSIONS))} with {', '.join(KV_TYPES)}.",
-            hint="use a build of llama.cpp that reads one of these versions.",
-        )
+        known = f"versions {', '.join(map(str, STATE_VERSIONS))} with {', '.join(KV_TYPES)}"
+        what = f"state version {version!r} with a cache of {kv_type!r} is unknown."
+        raise ConfigError(what, hint=f"use a build of llama.cpp that reads one of {known}.")
     ggml_type, dtype = KV_TYPES[kv_type]
     count = rows[0][0].shape[0]
     parts = [struct.pack(f"<III{len(tokens)}i", _FILE, version, len(tokens), *tokens), struct.pack("<II", 1, count)]
@@ -126,30 +120,15 @@ def encode_file(
     return b"".join(parts)
 
 
-def probe_file(saved: bytes, layers: Sequence[LayerShape], tokens: Sequence[int]) -> tuple[int, bytes]:
-    """The version of the layout that a build of llama.cpp writes, and a state of zeros in it.
-
-    Args:
-        saved: A state that the build saved.
-        layers: The shapes of the model's layers.
-        tokens: The placeholders.
-
-    Raises:
-        ConfigError: The version is none of `STATE_VERSIONS`.
-    """
-    _, version = struct.unpack_from("<II", saved)
-    zeros = [
-        (torch.zeros(len(tokens), s.num_kv_heads * s.key_dim), torch.zeros(len(tokens), s.num_kv_heads * s.value_dim))
-        for s in layers
-    ]
-    return int(version), encode_file(zeros, tokens, version=int(version))
+def version_of(saved: bytes) -> int:
+    """The version of a state's layout."""
+    return int(struct.unpack_from("<II", saved)[1])
 
 
 def _raw(rows: Tensor, dtype: torch.dtype) -> bytes:
     cast = rows.to(dtype).contiguous()
     if not torch.isfinite(cast).all():
-        raise ConfigError(
-            f"the prefix has numbers up to {float(rows.abs().max()):.3g}, which {dtype} cannot hold.",
-            hint="use --kv-type f32, and start llama.cpp with --cache-type-k f32 --cache-type-v f32.",
-        )
+        what = f"the prefix has numbers up to {float(rows.abs().max()):.3g}, which {dtype} cannot hold."
+        hint = "use --kv-type f32, and start llama.cpp with --cache-type-k f32 --cache-type-v f32."
+        raise ConfigError(what, hint=hint)
     return cast.view(torch.uint8).numpy().tobytes()

@@ -141,6 +141,7 @@ class ModelRunner:
         ids: list[int] = []
         positions: list[int] = []
         places: list[int] = []
+        source_places: list[int] = []
         last_indices: list[int] = []
         prompt_indices: list[int] = []
         spans = []
@@ -158,26 +159,29 @@ class ModelRunner:
             if work.needs_logits:
                 last_indices.append(len(ids) - 1)
         sequences = [work.sequence for work in scheduled]
+        new_sources = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
+        for sequence, source in new_sources.items():
+            # Behind the prefix.
+            stop = sequence.runs[1].start + _source_length(sequence.request)
+            source_places.extend(range(stop - source.shape[1], stop))
         wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
         spans_by_cache = [spans]
         if self.has_encoder:
             # A text's next token sees all of its source.
             spans_by_cache.append([Span(s.runs[1], _source_length(s.request) - 1, 1, 0) for s in sequences])
         pages = [page_numbers(of_one, self.caches[0].page) for of_one in spans_by_cache if self._by_pages]
-        row, at, to, kept, *tables = _moved([ids, positions, places, wanted, *chain(*pages)], self.backbone.device)
+        numbers = [ids, positions, wanted, places, source_places, *chain(*pages)]
+        row, at, kept, to, to_source, *tables = _moved(numbers, self.backbone.device)
         attentions = []
-        for number, (cache, of_one) in enumerate(zip(self.caches, spans_by_cache, strict=True)):
-            own = [table.int() for table in tables[4 * number : 4 * number + 4]]
-            attentions.append(StepAttention(cache, of_one, to if number == 0 else None, own))
+        for cache, of_one, targets in zip(self.caches, spans_by_cache, (to, to_source), strict=False):
+            own, tables = [table.int() for table in tables[:4]], tables[4:]
+            attentions.append(StepAttention(cache, of_one, targets, own))
         backend: AttentionBackend = attentions[0]
         encoded = None
         if self.has_encoder:
-            new = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
-            ends = [(e.shape[1], s.runs[1].start + _source_length(s.request)) for s, e in new.items()]
-            targets = [(length, end - length) for length, end in ends]
             attentions[0].bias_by_layer = self._distance_bias(max(span.stop for span in spans))
-            backend = EncoderAttention(attentions[0], attentions[1], targets)
-            encoded = torch.cat(list(new.values()), dim=1) if new else self._placeholder
+            backend = EncoderAttention(*attentions)
+            encoded = torch.cat(list(new_sources.values()), dim=1) if new_sources else self._placeholder
         logits_to_keep = kept if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(

@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.base import Engine, Receive, RunningSequence, Snapshot
+from prefixtune.backbone.prefixes import make_header
+from prefixtune.engine.base import CLOSE_SECONDS, Engine, Receive, RunningSequence, Snapshot
 from prefixtune.engine.prefix_files import PrefixFile, PrefixFiles, own_folder
 from prefixtune.engine.remote_server import Refused, RemoteServer
 from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput, Token
@@ -29,6 +32,9 @@ from prefixtune.sampling.detokenizer import Detokenizer
 _log = logging.getLogger(__name__)
 _PATIENCE = 0.3
 """Seconds between looks at the server."""
+SAMPLERS = ("temperature", "top_k", "top_p", "min_p")
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Sampling parameters that other programs call as we do."""
 
 
 @dataclass(eq=False)
@@ -135,7 +141,15 @@ class RemoteEngine(Engine):
 
     @abc.abstractmethod
     async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:
-        """Generate a text, which has a slot, and deliver what comes by `_deliver`; returns why it ended."""
+        """Generate a text, which has a slot, and deliver what comes by `_take`; returns why it ended."""
+
+    def _zero_prefix(self, length: int) -> Prefix:
+        """A prefix that a server is tried with."""
+        layers = tuple(
+            (torch.zeros(one.num_kv_heads, length, one.key_dim), torch.zeros(one.num_kv_heads, length, one.value_dim))
+            for one in self.backbone.geometry["decoder"]
+        )
+        return Prefix({"decoder": layers}, make_header(self.backbone))
 
     # --- for callers --------------------------------------------------------------------------------------------------
 
@@ -183,19 +197,18 @@ class RemoteEngine(Engine):
         running = tuple(RunningSequence(number, text.request, text.num_new_tokens) for number, text in texts)
         return Snapshot(running, len(self._queue), steps=0, texts=0, tokens=self._tokens)
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop."""
-        self._stop(timeout)
+    def close(self) -> None:
+        """Cancel what still runs, and stop (see `base.Engine`)."""
         self._made.close()
 
-    def _stop(self, timeout: float = 10.0) -> None:
+    def _stop(self) -> None:
         with self._lock:
             # It has ended already where the server did not start.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._working.cancel)
             self._closing = True
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            self._thread.join(CLOSE_SECONDS)
 
     # --- texts, in the loop -------------------------------------------------------------------------------------------
 
@@ -232,12 +245,12 @@ class RemoteEngine(Engine):
 
     def _end(self, text: RemoteText, task: asyncio.Task[tuple[FinishReason, str]]) -> None:
         """Free a text's slot, and tell its caller that it has ended."""
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        succeeded = not task.cancelled() and task.exception() is None
         self._queue.release(text, has_slot=text.slot is not None)
         if (slot := text.slot) is not None:
             slot.text, slot.used = None, time.monotonic()
             # Whatever it holds now.
-            slot.file = slot.file if error is None else None
+            slot.file = slot.file if succeeded else None
         with self._lock:
             texts = self._texts[text.request.id]
             texts.remove(text)
@@ -245,41 +258,31 @@ class RemoteEngine(Engine):
                 del self._texts[text.request.id]
                 if text.file is not None:
                     self._files.release(text.file)
-        reason: FinishReason = "error"
-        words = ""
-        details: dict[str, Any] = {}
-        if error is None:
+        end = SequenceOutput(text.request.id, text.index, (), "")
+        try:
             reason, words = task.result()
-        elif isinstance(error, asyncio.CancelledError):
-            reason = "cancelled"
-        elif isinstance(error, TimeoutError):
-            reason = "timeout"
-        else:
+            end = replace(end, text=words, finish_reason=reason)
+        except asyncio.CancelledError:
+            end = replace(end, finish_reason="cancelled")
+        except TimeoutError:
+            end = replace(end, finish_reason="timeout")
+        except Exception as error:
             if not isinstance(error, RequestError | OSError):
                 _log.error("request %s failed", text.request.id, exc_info=error)
             is_refused = isinstance(error, Refused) and text.request.grammar is not None
             crashed = isinstance(error, _ServerDied)
-            details = {"error": str(error) or type(error).__name__, "engine_crashed": crashed, "refused": is_refused}
-        self._deliver(text, (), words, reason, **details)
+            why = str(error) or type(error).__name__
+            end = replace(end, finish_reason="error", error=why, engine_crashed=crashed, refused=is_refused)
+        self._give(text, end)
         self._assign()
-
-    def _deliver(
-        self,
-        text: RemoteText,
-        tokens: tuple[Token, ...],
-        words: str,
-        reason: FinishReason | None = None,
-        **details: Any,
-    ) -> None:
-        """Give a text's caller what is new of it, if anything is."""
-        self._tokens += len(tokens)
-        if tokens or words or reason:
-            self._give(text, SequenceOutput(text.request.id, text.index, tokens, words, reason, **details))
 
     def _take(self, text: RemoteText, tokens: Sequence[Token]) -> bool:
         """Deliver tokens up to one that ends the text; whether that one or a stop string has ended it."""
         kept = tuple(itertools.takewhile(lambda token: token.id not in text.ends, tokens))
-        self._deliver(text, kept, text.pieces.add(*(token.id for token in kept)))
+        self._tokens += len(kept)
+        words = text.pieces.add(*(token.id for token in kept))
+        if kept or words:
+            self._give(text, SequenceOutput(text.request.id, text.index, kept, words))
         return len(kept) < len(tokens) or text.pieces.stopped
 
     def _check_cached(self, text: RemoteText, cached: int | None) -> None:

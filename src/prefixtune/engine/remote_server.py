@@ -52,14 +52,10 @@ class RemoteServer:
         folder: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
         self.process, self._program, self._folder, self._is_up = process, program, folder, True
-        self._client = httpx2.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            transport=httpx2.AsyncHTTPTransport(
-                uds=None if folder is None else _socket_in(folder), limits=httpx2.Limits(max_connections=None)
-            ),
-            timeout=_SECONDS,
-        )
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        socket, limits = None if folder is None else _socket_in(folder), httpx2.Limits(max_connections=None)
+        transport = httpx2.AsyncHTTPTransport(uds=socket, limits=limits)
+        self._client = httpx2.AsyncClient(base_url=url, headers=headers, transport=transport, timeout=_SECONDS)
 
     @classmethod
     async def start(cls, program: str, command: Sequence[str], hint: str, **environment: str) -> Self:
@@ -93,10 +89,8 @@ class RemoteServer:
         try:
             while not await server.answers("/health"):
                 if not server.alive:
-                    raise BackboneError(
-                        f"{program} cannot serve this model (exit code {process.returncode}); its messages are above.",
-                        hint=hint,
-                    )
+                    code = f"exit code {process.returncode}; its messages are above"
+                    raise BackboneError(f"{program} cannot serve this model ({code}).", hint=hint)
                 await asyncio.sleep(_POLL_SECONDS)
         except BaseException:
             await server.close()

@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
-from prefixtune.errors import RequestError
+from prefixtune.errors import PrefixError, RequestError
 from prefixtune.sampling.config import LOWEST_TEMPERATURE, SamplingConfig
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
 """Why there is no token."""
-_ALL_BANNED = "every token is banned."
 _BLOCK = 256
 """Weights of which a sum is drawn before one of them is."""
 _ROUNDING = 1e-5
@@ -30,12 +29,10 @@ _LOGPROBS_BYTES = 2**24
 """Of log-probabilities that are computed at once."""
 
 
-def sample(
-    logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int
-) -> list[Token | str | RequestError]:
+def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos_id: int) -> list[Token | PrefixError]:
     """The next token of every text, or why there is none; the other texts are unaffected.
 
-    Why: a sentence, or an error where the request is at fault, as its grammar became too complex.
+    Why: a `RequestError` where the request is at fault, as its grammar became too complex.
 
     Args:
         logits: One row per text.
@@ -69,7 +66,7 @@ def sample(
     if wanted:
         found = logprobs_of(_rows(logits, [*wanted]), [chosen[row] for row in wanted], max(wanted.values()))
         logprobs = dict(zip(wanted, found, strict=True))
-    tokens: list[Token | str | RequestError] = []
+    tokens: list[Token | PrefixError] = []
     for row, token in enumerate(chosen):
         if row in refused:
             tokens.append(refused[row])
@@ -77,7 +74,7 @@ def sample(
             logprob, top = logprobs.get(row, (None, ()))
             tokens.append(Token(token, logprob, top[: wanted.get(row)]))
         else:
-            tokens.append(_ALL_BANNED if finite[row] else NOT_FINITE)
+            tokens.append(PrefixError("every token is banned." if finite[row] else NOT_FINITE))
     return tokens
 
 

@@ -14,14 +14,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine.remote import RemoteEngine, RemoteText
+from prefixtune.engine.remote import PENALTIES, SAMPLERS, RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import BackboneError, ConfigError, RequestError
@@ -29,14 +25,8 @@ from prefixtune.prefix.folder import PrefixReference, hash_file
 from prefixtune.prefix.prefix import Prefix, save_prefix
 
 _COMPLETIONS = "/v1/completions"
-_LACKS = MappingProxyType({"prompt_logprobs": None})
 _LOWEST_BIAS = -100
 """What vLLM and OpenAI allow; nothing comes up against it."""
-_SAMPLING = (
-    *("temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
-"""Sampling parameters that vLLM calls as we do."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +68,14 @@ class VllmEngine(RemoteEngine):
         ConfigError: A folder is missing, or cannot be written.
     """
 
+    lacks = ("prompt_logprobs",)
+
     def __init__(self, backbone: Backbone, config: VllmConfig) -> None:
-        self.config, self._model, self.max_length = config, "", 0
-        self.lacks = _LACKS
-        self._placeholder = _choose_placeholder(backbone.tokenizer)
+        self.config, self._placeholder = config, _choose_placeholder(backbone.tokenizer)
         folder = Path(config.folder) if config.url else None
         if folder is not None and not folder.is_dir():
-            raise ConfigError(
-                f"there is no folder {config.folder!r} for vLLM's prefixes.",
-                hint="name the one that its connector has as `prefixes`.",
-            )
+            what = f"there is no folder {config.folder!r} for vLLM's prefixes."
+            raise ConfigError(what, hint="name the one that its connector has as `prefixes`.")
         super().__init__("vLLM" if config.url else f"vLLM ({config.dtype})", backbone, config.num_slots, folder)
 
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
@@ -104,15 +92,14 @@ class VllmEngine(RemoteEngine):
         try:
             model = (await server.ask("/v1/models"))["data"][0]
             limits = (int(model["max_model_len"]), config.max_length)
-            self._model, self.max_length = str(model["id"]), min(limit for limit in limits if limit)
+            self._model, self.max_length = str(model["id"]), min(filter(None, limits))
             if config.url:
                 await self._probe(server)
         except (OSError, LookupError, ValueError, TypeError, RequestError) as error:
             await server.close()
-            raise BackboneError(
-                f"{config.url or 'the child process'} is no server of vLLM with prefixes: {error}",
-                hint="start vLLM as docs/vllm.md says, and give its address, folder and key (VLLM_API_KEY).",
-            ) from error
+            what = f"{config.url or 'the child process'} is no server of vLLM with prefixes: {error}"
+            hint = "start vLLM as docs/vllm.md says, and give its address, folder and key (VLLM_API_KEY)."
+            raise BackboneError(what, hint=hint) from error
         return server
 
     async def _probe(self, server: RemoteServer) -> None:
@@ -121,11 +108,7 @@ class VllmEngine(RemoteEngine):
         Raises:
             RequestError: It has not.
         """
-        layers = tuple(
-            (torch.zeros(shape.num_kv_heads, 1, shape.key_dim), torch.zeros(shape.num_kv_heads, 1, shape.value_dim))
-            for shape in self.backbone.geometry["decoder"]
-        )
-        file = self._files.take(Prefix({"decoder": layers}, make_header(self.backbone)))
+        file = self._files.take(self._zero_prefix(1))
         body = {"model": self._model, "prompt": [self._placeholder] * 2, "max_tokens": 1}
         try:
             await server.ask(_COMPLETIONS, {**body, **file.name.request_fields})
@@ -185,7 +168,7 @@ class VllmEngine(RemoteEngine):
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
-            **{name: getattr(sampling, name) for name in _SAMPLING},
+            **{name: getattr(sampling, name) for name in (*SAMPLERS, *PENALTIES)},
             **{name: value for name, value in optional.items() if value is not None},
             **({} if text.file is None else text.file.name.request_fields),
         }

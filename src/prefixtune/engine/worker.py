@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,16 +55,14 @@ class EngineWorker(base.Engine):
     def __init__(self, engine: Engine) -> None:
         self.name, self.engine = "torch", engine
         self.backbone, self.max_length, self.remedy = engine.backbone, engine.max_length, engine.remedy
-        self.lacks: Mapping[str, Any] = engine.lacks
+        self.lacks = engine.lacks
         self._closing = False
         self._submissions: dict[str, _Submission] = {}
         self._calls: deque[tuple[Future[Any], Callable[[Backbone], Any]]] = deque()
         self._steps = self._texts = self._tokens = 0
         # Guards all of the above. Acquired before the engine's own lock, never after it.
         self._changed = threading.Condition()
-        self._thread = threading.Thread(
-            target=self._run, args=(engine.backbone.device,), name="prefixtune-engine", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="prefixtune-engine", daemon=True)
         self._thread.start()
 
     # --- for callers --------------------------------------------------------------------------------------------------
@@ -111,8 +109,8 @@ class EngineWorker(base.Engine):
             self.engine.cancel(request_id)
             self._changed.notify_all()
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Cancel what still runs, and stop; waits at most `timeout` seconds for a step or for slow callbacks."""
+    def close(self) -> None:
+        """Cancel what still runs, and stop (see `base.Engine`)."""
         with self._changed:
             self._closing = True
             self._refuse_calls("the engine is being closed.")
@@ -120,7 +118,7 @@ class EngineWorker(base.Engine):
                 self.engine.cancel(request_id)
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            self._thread.join(base.CLOSE_SECONDS)
 
     @property
     def healthy(self) -> bool:
@@ -140,10 +138,10 @@ class EngineWorker(base.Engine):
 
     # --- the engine's thread ------------------------------------------------------------------------------------------
 
-    def _run(self, device: torch.device) -> None:
-        if device.type == "cuda":
+    def _run(self) -> None:
+        if self.backbone.device.type == "cuda":
             # The current device is a thread's own.
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(self.backbone.device)
         try:
             while self._wait_for_work():
                 self._do_call()
@@ -177,8 +175,7 @@ class EngineWorker(base.Engine):
         except BaseException as error:
             future.set_exception(error)
             # As in a step of the engine: a GPU that failed computes nothing more.
-            on_gpu = self.backbone.device.type != "cpu"
-            if on_gpu and not isinstance(error, PrefixError | torch.OutOfMemoryError):
+            if self.backbone.device.type != "cpu" and not isinstance(error, PrefixError | torch.OutOfMemoryError):
                 raise
         else:
             future.set_result(result)
@@ -198,12 +195,10 @@ class EngineWorker(base.Engine):
 
     def _deliver(self, outputs: Sequence[SequenceOutput]) -> None:
         """Count outputs, and call the callbacks; one that raises gets no more, and its request is cancelled."""
-        found: list[tuple[_Submission, SequenceOutput]] = []
         with self._changed:
-            for output in outputs:
-                submission = self._submissions[output.request_id]
+            found = [(self._submissions[output.request_id], output) for output in outputs]
+            for submission, output in found:
                 self._tokens += len(output.tokens)
-                found.append((submission, output))
                 if output.finish_reason is not None:
                     submission.unfinished.discard(output.index)
                     if not submission.unfinished:

@@ -82,7 +82,7 @@ def _search_batch(
             attention_mask=mask,
             generation_config=_generation_config(backbone, config, prompts[0]),
             logits_processor=LogitsProcessorList([_processor(backbone, prompts, rows, config, start)]),
-            stopping_criteria=StoppingCriteriaList(_stopping(backbone, config, start)),
+            stopping_criteria=StoppingCriteriaList([_stopping(backbone, config, start)] if config.stop else []),
             **arguments,
         )
     ends = {backbone.eos_id, *prompts[0].ends}
@@ -119,16 +119,14 @@ def _processor(
     return process
 
 
-def _stopping(backbone: Backbone, config: GenerateConfig, start: int) -> list[Callable[..., Tensor]]:
+def _stopping(backbone: Backbone, config: GenerateConfig, start: int) -> Callable[..., Tensor]:
     """What ends a row: a stop string in its generated text."""
-    if not config.stop:
-        return []
 
     def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = [backbone.decode(row) for row in input_ids[:, start:].tolist()]
         return torch.tensor([any(stop in text for stop in config.stop) for text in texts], device=input_ids.device)
 
-    return [stopped]
+    return stopped
 
 
 def check_finite(scores: Float[Tensor, "rows V"], texts: Sequence[int]) -> None:
@@ -143,10 +141,8 @@ def check_finite(scores: Float[Tensor, "rows V"], texts: Sequence[int]) -> None:
     """
     broken = (~torch.isfinite(scores.amax(dim=-1))).nonzero().flatten().tolist()
     if broken:
-        raise PrefixError(
-            f"text {texts[broken[0]] + 1}: {NOT_FINITE}",
-            hint="use another prefix, or load the model in bfloat16 or float32.",
-        )
+        hint = "use another prefix, or load the model in bfloat16 or float32."
+        raise PrefixError(f"text {texts[broken[0]] + 1}: {NOT_FINITE}", hint=hint)
 
 
 def seed_of(seed: int | None, number: int) -> int | None:

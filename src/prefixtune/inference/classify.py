@@ -21,16 +21,10 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.loss import batch_loss, hidden_states_at
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.batching import collate
-from prefixtune.data.encoding import (
-    TextFormatLike,
-    TokenizedExample,
-    as_text_format,
-    check_texts,
-    encode_prompts,
-    format_of,
-)
+from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts, encode_prompts, format_of
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
+from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.beams import check_finite
@@ -161,10 +155,8 @@ class EncodedTexts:
         if self.prefix is None or self.prefix.head is None:
             raise ConfigError("the prefix has no head, though its header says so.", hint="get the file again.")
         places = [tuple(self.positions[row]) for row in rows]
-        examples = [
-            TokenizedExample(tuple(self.prompts[row]), ((0,) * len(at),), at)
-            for row, at in zip(rows, places, strict=True)
-        ]
+        asked = [(tuple(self.prompts[row]), at) for row, at in zip(rows, places, strict=True)]
+        examples = [TokenizedExample(prompt, ((0,) * len(at),), at) for prompt, at in asked]
         scores = self.prefix.head(hidden_states_at(self.backbone, self.prefix, collate(self.backbone, examples)))
         return list(scores.split(list(map(len, places))))
 
@@ -177,11 +169,8 @@ class EncodedTexts:
         check_finite(scores, [row] * len(scores))
         names = self.labels.names
         shares = scores.float().softmax(-1)
-        best = shares.argmax(-1).tolist()
-        return [
-            Prediction(names[index], dict(zip(names, one, strict=True)))
-            for index, one in zip(best, shares.tolist(), strict=True)
-        ]
+        found = zip(shares.argmax(-1).tolist(), shares.tolist(), strict=True)
+        return [Prediction(names[best], dict(zip(names, one, strict=True))) for best, one in found]
 
 
 def encode_to_label(
@@ -221,10 +210,8 @@ def encode_to_label(
     else:
         whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
         limits: dict[str, Any] = {"prefix_length": length, "new_tokens": longest, "positions": most}
-        prompts = [
-            truncate_prompt(backbone, form, prompt, name=f"text {number}", **limits)
-            for number, prompt in enumerate(whole, start=1)
-        ]
+        named = {f"text {number}": prompt for number, prompt in enumerate(whole, start=1)}
+        prompts = [truncate_prompt(backbone, form, prompt, name=name, **limits) for name, prompt in named.items()]
         report_truncated(whole, prompts, on_cut)
         # An encoder's first token stands for the text, a decoder's last one.
         places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
@@ -260,9 +247,8 @@ def tag(
     """
     config = ClassifyConfig.from_arguments(config, options)
     if config.max_total_length or config.on_too_long == "cut":
-        raise ConfigError(
-            "texts to be tagged are never cut: every token gets its tag.", hint="leave max_length and on_too_long out."
-        )
+        what = "texts to be tagged are never cut: every token gets its tag."
+        raise ConfigError(what, hint="leave max_length and on_too_long out.")
     if isinstance(texts, str):
         raise RequestError(f"texts is one string, {short_repr(texts)}, no list of lists.", hint="write [text.split()].")
     backbone = as_backbone(backbone)
@@ -282,18 +268,14 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
         return Labels(kind, "words", requested.names, requested.words)
     if prefix is None and requested and not isinstance(requested, Labels):
         if isinstance(requested, str) or not all(isinstance(label, str) for label in requested):
-            raise ConfigError(
-                f"labels is {short_repr(requested)}, but must be a list of strings.", hint="write [a, b]."
-            )
+            raise ConfigError(f"labels is {short_repr(requested)}, no list of strings.", hint="write [a, b].")
         names = tuple(requested)
         if (label := first_duplicate(names)) is not None:
             raise ConfigError(f"labels has {short_repr(label)} more than once.", hint="give every label once.")
         return Labels(kind, "words", names, names)
     what = "the bare model" if prefix is None else f"a prefix for {stored.kind if stored else 'generation'}"
-    raise ConfigError(
-        f"{what} cannot be used for {kind}{' with given labels' if requested else ''}.",
-        hint=f"give a prefix that was trained for {kind}, or for the bare model a list of labels.",
-    )
+    hint = f"give a prefix that was trained for {kind}, or for the bare model a list of labels."
+    raise ConfigError(f"{what} cannot be used for {kind}{' with given labels' if requested else ''}.", hint=hint)
 
 
 def first_duplicate(labels: Iterable[str]) -> str | None:

@@ -63,12 +63,8 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
         """Also: ways of decoding that exclude each other."""
         yield from super().conflicts()
         if self.response_schema and (self.num_beams > 1 or self.min_new_tokens):
-            yield (
-                ("response_schema", "num_beams", "min_new_tokens"),
-                "a JSON schema needs num_beams = 1 and no min_new_tokens",
-            )
+            what = "a JSON schema needs num_beams = 1 and no min_new_tokens"
+            yield ("response_schema", "num_beams", "min_new_tokens"), what
         if self.num_beams > 1 and self.temperature > 0:
-            yield (
-                ("num_beams", "temperature"),
-                "beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1",
-            )
+            what = "beam search and sampling exclude each other here: set temperature to 0 or num_beams to 1"
+            yield ("num_beams", "temperature"), what

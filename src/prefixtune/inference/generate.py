@@ -160,10 +160,8 @@ def check_streams(config: GenerateConfig) -> None:
         ConfigError: The configuration uses beam search.
     """
     if config.num_beams > 1:
-        raise ConfigError(
-            "beam search cannot stream: the best beam is known only at the end.",
-            hint="set num_beams to 1 (--num-beams 1).",
-        )
+        what = "beam search cannot stream: the best beam is known only at the end."
+        raise ConfigError(what, hint="set num_beams to 1 (--num-beams 1).")
 
 
 def complete(
@@ -216,9 +214,8 @@ def write(
     worker = _start_torch(backbone, [prompts[number] for number in mixed], config)
     apart = [number for number in wanted if worker is None or prompts[number].passes(backbone.longrope_limit)]
     if apart and config.response_schema:
-        raise ConfigError(
-            f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here.", hint="leave it out."
-        )
+        what = f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here."
+        raise ConfigError(what, hint="leave it out.")
     if worker is not None:
         with worker:
             yield from _ask(worker, prompts, mixed, config)
@@ -238,7 +235,8 @@ def _start_torch(backbone: Backbone, prompts: Sequence[Prompt], config: Generate
     """Torch's engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
     if not prompts or config.num_beams > 1:
         return None
-    longest = max(len(prompt.ids) + prompt.new_tokens + prompt.longest_prefix for prompt in prompts)
+    lengths = [0 if prompt.prefix is None else max(prompt.prefix.lengths.values(), default=0) for prompt in prompts]
+    longest = max(len(one.ids) + one.new_tokens + length for one, length in zip(prompts, lengths, strict=True))
     num_slots = min(config.batch_size, len(prompts))
     try:
         engine = TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
@@ -275,10 +273,8 @@ def _ask(
             output = outputs.get()
             number = asked[output.request_id]
             if output.finish_reason == "error":
-                raise PrefixError(
-                    f"text {number + 1}: {output.error}",
-                    hint="use another prefix, shorten the text, or lower batch_size.",
-                )
+                hint = "use another prefix, shorten the text, or lower batch_size."
+                raise PrefixError(f"text {number + 1}: {output.error}", hint=hint)
             if output.finish_reason is not None:
                 del asked[output.request_id]
             yield number, output
@@ -294,9 +290,8 @@ def _per_text(
     if isinstance(prefix, str) or not isinstance(prefix, Sequence):
         return [as_prefix(prefix, backbone)] * count
     if len(prefix) != count:
-        raise RequestError(
-            f"{len(prefix)} prefixes for {count} texts.", hint="give one for all, or one (or None) per text."
-        )
+        what = f"{len(prefix)} prefixes for {count} texts."
+        raise RequestError(what, hint="give one for all, or one (or None) per text.")
 
     def key(item: PrefixLike | None) -> object:
         return os.fspath(item) if isinstance(item, str | os.PathLike) else id(item)

@@ -185,25 +185,18 @@ class Model:
             RequestError: The model has no chat template.
         """
         if not _is_conversation(messages):
-            raise RequestError(
-                f"the messages are {describe_value(messages)}, not a list of dicts.",
-                hint='write [{"role": "user", "content": "..."}].',
-            )
+            what = f"the messages are {describe_value(messages)}, not a list of dicts."
+            raise RequestError(what, hint='write [{"role": "user", "content": "..."}].')
         check_texts([messages])
         text_format = None if self.prefix is None else read_text_format(self.prefix.header)
         if text_format is None:
             if not has_chat_template(self.backbone):
-                raise RequestError(
-                    f"{self.backbone.name!r} has no chat template: it was not trained for conversations.",
-                    hint="give a text instead of messages, or load another model.",
-                )
+                what = f"{self.backbone.name!r} has no chat template: it was not trained for conversations."
+                raise RequestError(what, hint="give a text instead of messages, or load another model.")
         elif not text_format.is_chat:
             if len(messages) > 1:
-                warnings.warn(
-                    "the prefix was trained on single texts: it reads the last message only, not those before it",
-                    PrefixWarning,
-                    stacklevel=3,
-                )
+                what = "the prefix was trained on single texts: it reads the last message only, not those before it"
+                warnings.warn(what, PrefixWarning, stacklevel=3)
             return messages[-1]["content"]
         return list(messages)
 

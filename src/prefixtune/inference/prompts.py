@@ -41,11 +41,6 @@ class Prompt:
         """P, of the decoder; 0 without a prefix."""
         return _length(self.prefix)
 
-    @property
-    def longest_prefix(self) -> int:
-        """P at the site where it is longest."""
-        return 0 if self.prefix is None else max(self.prefix.lengths.values(), default=0)
-
     def passes(self, limit: int | None) -> bool:
         """Whether the text may become longer than `limit`, where there is one."""
         return limit is not None and self.prefix_length + len(self.ids) + self.new_tokens > limit
@@ -138,31 +133,24 @@ def _formats(
     config: GenerateConfig,
     text_format: TextFormat | None,
 ) -> list[TextFormat]:
-    """The text format of each text, with the configuration's treatment of long ones."""
-
-    @functools.cache
-    def format_for(prefix: Prefix | None, is_text: bool) -> TextFormat:
-        form = _format_of(backbone, prefix, text_format, is_text=is_text)
-        return form.with_lengths(config.max_total_length, config.on_too_long)
-
-    return [format_for(prefix, isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
-
-
-def _format_of(
-    backbone: Backbone, prefix: Prefix | None, text_format: TextFormat | None, *, is_text: bool
-) -> TextFormat:
-    """The text format of a request.
+    """The text format of each text, with the configuration's treatment of long ones.
 
     Where none is given or stored, the model's own chat template writes a conversation, and without a prefix a text is
     continued as it is.
     """
-    is_free = text_format is None and (prefix is None or prefix.header.get("text_format") is None)
-    if is_free and backbone.kind == "decoder":
-        if not is_text and has_chat_template(backbone):
-            return chat_format(backbone, MODEL_TEMPLATE)
-        if prefix is None:
-            return _AS_IT_IS
-    return format_of(backbone, prefix, text_format)
+
+    @functools.cache
+    def format_for(prefix: Prefix | None, is_text: bool) -> TextFormat:
+        form = text_format
+        is_free = form is None and (prefix is None or prefix.header.get("text_format") is None)
+        if is_free and backbone.kind == "decoder":
+            if not is_text and has_chat_template(backbone):
+                form = chat_format(backbone, MODEL_TEMPLATE)
+            elif prefix is None:
+                form = _AS_IT_IS
+        return format_of(backbone, prefix, form).with_lengths(config.max_total_length, config.on_too_long)
+
+    return [format_for(prefix, isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
 
 
 def check_requests(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
@@ -172,14 +160,11 @@ def check_requests(backbone: Backbone, prompts: Sequence[Prompt]) -> None:
         RequestError: The backbone is an encoder, a prefix has a head, or a prompt is empty or does not fit.
     """
     if any(prompt.prefix is not None and prompt.prefix.head is not None for prompt in prompts):
-        raise RequestError(
-            "the prefix was trained with a head for labels, and writes no text.", hint="use classify or tag."
-        )
+        what = "the prefix was trained with a head for labels, and writes no text."
+        raise RequestError(what, hint="use classify or tag.")
     if backbone.kind == "encoder":
-        raise RequestError(
-            f"{backbone.name!r} is an encoder, which reads text and writes none.",
-            hint="use it for classification or tagging, or choose a model that generates.",
-        )
+        what = f"{backbone.name!r} is an encoder, which reads text and writes none."
+        raise RequestError(what, hint="use it for classification or tagging, or choose a model that generates.")
     check_positions(backbone, prompts, "shorten the text or lower max_new_tokens.")
 
 
@@ -199,9 +184,7 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *,
     for number, prompt in enumerate(prompts, start=1):
         count, new = len(prompt.ids), prompt.new_tokens
         if not count:
-            raise RequestError(
-                f"text {number} has no token.", hint="write some text, or use a prompt format with a separator."
-            )
+            raise RequestError(f"text {number} has no token.", hint="write some text, or use a separator.")
         taken = backbone.prefix_positions(prompt.prefix_length)
         # An encoder-decoder's start token takes the position that the last token does not.
         needed = max(count, new) if separate else taken + count + new
@@ -211,11 +194,11 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *,
             raise RequestError(f"text {number} needs {wanted} positions, but {backbone.name!r} has {limit}.", hint=hint)
     passing = [prompt.passes(backbone.longrope_limit) for prompt in prompts]
     if together and len(set(passing)) > 1:
-        raise RequestError(
-            f"text {passing.index(True) + 1} is longer than {backbone.name!r} was trained for at first "
-            f"({backbone.longrope_limit} positions, before LongRoPE), and text {passing.index(False) + 1} is not.",
-            hint="send long and short texts apart.",
+        long, short = passing.index(True) + 1, passing.index(False) + 1
+        what = (
+            f"text {long} is longer than LongRoPE's limit, {backbone.longrope_limit} positions, and text {short} not."
         )
+        raise RequestError(what, hint="send long and short texts apart.")
 
 
 def newline_tokens(backbone: Backbone) -> list[int]:

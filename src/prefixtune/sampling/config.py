@@ -51,8 +51,5 @@ class SamplingConfig(Config):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """More tokens at least than at most."""
         if self.min_new_tokens > self.max_new_tokens:
-            yield (
-                ("min_new_tokens", "max_new_tokens"),
-                f"min_new_tokens is {self.min_new_tokens}, but must be at most max_new_tokens, "
-                f"which is {self.max_new_tokens}",
-            )
+            what = f"min_new_tokens is {self.min_new_tokens}, but max_new_tokens is {self.max_new_tokens}"
+            yield ("min_new_tokens", "max_new_tokens"), what

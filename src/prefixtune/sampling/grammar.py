@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -15,12 +14,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.errors import PrefixError, RequestError
+from prefixtune.errors import RequestError
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.folders import expand_home
 
-ANY_OBJECT = '{"type":"object"}'
-"""The schema of any JSON object."""
 _MAX_SCHEMA_LENGTH = 2**16
 _MAX_DEPTH = 64
 _MAX_DIVISOR, _DECIMALS = 10_000, 9
@@ -121,7 +118,7 @@ def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> 
     """
     library = import_llguidance()
     text = check_json_schema(schema)
-    tokenizer = _tokenizer(backbone)
+    tokenizer = grammar_tokenizer(backbone)
     parsed = library.LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITE_SPACE})
     matcher = library.LLMatcher(tokenizer, parsed, log_level=0, limits=library.LLParserLimits(**_LIMITS))
     grammar = Grammar(matcher, tokenizer.vocab_size, text)
@@ -154,10 +151,8 @@ def check_json_schema(schema: str | Mapping[str, Any]) -> str:
     if not isinstance(value, Mapping):
         raise RequestError("the JSON schema is not an object.", hint=hint)
     if len(text) > _MAX_SCHEMA_LENGTH:
-        raise RequestError(
-            f"the JSON schema has {len(text):,} characters; at most {_MAX_SCHEMA_LENGTH:,} are allowed.",
-            hint="leave out descriptions and examples.",
-        )
+        what = f"the JSON schema has {len(text):,} characters; at most {_MAX_SCHEMA_LENGTH:,} are allowed."
+        raise RequestError(what, hint="leave out descriptions and examples.")
     if _depth(text) > _MAX_DEPTH:
         raise RequestError(f"the JSON schema is nested more than {_MAX_DEPTH} levels deep.", hint="use $defs and $ref.")
     _check_divisors(text)
@@ -182,8 +177,8 @@ def _check_divisors(schema: str) -> None:
         multiple = multiple if multiple % 10 else multiple // 10
     if multiple > _MAX_DIVISOR or any(number.denominator > 1 for number in scaled):
         raise RequestError(
-            f"the numbers at multipleOf in the JSON schema have a least common multiple above {_MAX_DIVISOR:,} "
-            f"(without its decimal point), or more than {_DECIMALS} decimals.",
+            f"the JSON schema's multipleOf have a least common multiple above {_MAX_DIVISOR:,} (without its decimal "
+            f"point), or more than {_DECIMALS} decimals.",
             hint="leave multipleOf out, and check the numbers yourself.",
         )
 
@@ -194,15 +189,14 @@ def read_json_schema(value: str) -> str:
     Raises:
         RequestError: It cannot be read, or as `check_json_schema`.
     """
-    if value.lstrip().startswith("{"):
-        return check_json_schema(value)
-    try:
-        with open(expand_home(value), encoding="utf-8") as file:
-            text = file.read(4 * _MAX_SCHEMA_LENGTH)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RequestError(f"{value!r} cannot be read: {reason}.", hint="give a file with a JSON schema.") from None
-    return check_json_schema(text)
+    if not value.lstrip().startswith("{"):
+        try:
+            with open(expand_home(value), encoding="utf-8") as file:
+                value = file.read(4 * _MAX_SCHEMA_LENGTH)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise RequestError(f"{value!r} cannot be read: {reason}.", hint="give a file with a JSON schema.") from None
+    return check_json_schema(value)
 
 
 def _depth(text: str) -> int:
@@ -214,15 +208,13 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def prepare_grammars(backbone: Backbone) -> None:
-    """Make what all schemas need, if llguidance is installed: it takes about a second, with Python's lock held."""
-    # Without llguidance, or with a tokenizer that it cannot use, the first schema is refused with the reason.
-    with contextlib.suppress(PrefixError):
-        _tokenizer(backbone)
+def grammar_tokenizer(backbone: Backbone) -> Any:
+    """Llguidance's view of a backbone's tokens; made once, which takes about a second, with Python's lock held.
 
-
-def _tokenizer(backbone: Backbone) -> Any:
-    """Llguidance's view of a backbone's tokens; made once, which takes about a second."""
+    Raises:
+        RequestError: llguidance cannot use the tokenizer.
+        ConfigError: It is not installed.
+    """
     tokenizer = backbone.tokenizer_cache.get("llguidance")
     if tokenizer is None:
         library = import_llguidance()
@@ -233,10 +225,8 @@ def _tokenizer(backbone: Backbone) -> Any:
             raise
         # A panic of the library's Rust is no Exception.
         except BaseException as error:
-            raise RequestError(
-                f"the tokenizer of {backbone.name!r} cannot be used for JSON schemas: {error}.",
-                hint="ask for the form in the prompt, or use a backbone with a fast tokenizer.",
-            ) from error
+            what = f"the tokenizer of {backbone.name!r} cannot be used for JSON schemas: {error}."
+            raise RequestError(what, hint="ask for the form in the prompt, or use another backbone.") from error
         backbone.tokenizer_cache["llguidance"] = tokenizer
     return tokenizer
 

@@ -110,7 +110,7 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.engine import engine as torch_engine
     from prefixtune.engine.config import EngineConfig
     from prefixtune.engine.worker import EngineWorker
-    from prefixtune.sampling.grammar import prepare_grammars
+    from prefixtune.sampling.grammar import grammar_tokenizer
 
     console.info(f"loading {config.backbone} ...")
     backbone = load_backbone(config.backbone, dtype=config.dtype, device=config.device, quantize=config.quantize)
@@ -119,8 +119,9 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
     engine_config = EngineConfig(**{name: getattr(config, name) for name in same})
     # Callers see this name: it must not be a path.
     engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
-    # Made for the first JSON schema, it would stop all streams for a second.
-    prepare_grammars(engine.backbone)
+    # Made for the first JSON schema, it would stop all streams for a second. If it fails, that schema is refused.
+    with contextlib.suppress(PrefixError):
+        grammar_tokenizer(engine.backbone)
     return EngineWorker(engine)
 
 

@@ -266,8 +266,8 @@ async def _sampling(
     ends = await context.tokenize(partial(end_ids, backbone, text_format)) if is_chat else ()
     changes["end_ids"] = (*ends, *special_stops(backbone, sampling.stop))
     sampling = sampling.replace(**changes)
-    for name, nothing in lacks.items():
-        if getattr(sampling, name) != nothing:
+    for name in lacks:
+        if getattr(sampling, name) != sampling.default(name):
             param = _PARAMS.get(name, name)
             raise bad_request(f"this server's engine has no {param}.", param, "unsupported_field", hint="leave it out.")
     return sampling
