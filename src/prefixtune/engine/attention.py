@@ -103,14 +103,15 @@ class _Together:
 
 @dataclass(eq=False)
 class StepAttention:
-    """Attention of one step.
+    """Attention of one step at one site, and of an encoder-decoder's decoder to its sources.
 
     Attributes:
-        kv_cache: The pool.
+        kv_cache: The pool of the site.
         spans: The texts, in the order of the row; those with one token come first.
         places: Where in the pool the new keys and values go.
         pages: The `page_numbers` of the spans, for attention in one call; none: text by text.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
+        cross: Attention to the texts' sources: its spans end where a source ends, its places are those of new sources.
     """
 
     kv_cache: KVCache
@@ -118,6 +119,7 @@ class StepAttention:
     places: Int[Tensor, " T"]
     pages: Sequence[Int[Tensor, " _"]] = ()
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
+    cross: StepAttention | None = None
     _masks: dict[object, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +138,10 @@ class StepAttention:
         scores: ScoreOptions,
     ) -> Float[Tensor, "1 T Hq Dv"]:
         """Write keys and values into the pool, and attend to what each text has there."""
-        index = layer[1]
+        site, index = layer
+        if site != self.kv_cache.site:
+            assert self.cross is not None
+            return self.cross.attend(layer, query, key, value, replace(scores, window=None))
         if len(self.places):
             self.kv_cache.keys[index][self.places] = key[0].transpose(0, 1)
             self.kv_cache.values[index][self.places] = value[0].transpose(0, 1)
@@ -275,29 +280,3 @@ def _mask(
     if window is not None:
         visible &= (positions - columns < window) | (columns < prefix_length)
     return torch.zeros(visible.shape, dtype=dtype, device=columns.device).masked_fill_(~visible, float("-inf"))
-
-
-@dataclass(eq=False)
-class EncoderAttention:
-    """Attention of one step of an encoder-decoder's decoder.
-
-    Attributes:
-        decoder: Attention to the texts' own positions.
-        cross: Attention to their sources; its spans end where a source ends, and its places are those of new sources.
-    """
-
-    decoder: StepAttention
-    cross: StepAttention
-
-    def attend(
-        self,
-        layer: tuple[Site, int],
-        query: Float[Tensor, "1 Hq T Dk"],
-        key: Float[Tensor, "1 H S Dk"],
-        value: Float[Tensor, "1 H S Dv"],
-        scores: ScoreOptions,
-    ) -> Float[Tensor, "1 T Hq Dv"]:
-        """Attend to the texts' own positions; or store new sources, and attend to each text's source."""
-        if layer[0] == "decoder":
-            return self.decoder.attend(layer, query, key, value, scores)
-        return self.cross.attend(layer, query, key, value, replace(scores, window=None))

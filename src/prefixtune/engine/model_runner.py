@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prefixtune.attention.forward import forward_with_backend, run_encoder
-from prefixtune.attention.injection import AttentionBackend
 from prefixtune.attention.record import relative_bias
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.attention import EncoderAttention, Span, StepAttention, attends_by_pages, page_numbers
+from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
 from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
@@ -176,16 +175,15 @@ class ModelRunner:
         for cache, of_one, targets in zip(self.caches, spans_by_cache, (to, to_source), strict=False):
             own, tables = [table.int() for table in tables[:4]], tables[4:]
             attentions.append(StepAttention(cache, of_one, targets, own))
-        backend: AttentionBackend = attentions[0]
-        encoded = None
+        attention, encoded = attentions[0], None
         if self.has_encoder:
-            attentions[0].bias_by_layer = self._distance_bias(max(span.stop for span in spans))
-            backend = EncoderAttention(*attentions)
+            attention.cross = attentions[1]
+            attention.bias_by_layer = self._distance_bias(max(span.stop for span in spans))
             encoded = torch.cat(list(new_sources.values()), dim=1) if new_sources else self._placeholder
         logits_to_keep = kept if self.backbone.supports_logits_to_keep else None
         with self.backbone.autocast():
             logits = forward_with_backend(
-                self.backbone.model, self.backbone.layout, row[None], at[None], backend, logits_to_keep, encoded
+                self.backbone.model, self.backbone.layout, row[None], at[None], attention, logits_to_keep, encoded
             )[0]
         # Where every token has its own, as in a decoder's step, they are not copied.
         every = len(last_indices) == len(ids) and not prompt_indices

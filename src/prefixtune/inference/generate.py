@@ -103,7 +103,6 @@ def generate_ids(
     *,
     config: GenerateConfig,
     ends: Sequence[Sequence[int]] = (),
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """`generate` on token ids: what follows each prompt, without the end token.
 
@@ -113,12 +112,8 @@ def generate_ids(
     rows = zip(prompts, prefixes, ends or [()] * len(prompts), strict=True)
     made = [Prompt(list(ids), prefix, config.max_new_tokens, tuple(own)) for ids, prefix, own in rows]
     check_requests(backbone, made)
-    results: dict[int, list[int]] = {}
-    for number, output in complete(backbone, made, config):
-        results[number] = [token.id for token in output.tokens]
-        if on_batch is not None:
-            on_batch(len(results))
-    return [results[number] for number in range(len(made))]
+    outputs = dict(complete(backbone, made, config))
+    return [[token.id for token in outputs[number].tokens] for number in range(len(made))]
 
 
 def stream(

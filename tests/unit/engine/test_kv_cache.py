@@ -14,7 +14,8 @@ from prefixtune.engine.kv_cache import PAGE, KVCache
 from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate_ids
+from prefixtune.inference.generate import complete
+from prefixtune.inference.prompts import Prompt
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.utils.machine import free_memory
 
@@ -116,7 +117,7 @@ def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone, mon
     scarce(backbone, 40, monkeypatch)
     config = GenerateConfig(max_new_tokens=10, batch_size=1)
     with pytest.raises(RequestError):
-        generate_ids(backbone, [[1], [1] * 35], [None, None], config=config, on_batch=done.append)
+        done.extend(complete(backbone, [Prompt([1], None, 10), Prompt([1] * 35, None, 10)], config))
     assert done == []
 
 

@@ -135,8 +135,9 @@ def test_many_labels_are_scored_in_parts(server, backbone):
     assert max(sizes) <= max(16, max(len(f" {text} ") for text in TEXTS[:2])) + 10
 
 
-def test_a_forced_stop_answers_what_waits(server):
+def test_a_forced_stop_answers_what_waits(server, monkeypatch):
     app, state = server
+    monkeypatch.setattr("prefixtune.engine.base.CLOSE_SECONDS", 0.0)
     begun, release = threading.Event(), threading.Event()
 
     def busy(_):
@@ -151,7 +152,7 @@ def test_a_forced_stop_answers_what_waits(server):
         ]
         while not state.worker._calls:
             await asyncio.sleep(0.01)
-        await asyncio.to_thread(state.worker.close, 0.0)
+        await asyncio.to_thread(state.worker.close)
         release.set()
         return list(await asyncio.gather(*waiting))
 
