@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from asgi_client import bearer, send
+from asgi_client import bearer, keys, send
 from live_server import make_model, make_prefix
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
@@ -27,9 +27,8 @@ from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.server.app import make_app
-from prefixtune.server.auth import hash_key
 from prefixtune.server.prefixes import PrefixFolder
-from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.settings import ServeConfig
 from prefixtune.server.state import ServerState
 from prefixtune.training.checkpoint import load_state
 
@@ -173,7 +172,7 @@ def upload(folder, model, one, other):
         backbone="tiny",
         prefixes=str(folder),
         num_slots=1,
-        keys={"boss": KeyConfig(hash=hash_key("pt-boss"), admin=True)},
+        keys=keys(boss={"admin": True}),
     )
     store = PrefixFolder(folder, backbone)
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))

@@ -1,9 +1,12 @@
 """What tests of several parts begin with: a tiny LLaMA, a model's folder, a prefix file."""
 
+from pathlib import Path
+
 import pytest
 
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.prefix.prefix import Prefix, save_prefix
+from zoo import store_model
 
 
 @pytest.fixture(scope="module")
@@ -13,15 +16,9 @@ def llama(tiny_backbone):
 
 
 @pytest.fixture(scope="session")
-def save_model(tiny_models, tiny_tokenizer):
+def save_model():
     """A function: `save_model(folder, "llama", **changes)` writes a tiny model with its tokenizer, gives the folder."""
-
-    def save(folder, family="llama", **changes):
-        tiny_models(family, **changes).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
-        return folder
-
-    return save
+    return lambda folder, family="llama", **changes: Path(store_model(folder, family, **changes))
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,9 @@ class DecodingOptions(EngineOptions, GenerateConfig):
         for names, message in super().conflicts():
             if self.model_fields_set.issuperset(names):
                 yield names, message
+        for name, value in self.without_lacks.items():
+            if name in self.model_fields_set and getattr(self, name) != value:
+                yield (name, "engine"), f"{self.flag(name)} is not for --engine {self.engine}"
 
     def configuration(self, headers: Sequence[Mapping[str, Any]], task: str = "") -> GenerateConfig:
         """The settings of the task, or of that of the first header, replaced by those of the options.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_prompts
+from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, TurnsAs, encode_examples, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
@@ -127,11 +127,7 @@ def choose_labels(
         ConfigError: The backbone does not support `by`, or `words` names an unknown label or gives two labels one word.
         DataError: There are fewer than two labels, or the development examples have others.
     """
-    names = label_names(examples, kind)
-    check_labels(dev_examples, names, kind)
-    if by == "words" and kind == "tagging":
-        raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
-    chosen = _label_words(names, words) if by != "head" else ()
+    names, chosen = read_labels(kind, examples, dev_examples, by=by, words=words)
     if by == "auto":
         by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
     if backbone.kind == {"head": "encoder-decoder", "words": "encoder"}[by]:
@@ -140,6 +136,27 @@ def choose_labels(
             hint="use 'head' with an encoder, 'words' with an encoder-decoder (for classification alone).",
         )
     return Labels(kind, by, names, chosen if by == "words" else ())
+
+
+def read_labels(
+    kind: TaskKind,
+    examples: Sequence[Example],
+    dev_examples: Sequence[Example],
+    *,
+    by: ClassifierKind | Literal["auto"],
+    words: Mapping[str, str] | None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the labels, and their words unless there is to be a head: what can be said without a model.
+
+    Raises:
+        ConfigError: As for `choose_labels`, but for what the backbone does not support.
+        DataError: As for `choose_labels`.
+    """
+    names = label_names(examples, kind)
+    check_labels(dev_examples, names, kind)
+    if by == "words" and kind == "tagging":
+        raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
+    return names, _label_words(names, words) if by != "head" else ()
 
 
 def _label_words(names: Sequence[str], words: Mapping[str, str] | None) -> tuple[str, ...]:
@@ -207,6 +224,30 @@ def encode_labelled(
         row = TokenizedExample(kept, (targets,), tuple(positions))
         parts.append(TokenizedDataset.of_one(row, prompt_length=len(prompt)))
     return TokenizedDataset.of_all(parts)
+
+
+def encode_rows(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    labels: Labels | None,
+    text_format: TextFormat,
+    *,
+    turns: TurnsAs = "packed",
+    **limits: Any,
+) -> TokenizedDataset:
+    """`encode_labelled` where the labels are those of a head; else `encode_examples`, of targets in the labels' words.
+
+    Args:
+        backbone: Its tokenizer and positions count.
+        examples: To encode.
+        labels: What is learned; None: texts.
+        text_format: The text around source and target.
+        turns: How conversations become examples.
+        **limits: As for the two.
+    """
+    if labels is not None and labels.by == "head":
+        return encode_labelled(backbone, examples, labels, text_format, **limits)
+    return encode_examples(backbone, examples, text_format, turns=turns, **limits)
 
 
 def encode_labelled_prompt(

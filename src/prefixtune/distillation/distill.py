@@ -14,11 +14,12 @@ from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import check_output, read_jobs
 from prefixtune.distillation.preparation import Preparation
 from prefixtune.distillation.report import report
+from prefixtune.distillation.teacher import check_teacher
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
-from prefixtune.training.prepare import load_for, prepare, with_backbone
+from prefixtune.training.prepare import check_named, load_for, prepare, with_backbone
 from prefixtune.training.progress import show_training
 from prefixtune.training.run import Run, TrainResult
 from prefixtune.training.run_folder import STATE_FILE, Event
@@ -86,6 +87,8 @@ def distill(
         raise ConfigError("distill runs in one process.", hint="start it without torchrun.")
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume)
+    check_named(config.training, begun=resume)
+    check_teacher(config)
     if backbone is None:
         console.info(f"loading {config.backbone} ...")
         student = load_for(config.training)

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
+from prefixtune.backbone.checkpoint import find_checkpoint
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.loss import label_logits
 from prefixtune.backbone.prefixes import load_prefix
@@ -60,39 +61,58 @@ def load_teacher(config: DistillConfig, student: Backbone) -> Teacher:
 
     Raises:
         BackboneError: It has another tokenizer than the student, or is of another kind.
-        ConfigError: It is a prefix that writes no text, or stands where a text would be in view.
         PrefixError: It cannot be loaded.
     """
-    name, root = config.teacher, Path(config.teacher)
+    name = config.teacher
     options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if not name:
         return Teacher(student, student.name)
-    weights = root if root.name == WEIGHTS_FILE else root / WEIGHTS_FILE
-    if weights.is_file():
-        backbone, text_format = load_tuned(weights, **options)
-        teacher = Teacher(backbone, name, None, text_format)
-    elif root.suffix == ".safetensors" or (root / PREFIX_FILE).is_file():
-        return _prefix_teacher(config, student)
-    elif (root / "adapter_config.json").is_file():
-        teacher = Teacher(load_backbone(config.backbone, adapter=name, **options), name)
-    else:
-        teacher = Teacher(load_backbone(name, **options), name)
+    match _kind(name):
+        case "weights":
+            backbone, text_format = load_tuned(_weights(name), **options)
+            teacher = Teacher(backbone, name, None, text_format)
+        case "prefix":
+            prefix = load_prefix(name, student)
+            return Teacher(student, name, prefix, read_text_format(prefix.header))
+        case "adapter":
+            teacher = Teacher(load_backbone(config.backbone, adapter=name, **options), name)
+        case _:
+            teacher = Teacher(load_backbone(name, **options), name)
     check_same_tokens(student, teacher.backbone)
     return teacher
 
 
-def _prefix_teacher(config: DistillConfig, student: Backbone) -> Teacher:
-    prefix = load_prefix(config.teacher, student)
+def _weights(name: str) -> Path:
+    return Path(name) if Path(name).name == WEIGHTS_FILE else Path(name, WEIGHTS_FILE)
+
+
+def _kind(name: str) -> Literal["weights", "prefix", "adapter", "model"]:
+    """What a teacher is, by its files."""
+    if _weights(name).is_file():
+        return "weights"
+    if Path(name).suffix == ".safetensors" or Path(name, PREFIX_FILE).is_file():
+        return "prefix"
+    return "adapter" if Path(name, "adapter_config.json").is_file() else "model"
+
+
+def check_teacher(config: DistillConfig) -> None:
+    """Refuse a teacher that is not there or does not fit the task, before a model is loaded.
+
+    Raises:
+        ConfigError: It is a prefix that writes no text, or stands where a text would be in view.
+        PrefixError: It cannot be read.
+    """
+    kind = _kind(config.teacher) if config.teacher else ""
+    if kind == "model":
+        find_checkpoint(config.teacher)
+    if kind != "prefix":
+        return
+    prefix, name = load_prefix(config.teacher), repr(config.teacher)
     if config.document or config.prompt:
-        raise ConfigError(
-            f"the teacher {config.teacher!r} is a prefix, in whose place the text would stand.",
-            hint="name a model or a run of another method.",
-        )
+        what, hint = f"the teacher {name} is a prefix, in whose place the text would stand.", "a model or another run."
+        raise ConfigError(what, hint=f"name {hint}")
     if prefix.head is not None:
-        raise ConfigError(
-            f"the teacher {config.teacher!r} has a head, and writes no text.", hint="name a prefix that generates."
-        )
-    return Teacher(student, config.teacher, prefix, read_text_format(prefix.header))
+        raise ConfigError(f"the teacher {name} has a head, and writes no text.", hint="name a prefix that generates.")
 
 
 def check_same_tokens(student: Backbone, teacher: Backbone) -> None:

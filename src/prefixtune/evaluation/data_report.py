@@ -15,10 +15,10 @@ from pydantic import BaseModel
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_tokenizer, without_limits
-from prefixtune.data.encoding import TEXT_FORMAT, encode_examples, is_text
+from prefixtune.data.encoding import TEXT_FORMAT, is_text
 from prefixtune.data.examples import Example, TaskKind, conversation_of, has_messages, limit_targets
 from prefixtune.data.forms import describe_data
-from prefixtune.data.labels import choose_labels, encode_labelled, with_label_words
+from prefixtune.data.labels import choose_labels, encode_rows, with_label_words
 from prefixtune.data.registry import TASKS, Reading, read_data
 from prefixtune.data.streams import shown
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample
@@ -183,9 +183,7 @@ def _measure(config: TrainConfig, examples: Sequence[Example], kind: TaskKind, b
 
     def made(reader: Backbone, example: Example, prefix_length: int, max_length: int) -> TokenizedDataset:
         lengths: dict[str, Any] = {"prefix_length": prefix_length, "max_length": max_length}
-        if labels is not None and by_head:
-            return encode_labelled(reader, [example], labels, text_format, **lengths)
-        return encode_examples(reader, [example], text_format, **lengths)
+        return encode_rows(reader, [example], labels, text_format, **lengths)
 
     limit = position_limit(backbone, config.prefix_length, config.max_length)
     whole: list[TokenizedExample] = []

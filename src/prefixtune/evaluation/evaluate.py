@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ def evaluate(
     check_examples(examples, protocol)
     backbone = as_backbone(backbone)
     prefix = as_prefix(prefix, backbone)
-    labels = _labels(labels, prefix, kind, examples, intervals=intervals)
+    name = "torch" if engine is None else engine.name
+    labels = labels_to_predict(labels, prefix, kind, examples, intervals=intervals, engine=name)
     truncated: list[int] = []
 
     def note_truncated(indices: Sequence[int]) -> None:
@@ -110,8 +111,6 @@ def evaluate(
             on_cut(indices)
 
     are_texts, start = all(map(is_text, examples)), time.perf_counter()
-    if engine is not None and (labels is not None or are_texts):
-        raise ConfigError(f"{engine.name} gives no labels and no perplexity.", hint="use the engine torch.")
     with show_batches("evaluating", len(examples), on_batch, progress) as show:
         if labels is None and are_texts:
             limits: dict[str, Any] = {"max_length": decoding.max_total_length, "intervals": intervals}
@@ -131,14 +130,28 @@ def evaluate(
     return outcome.with_facts(num_truncated=len(truncated))
 
 
-def _labels(
-    given: Labels | None, prefix: Prefix | None, kind: TaskKind, examples: Sequence[Example], *, intervals: bool
+def labels_to_predict(
+    given: Labels | None,
+    prefix: Prefix | None,
+    kind: TaskKind,
+    examples: Sequence[Example],
+    *,
+    intervals: bool,
+    engine: str = "torch",
 ) -> Labels | None:
-    """What is predicted: the labels that are given, the prefix's, or those of the examples; None: texts are written."""
+    """What is predicted: the labels that are given, the prefix's, or those of the examples; None: texts are written.
+
+    Raises:
+        ConfigError: They do not go with the prefix, the task, intervals or the engine.
+        DataError: The examples have other labels.
+    """
     if given is not None and prefix is not None:
         raise ConfigError("labels are given, but a prefix has its own.", hint="leave them out.")
     labels = given or labels_of(prefix)
-    if labels is None and kind == "generation":
+    writes = labels is None and kind == "generation"
+    if engine != "torch" and (not writes or all(map(is_text, examples))):
+        raise ConfigError(f"{engine} gives no labels and no perplexity.", hint="use the engine torch.")
+    if writes:
         return None
     if labels is None and (prefix is not None or kind == "tagging"):
         what = "the bare model" if prefix is None else "a prefix for generation"
@@ -277,7 +290,7 @@ def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separa
     if text_format.is_chat:
         hint = "give conversations whose earlier turns are the examples."
         raise DataError("solved examples cannot be shown in a chat template.", hint=hint)
-    _check_literal(text for example in examples for text in (example.source, example.targets[0]))
+    check_literal("", examples)
     shown = "".join(
         text_format.format_prompt(example.source, separator) + text_format.format_target(example.targets[0]) + end
         for example in examples
@@ -299,7 +312,7 @@ def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[
     Raises:
         DataError: The instruction or an example contains a placeholder of the template.
     """
-    _check_literal([instruction, *(text for one in examples for text in (one.source, one.targets[0]))])
+    check_literal(instruction, examples)
     tokenizer = backbone.tokenizer
     if backbone.kind == "decoder" and tokenizer.chat_template:
         messages = []
@@ -313,9 +326,13 @@ def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[
     return dataclasses.replace(shown, prompt=f"{instruction}\n{shown.prompt}")
 
 
-def _check_literal(texts: Iterable[str]) -> None:
-    """Refuse texts that would change the template that they are shown in."""
-    for text in texts:
+def check_literal(instruction: str, examples: Sequence[Example]) -> None:
+    """Refuse an instruction or solved examples that would change the template that they are shown in.
+
+    Raises:
+        DataError: They have a placeholder of it.
+    """
+    for text in (instruction, *(text for one in examples for text in (one.source, one.targets[0]))):
         if "{source}" in text or "{separator}" in text:
             what = f"{text[:60]!r} contains a placeholder of text formats, {{source}} or {{separator}}."
             raise DataError(what, hint="word it otherwise, or show other examples.")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, encode_examples, format_of
+from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, format_of
 from prefixtune.data.examples import Example
-from prefixtune.data.labels import Labels, check_labels, encode_labelled, labels_of, with_label_words
+from prefixtune.data.labels import Labels, check_labels, encode_rows, labels_of, with_label_words
 from prefixtune.errors import DataError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -105,9 +105,7 @@ class Subject:
             "max_length": text_format.max_length,
             "on_too_long": text_format.on_too_long if self.prefix.header.get("text_format") is not None else "cut",
         }
-        if self.labels is not None and self.labels.by == "head":
-            return encode_labelled(self.backbone, rows, self.labels, text_format, **lengths)
-        return encode_examples(self.backbone, rows, text_format, turns="last", **lengths)
+        return encode_rows(self.backbone, rows, self.labels, text_format, turns="last", **lengths)
 
 
 def make_subject(

@@ -14,10 +14,10 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import TASKS, Example, ExampleLike, as_examples, limit_targets
 from prefixtune.data import read_data as read_task_data
 from prefixtune.data.chat import chat_format, has_chat_template
-from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format, encode_examples
+from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
 from prefixtune.data.forms import Form, example_form
-from prefixtune.data.labels import Labels, choose_labels, encode_labelled, with_label_words
+from prefixtune.data.labels import Labels, choose_labels, encode_rows, read_labels, with_label_words
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens
 from prefixtune.errors import ConfigError, DataError
@@ -64,7 +64,44 @@ def read_data(
         train, dev = _hold_out(config, train)
     if config.patience and not dev:
         raise ConfigError(f"patience is {config.patience} without development data.", hint="set dev (--dev FILE).")
+    _check_labels(config, train, dev)
     return config, train, dev
+
+
+def _check_labels(config: TrainConfig, train: Sequence[Example], dev: Sequence[Example]) -> None:
+    """Refuse options that the labels of the data do not go with.
+
+    Raises:
+        ConfigError: There are no labels, or other ones, or the run cannot learn any.
+        DataError: There are fewer than two labels, or the development examples have others.
+    """
+    kind = _task_kind(config)
+    if kind == "generation":
+        for name in ("classifier", "label_words"):
+            if getattr(config, name) != config.default(name):
+                raise ConfigError(
+                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
+                    hint="use --task classification.",
+                )
+        return
+    read_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
+    if config.keep_general:
+        what = f"keep_general is {config.keep_general:g}, but only prefixes that write texts learn general requests."
+        raise ConfigError(what, hint="leave it out.")
+    if kind == "tagging" or config.classifier == "head":
+        _check_head(config)
+
+
+def _check_head(config: TrainConfig) -> None:
+    """Refuse a run that cannot train a head.
+
+    Raises:
+        ConfigError: It starts from examples, or trains no prefix.
+    """
+    if config.initialization == "examples":
+        raise ConfigError("initialization is 'examples', but a head learns labels.", hint="use classifier = 'words'.")
+    if not config.trains_prefix:
+        raise ConfigError(f"method {config.method!r} trains no head.", hint="use classifier = 'words'.")
 
 
 def _task_kind(config: TrainConfig) -> TaskKind:
@@ -190,29 +227,22 @@ def tokenize(
     """
     labels = _choose_labels(config, backbone, examples, dev_examples)
     by_head = labels is not None and labels.by == "head"
+    if by_head:
+        _check_head(config)
     text_format = training_format(
         config, backbone, for_head=by_head, for_labels=labels is not None, has_messages=has_messages(examples)
     )
     lengths = resolve_site_lengths(config, backbone, stored_start) if config.trains_prefix else {}
 
-    def worded(examples: Sequence[Example]) -> Sequence[Example]:
-        return examples if labels is None else with_label_words(examples, labels)
-
-    def encode(examples: Sequence[Example], prefix_length: int) -> TokenizedDataset:
-        limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
-        if labels is not None and by_head:
-            return encode_labelled(backbone, examples, labels, text_format, prefix_length=prefix_length, **limits)
-        return encode_examples(backbone, worded(examples), text_format, prefix_length=prefix_length, **limits)
-
+    if labels is not None and not by_head:
+        examples, dev_examples = (with_label_words(some, labels) for some in (examples, dev_examples))
+    limits: dict[str, Any] = {"max_length": config.max_length, "on_too_long": config.on_too_long}
     plan = None
     if config.initialization == "examples" and config.trains_prefix:
-        if by_head:
-            raise ConfigError(
-                "initialization is 'examples', but a head learns labels.", hint="use classifier = 'words'."
-            )
-        plan = plan_examples(config, backbone, text_format, worded(examples), lengths, stored_start)
+        plan = plan_examples(config, backbone, text_format, examples, lengths, stored_start)
         lengths = plan.site_lengths
-    train = encode(examples, lengths.get("decoder", 0))
+    limits["prefix_length"] = lengths.get("decoder", 0)
+    train = encode_rows(backbone, examples, labels, text_format, **limits)
     if console is not None and config.form == "text" and len(train.examples) > len(examples):
         console.info(
             f"texts longer than {config.max_length or DEFAULT_WINDOW:,} positions (max_length) are learned in windows: "
@@ -220,7 +250,7 @@ def tokenize(
         )
     if plan is not None:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
-    dev = encode(dev_examples, lengths.get("decoder", 0)) if dev_examples else None
+    dev = encode_rows(backbone, dev_examples, labels, text_format, **limits) if dev_examples else None
     if config.form != "text":  # which may have any beginning to go on with
         text_format = dataclasses.replace(
             text_format,
@@ -237,12 +267,6 @@ def _choose_labels(
     kind = _task_kind(config)
     if kind != "generation":
         return choose_labels(kind, backbone, examples, dev_examples, by=config.classifier, words=config.words_by_label)
-    for name in ("classifier", "label_words"):
-        if getattr(config, name) != config.default(name):
-            raise ConfigError(
-                f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
-                hint="use --task classification.",
-            )
     if config.form == "text" and backbone.kind != "decoder":
         raise ConfigError(f"{backbone.name!r} does not go on with a text.", hint="choose a decoder-only model.")
     if backbone.kind == "encoder":
@@ -291,6 +315,20 @@ def training_format(
     )
 
 
+def read_template(config: TrainConfig) -> str:
+    """The chat template that the configuration names; empty: none.
+
+    Raises:
+        DataError: The file cannot be read, or its template is too large to be stored.
+    """
+    template = "" if config.chat_template == "none" else config.chat_template
+    if template not in ("", MODEL_TEMPLATE):
+        template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
+        # Its length.
+        TextFormat.from_dict({"chat_template": template})
+    return template
+
+
 def choose_template(
     config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
 ) -> str:
@@ -300,14 +338,12 @@ def choose_template(
         ConfigError: The backbone cannot have a template, or there is a system message and no template.
         DataError: The file cannot be read, or its template is too large to be stored.
     """
-    template = "" if config.chat_template == "none" else config.chat_template
     chats = backbone.kind == "decoder" and not for_labels
-    if template and not chats:
-        raise ConfigError(f"chat_template is {template!r}, but only decoders read chats.", hint="leave it out.")
+    if config.chat_template not in ("", "none") and not chats:
+        what = f"chat_template is {config.chat_template!r}, but only decoders read chats."
+        raise ConfigError(what, hint="leave it out.")
+    template = read_template(config)
     if template not in ("", MODEL_TEMPLATE):
-        template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
-        # Its length.
-        TextFormat.from_dict({"chat_template": template})
         # Named by the user, so that what the run makes can be used at once.
         allow_template(template, remember=True)
     own = not (config.chat_template or config.prompt_format or config.target_format)

@@ -13,21 +13,25 @@ from prefixtune.attention.layout import passes_gradients
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.devices import choose_device, choose_dtype, is_quantized
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.lora import has_adapter
+from prefixtune.backbone.lora import has_adapter, import_peft
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import ExampleLike
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.forms import FORMS, describe_data
 from prefixtune.errors import ConfigError
-from prefixtune.training.beside import SELF, Beside, load_others, with_questions
+from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training.beside import SELF, Beside, find_files, load_others, with_questions
 from prefixtune.training.checkpoint import read_checkpoints
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import TrainData, read_data, tokenize
+from prefixtune.training.data import TrainData, read_data, read_template, tokenize
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup, is_sharded, shard_model
 from prefixtune.training.loop import TrainLoop
 from prefixtune.training.run import Run
 from prefixtune.training.run_folder import check_unused, has_state
 from prefixtune.training.silence import general_examples
 from prefixtune.training.starts.build import build_encoder
+from prefixtune.training.starts.words import read_init_text
+from prefixtune.training.trackers import check_installed
 from prefixtune.training.tuning import tune
 from prefixtune.utils.config import DTypeName
 from prefixtune.utils.console import Console
@@ -90,6 +94,7 @@ def prepare(
                 check_unused(folder)
         config, train, dev = read_data(config, examples, dev_examples)
         checkpoints = read_checkpoints(config) if resume else []
+        check_named(config, begun=bool(checkpoints))
         if config.form and examples is None:
             console.info(describe_data(FORMS[config.form], train, config.train, train[0].fields))
         if config.hold_out and dev_examples is None and not config.dev:
@@ -123,6 +128,32 @@ def prepare(
         if begin:
             run.begin()
         return run.keep_open()
+
+
+def check_named(config: TrainConfig, *, begun: bool = False) -> None:
+    """Refuse files, templates and trackers that the options name and that cannot be used, before a model is loaded.
+
+    Args:
+        config: The run.
+        begun: It is resumed, and its start is not made again.
+
+    Raises:
+        CheckpointError: A prefix cannot be read.
+        ConfigError: A tracker is not installed.
+        DataError: A text or a template cannot be read, or lacks its placeholder.
+    """
+    if config.beside not in ("", SELF):
+        for path in find_files(config.beside, config.output):
+            load_prefix(path)
+    if config.initialization == "prefix" and not begun:
+        load_prefix(config.init_prefix)
+    if config.initialization in ("words", "text") and not begun:
+        read_init_text(config.init_text)
+    read_template(config)
+    TextFormat(config.prompt_format or TextFormat.prompt, config.target_format or TextFormat.target)
+    check_installed(config.trackers)
+    if config.method == "lora":
+        import_peft()
 
 
 # --- the backbone ----------------------------------------------------------------------------------------------------
@@ -182,16 +213,7 @@ def check_passes_gradients(backbone: Backbone) -> None:
 
 
 def _with_general(config: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
-    """A run's data with requests about other things.
-
-    Raises:
-        ConfigError: The run writes no text, or trains no prefix.
-    """
-    if data.labels is not None or not config.trains_prefix:
-        raise ConfigError(
-            f"keep_general is {config.keep_general:g}, but only prefixes that write texts learn general requests.",
-            hint="leave it out.",
-        )
+    """A run's data with requests about other things."""
     digest = f"{data.digest}+general {config.keep_general:g}"
     return dataclasses.replace(
         data, general=general_examples(backbone, data.text_format, config.longest), digest=digest
@@ -221,7 +243,5 @@ def _build_loop(
             stored_start=stored_start,
         )
         return TrainLoop(config, backbone, data, encoder, start.description, processes)
-    if data.has_head:
-        raise ConfigError(f"method {config.method!r} trains no head.", hint="use classifier = 'words'.")
     backbone = tune(backbone, config.method, config.method_size, seed=config.seed)
     return TrainLoop(config, backbone, data, None, {"kind": "backbone"}, processes)

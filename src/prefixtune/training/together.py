@@ -12,14 +12,16 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
+from prefixtune.data.streams import STDIN
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.training.beside import SELF, Beside
 from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import read_data
 from prefixtune.training.distributed import ProcessGroup, init_distributed
 from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
-from prefixtune.training.prepare import Teach, load_for, prepare
+from prefixtune.training.prepare import Teach, check_named, load_for, prepare
 from prefixtune.training.run import Run, TrainResult, stop_requests
-from prefixtune.training.run_folder import EARLIER_STATE_FILE, Event
+from prefixtune.training.run_folder import EARLIER_STATE_FILE, Event, check_unused, has_state
 
 MOST_POSITIONS_ON_CPU = 1024
 """Of runs that share passes on a processor: larger passes are a little quicker, and take more memory, for SmolLM2-135M
@@ -66,15 +68,18 @@ def train_together(
     inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(planned[0].device)) if processes is None else processes
-        loaded = load_for(planned[0], processes) if backbone is None else backbone
+        if backbone is None:
+            for config, given in zip(planned, inputs, strict=True):
+                check_run(config, *given, resume=resume)
+            backbone = load_for(planned[0], processes)
         options: dict[str, Any] = {"resume": resume, "teach": teach, "processes": processes, "shares_passes": True}
         runs = [
-            stack.enter_context(prepare(config, loaded, *given, **options, begin=False))
+            stack.enter_context(prepare(config, backbone, *given, **options, begin=False))
             for config, given in zip(planned, inputs, strict=True)
         ]
         begin_together(runs)
         stop = stack.enter_context(stop_requests())
-        for run, event in take_steps(loaded, runs, stop):
+        for run, event in take_steps(backbone, runs, stop):
             run.record(event)
             if on_event is not None and processes.is_main:
                 on_event({**event, "run": str(run.folder)})
@@ -109,6 +114,26 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError(
             "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."
         )
+
+
+def check_run(
+    config: TrainConfig,
+    examples: Sequence[Example] | None,
+    dev_examples: Sequence[Example] | None,
+    *,
+    resume: bool,
+) -> None:
+    """Refuse what is wrong with one of several runs, before the model of all is loaded; files are read again later.
+
+    Raises:
+        PrefixError: As `prepare` does.
+    """
+    begun = resume and has_state(Path(config.output))
+    if not begun:
+        check_unused(Path(config.output))
+    if config.train != STDIN:
+        config, _, _ = read_data(config, examples, dev_examples)
+    check_named(config, begun=begun)
 
 
 def begin_together(runs: Sequence[Run]) -> None:

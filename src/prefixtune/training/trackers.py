@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import io
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,17 @@ class Tracker(NamedTuple):
 
     log: Callable[[Mapping[str, float], int], Any]
     finish: Callable[[bool], Any]
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"the tracker {name} is not installed.", hint=f"pip install {name}, or leave it out.")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
     rows = [{"name": name, "text": f"{name} eats."} for name in ("Ann", "Bo")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = [{"text": name, "label": name} for name in ("Ann", "Bo")]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    asked = {"question": "Who eats?", "answer": "Ann."}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n")
+    (tmp_path / "run.toml").write_text('backbone = "model"\ntrain = "nothere.jsonl"\n')
     (tmp_path / "file").write_text("no folder")
     pair = torch.zeros(2, 4, 8), torch.ones(2, 4, 8)
     for name, backbone in (("p", "model"), ("q", "other")):
@@ -41,7 +46,31 @@ def folder(tmp_path, monkeypatch):
 
 
 TRAIN = "train --backbone model --train rows.jsonl --source name --target text --output run "
+LABELS = "train --backbone model --task classification --train labels.jsonl --output run "
+DISTILL = "distill --backbone model --document file --questions questions.jsonl --output run "
 MISTAKES = [
+    (TRAIN + "--init-prefix nowhere.safetensors", "nowhere.safetensors"),
+    (TRAIN + "--init-text @nowhere.txt", "nowhere.txt"),
+    (TRAIN + "--beside nowhere.safetensors", "nowhere.safetensors"),
+    (TRAIN + "--chat-template nowhere.jinja", "nowhere.jinja"),
+    (TRAIN + "--prompt-format tell", "tell"),
+    (TRAIN + "--classifier head", "classifier"),
+    (TRAIN + "--label-words Ann=yes", "label_words"),
+    (TRAIN + "--method lora --keep-general 0.1", "keep_general"),
+    (LABELS + "--label-words Cy=yes", "Cy"),
+    (LABELS + "--keep-general 0.1", "keep_general"),
+    (LABELS + "--method full --classifier head", "full"),
+    (LABELS + "--examples 1 --classifier head", "examples"),
+    ("train --together run.toml", "nothere.jsonl"),
+    (DISTILL + "--init-prefix nowhere.safetensors --initialization prefix", "nowhere.safetensors"),
+    (DISTILL + "--beside nowhere.safetensors", "nowhere.safetensors"),
+    (DISTILL + "--teacher p.safetensors", "p.safetensors"),
+    (DISTILL + "--teacher ./nowhere", "nowhere"),
+    ("generate --prefix p.safetensors --route x", "p.safetensors"),
+    ("generate --backbone model --engine vllm --num-beams 2 x", "--num-beams"),
+    ("evaluate --prefix p.safetensors --task classification --data labels.jsonl", "classification"),
+    ("evaluate --backbone model --task classification --data labels.jsonl --intervals", "intervals"),
+    ("evaluate --backbone model --data rows.jsonl --source name --target text --instruction {source}", "{source}"),
     ("train --together nowhere.toml", "nowhere.toml"),
     (TRAIN + "--epochs -1 --seed x", "--epochs is '-1'"),
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
@@ -79,6 +108,12 @@ def test_a_mistake_is_reported_before_the_model_loads_and_leaves_no_file(folder,
         assert "error: " in err, command
         assert named in err, command
         assert sorted(folder.iterdir()) == before, command
+
+
+def test_a_tracker_that_is_missing_is_named_before_the_model_loads(folder, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([*TRAIN.split(), "--report-to", "mlflow"]) == 2
+    assert "mlflow" in capsys.readouterr().err
 
 
 def test_every_command_has_a_mistake_in_the_table():

@@ -165,14 +165,20 @@ def _decode(
     from prefixtune.data import Example
     from prefixtune.data.labels import labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
+    from prefixtune.evaluation.evaluate import check_literal, labels_to_predict
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.scores import score_outputs
 
+    console, header = options.console, trained.headers[0]
+    labels, unchecked = labels_in(header) if trained.weights else None, next(iter(trained.prefixes), None)
+    how: dict[str, Any] = {"intervals": options.intervals, "engine": options.engine}
+    labels_to_predict(labels, unchecked, task.kind, examples, **how)
+    check_literal(options.instruction, shots)
     if options.metrics and task.kind == "generation":
         # Any text shows whether a program is missing that a metric needs.
         word = [Example("a word", ("a word",))]
         score_outputs(["a word"], word, protocol=task.protocol, metrics=options.metrics, strict=True)
-    console, header, overlap = options.console, trained.headers[0], _overlap(options, trained, examples, shots)
+    overlap = _overlap(options, trained, examples, shots)
     backbone, prefixes, text_format = load_trained(options, trained)
     text_format = _prompting(options, backbone, shots) or text_format
     with (
@@ -187,7 +193,7 @@ def _decode(
             config=config,
             engine=engine,
             kind=task.kind,
-            labels=labels_in(header) if trained.weights else None,
+            labels=labels,
             protocol=task.protocol,
             metrics=(options.metrics or task.metrics) if task.kind == "generation" else None,
             intervals=options.intervals,

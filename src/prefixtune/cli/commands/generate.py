@@ -66,6 +66,9 @@ def generate(options: GenerateOptions) -> None:
         prefixtune generate --prefix p.safetensors --engine llama.cpp "name : Aromi"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
+    from prefixtune.data.chat import as_conversation
+    from prefixtune.prefix.routing import router
+
     trained = read_trained(options, options.prefix, options.run_folder)
     config = options.configuration(trained.headers)
     if options.print_config:
@@ -75,13 +78,17 @@ def generate(options: GenerateOptions) -> None:
     # Blank lines of stdin have empty results, so that the lines of sources and results match.
     kept = [index for index, line in enumerate(lines) if options.texts or not isinstance(line, str) or line.strip()]
     labels = _common_labels(options, trained)
+    find = router(trained.headers, options.prefix) if options.route else None
     if options.stream:
         from prefixtune.inference.generate import check_streams
 
         check_streams(config)
     backbone, prefixes, text_format = load_trained(options, trained)
     texts = [lines[index] for index in kept]
-    chosen = _route(options, prefixes, texts) or [index % len(prefixes) if prefixes else None for index in kept]
+    if find is None:
+        chosen = [index % len(prefixes) if prefixes else None for index in kept]
+    else:
+        chosen = [find(as_conversation(text)[-1]["content"]) for text in texts]
     each = [None if number is None else prefixes[number] for number in chosen]
     cut: set[int] = set()
     work = _Work(backbone, texts, each, {"text_format": text_format, "config": config, "on_cut": cut.update})
@@ -125,15 +132,6 @@ def _read_texts(options: GenerateOptions, trained: Trained) -> list[Source]:
             f"{len(options.prefix)} prefixes for {len(lines)} texts.", hint="give --prefix once, or once per text."
         )
     return lines
-
-
-def _route(options: GenerateOptions, prefixes: Sequence[Prefix], texts: Sequence[Source]) -> list[int | None]:
-    """Which prefix each text gets by --route; None: it is about none; empty: not asked for."""
-    from prefixtune.data.chat import as_conversation
-    from prefixtune.prefix.routing import router
-
-    find = router([prefix.header for prefix in prefixes], options.prefix) if options.route else None
-    return [] if find is None else [find(as_conversation(text)[-1]["content"]) for text in texts]
 
 
 def _stdin_lines() -> list[str]:
