@@ -224,7 +224,6 @@ def test_a_seed_fixes_every_bit(tiny_backbone, config_for):
         ("llama", "scaled", (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9))),
         ("bart", "mlp", (("step", 3),)),
         ("t5", "scaled", (("evaluation", 4),)),
-        ("bert", "none", (("step", 3),)),
     ],
 )
 def test_resumed_is_uninterrupted(name, kind, moments, tiny_backbone, config_for):
@@ -240,10 +239,6 @@ def test_resumed_is_uninterrupted(name, kind, moments, tiny_backbone, config_for
         "weight_decay": 0.01,
     }
     data = {"backbone": backbone, "examples": SHARED, "dev_examples": HELD_OUT}
-    if name == "bert":
-        options |= {"task": "classification", "classifier": "head", "targets_per_source": 1}
-        labelled = [Example(name, (("short", "long")[len(name) > 2],)) for name in NAMES]
-        data |= {"examples": labelled, "dev_examples": labelled[:2]}
     whole = train(config_for("whole", **options), **data)
 
     def log(folder):
