@@ -213,11 +213,10 @@ def visible_losses(backbone, whole, kept, group):
     return torch.cat(losses)
 
 
-def test_who_stands_beside_is_drawn_by_seed_step_and_sample(tiny_backbone, random_prefix, monkeypatch):
-    monkeypatch.setattr("prefixtune.training.beside.MOST_BESIDE", 3)
+def test_who_stands_beside_is_drawn_by_seed_step_and_sample(tiny_backbone, random_prefix):
     backbone = tiny_backbone("gpt2")
     beside = Beside.of_prefixes([random_prefix(backbone, 1).detach()] * 4, backbone.rotation)
-    config = pt.TrainConfig(beside="x")
+    config = pt.TrainConfig(beside="x", beside_most=3)
     places = [(step, sample) for step in range(1, 201) for sample in range(10)]
     drawn = [beside.draw(config, *place) for place in places]
     assert drawn == [beside.draw(config, *place) for place in places]

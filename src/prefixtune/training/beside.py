@@ -39,8 +39,6 @@ ALONE_RATE = 0.4
 """Share of the samples that see their run's prefix alone."""
 ALL_RATE = 0.7
 """Of the other samples, share of those that see all others; the rest see a random number of them."""
-MOST_BESIDE = 20
-"""Most others in a sample."""
 _OWN_PER_QUESTION = 3
 """Examples of its own that a run has for each question of others, at least."""
 _PER_POSITION = 8
@@ -138,7 +136,7 @@ class Beside:
     def draw(self, config: TrainConfig, step: int, sample: int, needed: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Who stands beside in a sample, as `Front.company` has it: those that it needs, and perhaps more."""
         rng = random.Random(f"{config.seed}/{step}/{sample}/beside")
-        most = min(MOST_BESIDE, len(self.others))
+        most = min(config.beside_most, len(self.others))
         if not most or rng.random() < ALONE_RATE:
             return needed
         count = most if rng.random() < ALL_RATE else rng.randint(1, most)
@@ -178,7 +176,7 @@ def check_beside(
         ConfigError: Together with the longest text they take more positions than the backbone has; or positions are to
             be hidden, but are not the same ones at an encoder-decoder's sites.
     """
-    beside = sum(sorted((lengths.get("decoder", 0) for lengths in others), reverse=True)[:MOST_BESIDE])
+    beside = sum(sorted((lengths.get("decoder", 0) for lengths in others), reverse=True)[: config.beside_most])
     text = longest_text(examples)
     length = own.get("decoder", 0)
     total, allowed = length + beside + text, backbone.max_positions_with(length)
@@ -186,7 +184,7 @@ def check_beside(
         raise ConfigError(
             f"a prefix of {length} positions, up to {beside} of those beside it and a text of {text} "
             f"take {total:,} positions, but {backbone.name!r} has {allowed:,}.",
-            hint="lower max_length, or choose fewer or shorter prefixes.",
+            hint="lower beside_most or max_length, or choose shorter prefixes.",
         )
     hides = config.prefix_dropout > 0 or any(example.hidden for example in examples)
     if hides and backbone.kind == "encoder-decoder" and own.get("encoder", 0) != own.get("cross", 0):

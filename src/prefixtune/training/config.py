@@ -118,6 +118,7 @@ class TrainConfig(Config):
         description="to be joined later: prefixes that stand beside this one in most of the samples: a file, a folder, "
         "hub:OWNER/NAME, or self (those that train together, and learn from each other's samples to be silent)",
     )
+    beside_most: int = _prefix(20, ge=1, le=63, description="most others that stand beside at once")
     nested: bool = _prefix(False, description="train random lengths, so that the first p positions are a good prefix")
 
     learning_rate: float = _training(

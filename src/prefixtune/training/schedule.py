@@ -15,7 +15,7 @@ from typing import Any
 
 from prefixtune.data.tokenized import TokenizedExample, epoch_batches
 from prefixtune.prefix.geometry import Site
-from prefixtune.training.beside import ALL_RATE, ALONE_RATE, MOST_BESIDE
+from prefixtune.training.beside import ALL_RATE, ALONE_RATE
 from prefixtune.training.config import TrainConfig
 
 
@@ -182,7 +182,7 @@ def variation_facts(config: TrainConfig, num_beside: int | None = None) -> dict[
     if config.prefix_dropout:
         facts["prefix_dropout"] = config.prefix_dropout
     if config.beside:
-        facts["beside"] = {"alone": ALONE_RATE, "all": ALL_RATE, "most": MOST_BESIDE, "positions": "shared"}
+        facts["beside"] = {"alone": ALONE_RATE, "all": ALL_RATE, "most": config.beside_most, "positions": "shared"}
         if num_beside is not None:
             facts["beside"]["others"] = num_beside
     return facts
