@@ -18,7 +18,6 @@ from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.engine.llama_state import KV_TYPES, encode_file, placeholders_for, rows_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
@@ -365,18 +364,3 @@ def test_the_server_writes_what_generate_writes(make, serve, random_prefix, tmp_
         assert reply["timings"]["cache_n"] >= 6
         assert reply["tokens_evaluated"] == 6 + len(backbone.encode(f" {text} <s>"))
         assert reply["content"].strip() == output
-
-
-def test_a_lost_prefix_is_noticed(make, serve, random_prefix, tmp_path):
-    backbone, path = make("llama")
-    prefix, slots, exported = random_prefix(backbone, 6, seed=3), tmp_path / "slots", tmp_path / "exported"
-    url = serve(path, slots, 1)
-    facts = export_llama_cpp(prefix, backbone, exported)
-    shutil.copy(exported / "prefix.bin", slots)
-    # Nothing was restored: an answer all the same, and only `cache_n` tells.
-    assert ask(url, facts, TEXTS[0], 4)["timings"]["cache_n"] < 6
-    longer = {**facts, "prefix_length": 7, "placeholders": [*facts["placeholders"], 1]}
-    with pytest.raises(NotInEffectError, match="n_restored is 6, but the prefix has 7"):
-        check(url, longer)
-    with pytest.raises(NotInEffectError, match=r"cache_n is \d, but must be 6"):
-        check(url, {**facts, "placeholders": facts["placeholders"][::-1]})
