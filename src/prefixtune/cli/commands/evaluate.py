@@ -16,6 +16,7 @@ from prefixtune.utils.config import CommaList
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
     from prefixtune.data import Example, Task
+    from prefixtune.data.labels import Labels
     from prefixtune.inference.config import GenerateConfig
     from prefixtune.prefix.text_format import TextFormat
     from prefixtune.results import Evaluation, Overlap
@@ -165,15 +166,12 @@ def _decode(
     from prefixtune.data import Example
     from prefixtune.data.labels import labels_in
     from prefixtune.evaluation.decode import DECODED_FILE
-    from prefixtune.evaluation.evaluate import check_literal, labels_to_predict
     from prefixtune.evaluation.evaluate import evaluate as evaluate_prefix
     from prefixtune.evaluation.scores import score_outputs
 
     console, header = options.console, trained.headers[0]
-    labels, unchecked = labels_in(header) if trained.weights else None, next(iter(trained.prefixes), None)
-    how: dict[str, Any] = {"intervals": options.intervals, "engine": options.engine}
-    labels_to_predict(labels, unchecked, task.kind, examples, **how)
-    check_literal(options.instruction, shots)
+    labels = labels_in(header) if trained.weights else None
+    _check(options, trained, labels, examples, task, shots)
     if options.metrics and task.kind == "generation":
         # Any text shows whether a program is missing that a metric needs.
         word = [Example("a word", ("a word",))]
@@ -217,6 +215,22 @@ def _decode(
     method = "few-shot" if shots else header.get("method", "prefix") if header else "zero-shot"
     facts = {"method": method, "prefix": options.prefix, "overlap": overlap, "settings": settings}
     return outcome.with_facts(backbone=backbone.name, **facts)
+
+
+def _check(
+    options: EvaluateOptions,
+    trained: Trained,
+    labels: Labels | None,
+    examples: Sequence[Example],
+    task: Task,
+    shots: Sequence[Example],
+) -> None:
+    """Refuse labels, an engine or an instruction that do not go with the rest."""
+    from prefixtune.evaluation.evaluate import check_literal, labels_to_predict
+
+    how: dict[str, Any] = {"intervals": options.intervals, "engine": options.engine}
+    labels_to_predict(labels, next(iter(trained.prefixes), None), task.kind, examples, **how)
+    check_literal(options.instruction, shots)
 
 
 def _prompting(options: EvaluateOptions, backbone: Backbone, shots: Sequence[Example]) -> TextFormat | None:
