@@ -45,7 +45,7 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
-	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations tests/golden/test_interop.py $(PYTEST_ARGS)
+	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(addprefix tests/golden/test_,interop.py generation_json.py) $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
 

@@ -50,7 +50,8 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    print("\n".join(table([json.loads(Path(path).read_text()) for path in sys.argv[1:]])))
+    paths = sys.argv[1:] or sys.exit(__doc__)
+    print("\n".join(table([json.loads(Path(path).read_text()) for path in paths])))
 
 
 if __name__ == "__main__":
