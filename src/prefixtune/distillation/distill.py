@@ -137,6 +137,7 @@ def open_memory(config: DistillConfig, student: Backbone, console: Console) -> I
         DataError: A document or questions cannot be read, or do not fit.
         BackboneError: The teacher has another tokenizer, or the backbone cannot do the job.
     """
+    check_teacher(config)
     preparation = Preparation(config, read_jobs(config, resume=True), student, console)
     (memory,) = preparation.memories
     folder = memory.job.output

@@ -184,7 +184,9 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *,
     for number, prompt in enumerate(prompts, start=1):
         count, new = len(prompt.ids), prompt.new_tokens
         if not count:
-            raise RequestError(f"text {number} has no token.", hint="write some text, or use a separator.")
+            raise RequestError(
+                f"text {number} has no token.", hint="write some text, or a prompt format with a separator."
+            )
         taken = backbone.prefix_positions(prompt.prefix_length)
         # An encoder-decoder's start token takes the position that the last token does not.
         needed = max(count, new) if separate else taken + count + new

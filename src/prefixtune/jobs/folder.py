@@ -134,7 +134,8 @@ class JobFolder:
         """How far the job is; None: it has taken no step."""
         told = [event for event in self.events(_TAIL_BYTES) if event.data]
         figures = {name: value for event in told for name, value in event.data.items()}
-        return Progress(**figures, updated=told[-1].created) if "train_loss" in figures else None
+        stepped = [event.created for event in told if "train_loss" in event.data]
+        return Progress(**figures, updated=stepped[-1]) if stepped else None
 
     def add_event(
         self, message: str, *, level: EventLevel = "info", data: dict[str, Any] | None = None, key: str = ""

@@ -75,10 +75,10 @@ def publish(
             validator.load(path, path.stem)
         changing.enter_context(change_folder(prefixes, _LOCK_SECONDS))
         for path in [*made.iterdir()]:
-            if (prefixes / path.name).exists() and not _is_from(job, prefixes / path.name):
+            if (prefixes / path.name).exists() and not _is_from(job, prefixes / path.name, or_left=True):
                 path.unlink(missing_ok=True)
         if not path_of(made, job.name).exists():
-            raise FolderBusyError(f"another model is served as {job.name!r} now.")
+            raise FolderBusyError(f"another model is served as {job.name!r} now; delete it first.")
 
 
 def metrics_csv(figures: Iterable[dict[str, Any]]) -> str:
@@ -100,11 +100,11 @@ def _origin_field(job: Job, step: int | None = None) -> dict[str, Any]:
     return {"job": JobOrigin(id=job.id, owner=job.owner, step=step).model_dump(exclude_none=True)}
 
 
-def _is_from(job: Job, path: Path) -> bool:
-    """Whether a job made a file, as far as that can be read."""
+def _is_from(job: Job, path: Path, *, or_left: bool = False) -> bool:
+    """Whether a job made a file, as far as that can be read; or its owner's, a checkpoint left without its result."""
     with contextlib.suppress(OSError, CheckpointError):
-        origin = job_origin(read_outline(path).header)
-        return origin is not None and origin.id == job.id
+        if origin := job_origin(read_outline(path).header):
+            return origin.id == job.id or (or_left and origin.owner == job.owner and origin.step is not None)
     return False
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dbos import WorkflowStatus
 
 APPLICATION, WORKFLOW = "prefixtune", "train"
-PROTOCOL = "4"
+PROTOCOL = "5"
 """What workers understand. Raised when a job's stored form changes: a worker takes no job of another version."""
 
 _STATES: dict[str, JobStatus] = {
@@ -172,7 +172,7 @@ def _reaching() -> Iterator[None]:
 
 def _state(workflow: WorkflowStatus) -> JobState:
     assert workflow.input is not None
-    status = _STATES[workflow.status]
+    status = _STATES.get(workflow.status, "failed")
     if (workflow.attributes or {}).get(_CANCELLED):
         status = "cancelled"
     return JobState(

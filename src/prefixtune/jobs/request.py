@@ -66,10 +66,9 @@ def settle_job(asked: Job, files: Mapping[str, StoredFile], given: Mapping[str, 
         values["dev_limit"] = MOST_VALIDATED
     config = _validate(values, is_document=is_document)
     settled = config.model_dump(mode="json", include=set(config.model_fields_set) - _PATHS)
-    multiplier = round((config.learning_rate or usual_rate) / usual_rate, 6)
     # Epochs are whole, as OpenAI's are.
-    epochs = max(1, round(steps / per_epoch))
-    told = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": multiplier}
+    told: dict[str, float] = {"n_epochs": max(1, round(steps / per_epoch)), "batch_size": batch_size}
+    told["learning_rate_multiplier"] = round((config.learning_rate or usual_rate) / usual_rate, 6)
     return asked.model_copy(update={"config": settled, "hyperparameters": told})
 
 
@@ -80,7 +79,8 @@ def _num_targets(file: StoredFile, values: Mapping[str, Any]) -> int:
         return int(values.get("num_questions", DistillConfig.default("num_questions")))
     # Texts are learned in windows.
     windows = file.facts.characters // _CHARACTERS_OF_WINDOW if values.get("form") == "text" else 0
-    return max(file.facts.targets or file.facts.rows, windows)
+    # Of questions all count, as the model answers the others.
+    return max((file.facts.targets if "form" in values else 0) or file.facts.rows, windows)
 
 
 def _preset_values(training: StoredFile, targets: int, given: Mapping[str, Any], chosen: str | None) -> dict[str, Any]:

@@ -290,12 +290,12 @@ class Reporter:
                     seconds = (time.monotonic() - self._opened) / (step - self._begun_at)
                     figures = {"learning_rate": event["lr"], "seconds": event["seconds"]}
                     figures |= {"seconds_left": (total - step) * seconds, "trained_tokens": self._trained_tokens}
+                    figures |= self._loop.state.best() if self._loop.state.best_step else {}
                     self._add_metrics("training", {"train_loss": event["loss_per_token"], **figures})
             case "evaluation":
                 keep_checkpoint(self._job, self._folder, self._loop, event, self._loss)
                 if "loss" in event:
-                    figures = {name: event[name] for name in ("best_loss", "best_step")}
-                    self._add_metrics("validation", {"valid_loss": event["loss"], **figures})
+                    self._add_metrics("validation", {"valid_loss": event["loss"], **self._loop.state.best()})
 
     def _add_metrics(self, what: str, figures: dict[str, float]) -> None:
         step, total = self._loop.state.step, self._loop.state.total_steps

@@ -31,7 +31,7 @@ Signature = tuple[int, int, int]
 
 
 class FolderBusyError(PrefixError):
-    """Others change a folder of prefixes for too long."""
+    """A folder of prefixes cannot be changed now."""
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def change_folder(folder: Path, seconds: float) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     with file_lock(folder / _LOCK, seconds) as held:
         if not held:
-            message = f"other processes have been changing the folder of prefixes for {seconds:g} seconds."
+            message = f"other processes have been changing this folder for {seconds:g} seconds."
             raise FolderBusyError(message, hint="try again later.")
         yield
 

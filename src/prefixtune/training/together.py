@@ -12,7 +12,6 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data import Example
-from prefixtune.data.streams import STDIN
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.training.beside import SELF, Beside
 from prefixtune.training.config import TrainConfig
@@ -131,8 +130,7 @@ def check_run(
     begun = resume and has_state(Path(config.output))
     if not begun:
         check_unused(Path(config.output))
-    if config.train != STDIN:
-        config, _, _ = read_data(config, examples, dev_examples)
+    config, _, _ = read_data(config, examples, dev_examples)
     check_named(config, begun=begun)
 
 

@@ -115,6 +115,17 @@ def test_a_name_that_another_file_has_is_left_alone(folder, backbone, prefixes, 
         assert (prefixes / "support.safetensors").read_bytes() == content
 
 
+def test_a_checkpoint_that_its_owner_left_without_its_result_is_replaced(folder, backbone, prefixes, files):
+    publish(JOB, folder, backbone, prefixes, files)
+    path = prefixes / "support.step-6.safetensors"
+    left = read_artifact(path)
+    for owner, is_replaced in (("alice", True), ("bob", False)):
+        header = {**left.header, "job": {**left.header["job"], "id": OTHER.id, "owner": owner}}
+        save_prefix(path, Prefix(left.layers, header))
+        publish(JOB, folder, backbone, prefixes, files)
+        assert (job_origin(read_artifact(path).header).id == JOB.id) is is_replaced
+
+
 @pytest.mark.parametrize("damage", ["truncated", "other model"])
 def test_what_cannot_be_served_is_not_published(folder, run, backbone, prefixes, files, tiny_backbone, damage):
     file = run / "prefix.safetensors"

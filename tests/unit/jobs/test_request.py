@@ -97,8 +97,10 @@ def test_a_document_is_distilled():
     job = made(training_file=DOCUMENT, options={"prefix_length": 8, "num_questions": 32})
     config = DistillConfig(document="x", questions="self", output="y", **job.config)
     assert (config.max_steps, config.prefix_length, config.num_questions) == (150, 8, 32)
-    both = made(training_file=DOCUMENT, questions=QUESTIONS, hyperparameters={"n_epochs": 4})
-    assert both.config["max_steps"] == 12
+    # Questions without an answer train, too.
+    for questions in (QUESTIONS, stored(8, "question", 40, counted=3)):
+        both = made(training_file=DOCUMENT, questions=questions, hyperparameters={"n_epochs": 4})
+        assert both.config["max_steps"] == 12
 
 
 WRONG = [

@@ -127,4 +127,5 @@ def test_previews(app):
     assert len(long["messages"]) == 50
     (text,) = preview(app, b"Owls fly at night. " * 50, "owls.txt", "document")["examples"]
     assert text["source"].startswith("Owls fly")
+    assert preview(app, b"document,summary\na b,a\n", "a.csv")["examples"] == [{"source": "a b", "targets": ["a"]}]
     assert preview(app, b"text\n", "empty.csv")["examples"] == []

@@ -333,6 +333,7 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
         upload(state, text, "a.csv") for text in ("text,label\na,b\n", "prompt,completion,question,answer\n1,2,3,4\n")
     )
     broken, document = upload(state, '{"prompt": "no answer"}\n'), upload(state, "Owls fly.", "a.txt", "document")
+    summaries, as_document = upload(state, '{"document": "a", "summary": "b"}\n'), {"own": {"form": "document"}}
     metrics = state.training.files.put_metrics("local", f"ftjob-{'0' * 24}", b"step\n").id
     open_questions = upload(state, "".join(json.dumps({"question": f"Why {n}?"}) + "\n" for n in range(1001)))
     for file, more, param, code in (
@@ -340,6 +341,9 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
         (metrics, {}, "training_file", "invalid_training_file"),
         (two, {}, "prefixtune.form", None),
         (rows, {"own": {"form": "label"}}, "training_file", "invalid_training_file"),
+        *((file, as_document, "training_file", "invalid_training_file") for file in (rows, metrics)),
+        (summaries, {"validation_file": label}, "validation_file", "invalid_validation_file"),
+        (summaries, {"validation_file": document}, "validation_file", "invalid_validation_file"),
         (rows, {"validation_file": label}, "validation_file", "invalid_validation_file"),
         (rows, {"validation_file": f"file-{'1' * 24}"}, "validation_file", "file_not_found"),
         (document, {"own": {"questions": rows}}, "prefixtune.questions", "invalid_questions"),

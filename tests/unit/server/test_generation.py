@@ -116,6 +116,17 @@ def test_lengths_fit_the_positions(make_server):
     assert texts_when_done(state) == 0
 
 
+def test_unknown_token_ids_are_refused(make_server):
+    app, _ = make_server()
+    for param, value in (
+        *(("prompt", prompt) for prompt in ([10**9], [-1], [[5], [10**30]])),
+        ("logit_bias", {"5": 1, "100000": 1}),
+    ):
+        response = asyncio.run(send(app, "POST", "/v1/completions", completion(**{param: value})))
+        error = response.json["error"]
+        assert (response.status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+
+
 @pytest.mark.parametrize(
     ("raw", "stop", "finish", "count"),
     [(False, ["<s>"], "stop", 0), (True, ["<s>"], "stop", 0), (True, ["<x>"], "length", 6)],

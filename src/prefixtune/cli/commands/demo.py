@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -121,7 +122,7 @@ def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -
     shown = [_shown(SKILLS[name]) + text for (name, *_), text in zip(asked, bare, strict=True)]
     texts = [*bare, *shown, *(source for _, source, _ in asked)]
     owners = [*[None] * (2 * len(asked)), *(prefixes[name] for name, *_ in asked)]
-    outputs = [text.strip() for text in generate(backbone, texts, owners, max_new_tokens=8)]
+    outputs = [text.strip() for text in generate(backbone, texts, owners, max_new_tokens=8, batch_size=len(texts))]
     parts = (outputs[first : first + len(asked)] for first in range(0, len(outputs), len(asked)))
     answers = [
         # After rows, an answer is a line.
@@ -142,7 +143,7 @@ def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -
     return {
         "asked": len(asked),
         "right_before": count("before"),
-        "begun_right_before": count("before", str.startswith),
+        "begun_right_before": count("before", lambda text, target: re.findall(r"\w+", text)[:1] == [target]),
         "right_with_rows": count("with_rows"),
         "right_after": count("after"),
         "backbone_parameters": backbone.num_parameters,

@@ -78,12 +78,12 @@ def _check_room(context: RequestContext, size: int, kept: Sequence[StoredFile]) 
         ApiError: It is refused.
     """
     rules, most_bytes = context.caller.rules, context.state.config.max_file_mib * 2**20
-    most_in_all = rules.max_storage_mib * 2**20
+    most_in_all, kept_bytes = rules.max_storage_mib * 2**20, sum(file.bytes for file in kept)
     for status, code, is_wrong, message in (
         (400, "empty_file", not size, "the file is empty"),
         (413, "file_too_large", size > most_bytes, f"a file may have {most_bytes:,} bytes; split it"),
         (403, "too_many_files", len(kept) >= rules.max_files, f"{rules.max_files:,} files may be kept; delete one"),
-        (413, "no_room", sum(file.bytes for file in kept) + size > most_in_all, f"all may have {most_in_all:,} bytes"),
+        (413, "no_room", kept_bytes + size > most_in_all, f"{most_in_all:,} bytes may be kept; delete a file"),
     ):
         if is_wrong:
             raise ApiError(status, f"{message}.", code=code, param="file")
@@ -162,7 +162,7 @@ def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     stored = find_file(context, file_id)
     path, form = context.training.files.path(stored), stored.facts.form if stored.facts else ""
     examples = []
-    if form == "document":
+    if form and stored.purpose == "document":
         with open(path, "rb") as file:
             examples = [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
     elif form:

@@ -134,7 +134,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     start_lengths, files = _start_lengths(context, body.model), _find_files(context, body)
     data, questions = files["training_file"], files.get(_QUESTIONS)
     is_document = data.purpose == "document"
-    form = "document" if is_document else str(body.options.get("form") or (data.facts.form if data.facts else ""))
+    form = None if is_document else str(body.options.get("form") or (data.facts.form if data.facts else ""))
     for param, file in files.items():
         _check_file(param, file, "question" if file is questions else form)
     _check_options(body, questions, start_lengths, state.catalog.max_length)
@@ -169,7 +169,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     return job, links, start_lengths
 
 
-def _given_values(asked: Job, form: str, start_lengths: _Lengths) -> dict[str, Any]:
+def _given_values(asked: Job, form: str | None, start_lengths: _Lengths) -> dict[str, Any]:
     """What a request says, as the configuration calls it."""
     is_document, names = asked.kind == "document", {"start": "initialization"}
     no_config = ("name", "document", "questions") if is_document else ("name", "preset")
@@ -202,8 +202,8 @@ def _result_name(body: FineTuningRequest, job_id: str) -> str:
     return name
 
 
-def _check_file(param: str, file: StoredFile, form: str) -> None:
-    """Refuse a file that cannot be read in a form.
+def _check_file(param: str, file: StoredFile, form: str | None) -> None:
+    """Refuse a file that cannot be read in a form; None: as a document.
 
     Raises:
         ApiError: It is refused.
@@ -212,9 +212,9 @@ def _check_file(param: str, file: StoredFile, form: str) -> None:
     if file.status != "processed":
         what = file.status_details.rstrip(".")
         raise bad_request(f"{file.id} cannot be trained on: {what}. Upload a corrected file.", param, code)
-    if not form and forms:
+    if form == "" and forms:
         raise bad_request(f"'training_file' can be read as {forms}; say which by this option.", "prefixtune.form")
-    if form != "document" and (form not in forms or file.purpose != "fine-tune"):
+    if form is not None and (form not in forms or file.purpose != "fine-tune"):
         raise bad_request(f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", param, code)
 
 
