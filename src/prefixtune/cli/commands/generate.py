@@ -66,7 +66,6 @@ def generate(options: GenerateOptions) -> None:
         prefixtune generate --prefix p.safetensors --engine llama.cpp "name : Aromi"
         cat sources.txt | prefixtune generate --prefix p.safetensors --json
     """
-    from prefixtune.data.chat import as_conversation
     from prefixtune.prefix.routing import router
 
     trained = read_trained(options, options.prefix, options.run_folder)
@@ -88,6 +87,8 @@ def generate(options: GenerateOptions) -> None:
     if find is None:
         chosen = [index % len(prefixes) if prefixes else None for index in kept]
     else:
+        from prefixtune.data.chat import as_conversation
+
         chosen = [find(as_conversation(text)[-1]["content"]) for text in texts]
     each = [None if number is None else prefixes[number] for number in chosen]
     cut: set[int] = set()
