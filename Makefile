@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # Tests run in as many processes as there are cores, each on one of them. The programs that they start compile Python once.
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS)
+INSTALL := -m pip install --quiet --disable-pip-version-check
 # What make test needs of the package's extras.
 TEST_EXTRAS := serve,scores,lora
 comma := ,
