@@ -48,7 +48,7 @@ EXTRAS = {
         (*SCORE, "--metrics", "cider"),
         (*SCORE, "--metrics", "rouge_l"),
         (*SCORE, "--protocol", "webnlg"),
-        ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", "--target", "text", "--metrics", "meteor"),
+        ("evaluate", "--prefix", "PREFIX", "--data", "places.jsonl", *DATA[2:], "--metrics", "meteor"),
     ],
     "json": [("generate", "--prefix", "PREFIX", "--schema", '{"type": "object"}', "Aromi is Italian")],
     "export": [("export", "PREFIX", "--to", "onnx", "--output", "exported")],
