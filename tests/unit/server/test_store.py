@@ -42,7 +42,7 @@ def test_the_folder_is_changed_by_one_at_a_time(tmp_path, save, llama, monkeypat
     before = (store.folder / "p.safetensors").read_bytes()
     with change_folder(store.folder, 1.0):
         for change in (lambda: store.put("p", save("upload", 2)), lambda: store.delete("p")):
-            with pytest.raises(FolderBusyError, match="for 0.1 seconds"):
+            with pytest.raises(FolderBusyError, match=r"for 0\.1 seconds"):
                 change()
         assert store.get("p") is not None
     assert (store.folder / "p.safetensors").read_bytes() == before
