@@ -109,8 +109,8 @@ def check_teacher(config: DistillConfig) -> None:
         return
     prefix, name = load_prefix(config.teacher), repr(config.teacher)
     if config.document or config.prompt:
-        what, hint = f"the teacher {name} is a prefix, in whose place the text would stand.", "a model or another run."
-        raise ConfigError(what, hint=f"name {hint}")
+        what = f"the teacher {name} is a prefix, in whose place the text would stand."
+        raise ConfigError(what, hint="name a model or another run.")
     if prefix.head is not None:
         raise ConfigError(f"the teacher {name} has a head, and writes no text.", hint="name a prefix that generates.")
 
