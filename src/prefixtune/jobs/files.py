@@ -31,8 +31,8 @@ from prefixtune.data.streams import GZIP_MAGIC, read_text
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.jobs.folder import FILE_ID, DataFolder
 from prefixtune.jobs.job import metrics_file_id
-from prefixtune.prefix.folder import change_folder
 from prefixtune.utils.files import atomic_files, fsync, remove_abandoned, work_folder
+from prefixtune.utils.locks import change_folder
 
 Purpose = Literal["fine-tune", "document", "fine-tune-results"]
 """What a file is for; results are made by workers."""

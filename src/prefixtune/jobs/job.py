@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from prefixtune import errors
-from prefixtune.prefix.folder import FolderBusyError
+from prefixtune.utils.locks import FolderBusyError
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 """As OpenAI's fine-tuning jobs name them."""

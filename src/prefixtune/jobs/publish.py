@@ -20,11 +20,12 @@ from prefixtune.errors import CheckpointError
 from prefixtune.jobs.files import FileStore
 from prefixtune.jobs.folder import JobFolder
 from prefixtune.jobs.job import Job, checkpoint_name
-from prefixtune.prefix.folder import FolderBusyError, change_folder, path_of
+from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, read_outline, save_prefix
 from prefixtune.training.run_folder import PREFIX_FILE, Event
 from prefixtune.utils.files import atomic_files
+from prefixtune.utils.locks import FolderBusyError, change_folder
 
 if TYPE_CHECKING:
     # A server reads checkpoints, and does without it.

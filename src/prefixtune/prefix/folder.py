@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,12 +14,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from prefixtune.errors import CheckpointError, PrefixError, RequestError, first_line
+from prefixtune.errors import CheckpointError, RequestError, first_line
 from prefixtune.prefix.prefix import read_outline
-from prefixtune.utils.locks import file_lock
 
 ENDING = ".safetensors"
-_LOCK = ".publish.lock"
 _NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")
 _PARAMETER = "prefixtune"
 """The key in `kv_transfer_params`."""
@@ -28,31 +25,6 @@ _SALT = "prefixtune:"
 
 Signature = tuple[int, int, int]
 """Modification time in nanoseconds, size in bytes, and inode: where it differs, the file has changed."""
-
-
-class FolderBusyError(PrefixError):
-    """A folder of prefixes cannot be changed now."""
-
-
-@contextlib.contextmanager
-def change_folder(folder: Path, seconds: float) -> Iterator[None]:
-    """Change a folder alone: of all processes, one at a time looks whose a file is and then replaces or removes it.
-
-    Args:
-        folder: Made if it is missing.
-        seconds: Most to wait for the others.
-
-    Raises:
-        FolderBusyError: They take longer.
-        PrefixError: The lock belongs to another user.
-    """
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder / _LOCK, seconds) as held:
-        if not held:
-            message = f"other processes have been changing this folder for {seconds:g} seconds."
-            raise FolderBusyError(message, hint="try again later.")
-        yield
 
 
 def path_of(folder: Path, name: str) -> Path:

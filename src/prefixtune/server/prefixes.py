@@ -25,7 +25,6 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
 from prefixtune.prefix.folder import (
     Signature,
-    change_folder,
     check_name,
     check_regular_file,
     list_names,
@@ -35,6 +34,7 @@ from prefixtune.prefix.folder import (
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path, reporting_write_errors
+from prefixtune.utils.locks import change_folder
 
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0

@@ -63,3 +63,28 @@ def acquire_lock(path: Path, timeout: float) -> BaseFileLock | None:
     except NotImplementedError as error:
         raise OSError(errno.ENOLCK, str(error)) from error
     return lock
+
+
+class FolderBusyError(PrefixError):
+    """A folder of prefixes cannot be changed now."""
+
+
+@contextlib.contextmanager
+def change_folder(folder: Path, seconds: float) -> Iterator[None]:
+    """Change a folder alone: of all processes, one at a time looks whose a file is and then replaces or removes it.
+
+    Args:
+        folder: Made if it is missing.
+        seconds: Most to wait for the others.
+
+    Raises:
+        FolderBusyError: They take longer.
+        PrefixError: The lock belongs to another user.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / ".publish.lock", seconds) as held:
+        if not held:
+            message = f"other processes have been changing this folder for {seconds:g} seconds."
+            raise FolderBusyError(message, hint="try again later.")
+        yield

@@ -18,11 +18,11 @@ from prefixtune.jobs.job import Job, JobState, failure_of, pause_reason
 from prefixtune.jobs.publish import checkpoints, publish, take_back
 from prefixtune.jobs.trainer import Reporter
 from prefixtune.jobs.worker import _clear, look_after
-from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.prefix.header import job_origin
 from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.train import train
+from prefixtune.utils.locks import FolderBusyError, change_folder
 from training_jobs import make_job
 
 JOB = Job(id=f"ftjob-{'a' * 24}", owner="alice", created=1, model="tiny", name="support", training_file="file-1")

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from prefixtune.prefix.folder import FolderBusyError, change_folder
 from prefixtune.server.prefixes import PrefixFolder
+from prefixtune.utils.locks import FolderBusyError, change_folder
 
 
 def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp_path, save, llama):
