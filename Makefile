@@ -41,11 +41,11 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 
 test: $(VENV)/.tested  ## the tests of the package and its server (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	$(PYTEST) --durations 30 --durations-min 2 $(PYTEST_ARGS)
+	$(PYTEST) --ignore tests/golden/test_scores.py --durations 30 --durations-min 2 $(PYTEST_ARGS)
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
-	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(addprefix tests/golden/test_,interop.py generation_json.py) $(PYTEST_ARGS)
+	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(addprefix tests/golden/test_,interop.py generation_json.py scores.py) $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
 

@@ -39,9 +39,9 @@ def test_the_snippets_run(tmp_path, monkeypatch, capsys):
     names = {}
     blocks = re.findall(r"(?<!not run -->\n)^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
     assert len(blocks) == 8
-    shorter = {"rows, max_steps=20": "rows, max_steps=2, batch_size=2", "max_steps=20": "max_steps=2"}
-    shorter |= {"max_new_tokens=24": "max_new_tokens=4", 'metrics=["bleu"]': 'metrics=["bleu"], max_new_tokens=4'}
-    shorter |= {'name Costa")': 'name Costa", max_new_tokens=4)'}
+    shorter = {"rows, max_steps=20": "rows, max_steps=1, batch_size=1", "max_steps=20": "max_steps=1"}
+    shorter |= {"max_new_tokens=24": "max_new_tokens=2", 'metrics=["bleu"]': 'metrics=["bleu"], max_new_tokens=2'}
+    shorter |= {'name Costa")': 'name Costa", max_new_tokens=2)'}
     for block in blocks:
         for long, short in shorter.items():
             block = block.replace(long, short)

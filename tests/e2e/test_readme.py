@@ -65,11 +65,11 @@ def test_the_python_blocks_run(page, tmp_path, monkeypatch, default_backbone, ca
     monkeypatch.chdir(tmp_path)
     generate = pt.generate
     monkeypatch.setattr(pt, "load_backbone", lambda *_, **__: default_backbone)
-    monkeypatch.setattr(pt, "generate", lambda *given, **named: generate(*given, **{**named, "max_new_tokens": 8}))
+    monkeypatch.setattr(pt, "generate", lambda *given, **named: generate(*given, **{**named, "max_new_tokens": 4}))
     for block in blocks(page, "python"):
         if "lm_eval" in block:
             continue  # An extra: tests/integrations/test_lm_eval.py.
-        short = block.replace("max_steps=20", "max_steps=2, batch_size=2")
+        short = block.replace("max_steps=20", "max_steps=1, batch_size=1")
         exec(compile(short, str(page), "exec"), {})
         if "runs/trains" in block:
             assert (tmp_path / "runs" / "trains" / "prefix.safetensors").stat().st_size < 600_000

@@ -113,7 +113,7 @@ def test_a_worker_that_is_asked_to_end_or_loses_its_parent_leaves_its_job_to_the
     assert child.wait(20) == 0
     reached.append(step(data, job))
 
-    assert start("--idle-seconds", "5").wait(180) == 0
+    assert start("--idle-seconds", "2").wait(180) == 0
     assert queue.get(job.id).status == "succeeded"
     told = [event.message for event in data.job(job.id).events()]
     assert {f"Training goes on at step {one}/{STEPS}." for one in reached} <= {*told}

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from forked_command import forking_python
+
 TESTS = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("training.json")
 
@@ -130,7 +132,7 @@ def killed(tmp_path_factory):
     """A folder of runs that were killed at step 11."""
     folder = tmp_path_factory.mktemp("killed")
     paths = os.pathsep.join([str(TESTS), str(TESTS / "golden"), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, env={**os.environ, "PYTHONPATH": paths})
+    subprocess.run([forking_python(), __file__, str(folder)], check=True, env={**os.environ, "PYTHONPATH": paths})
     return folder
 
 

@@ -13,7 +13,7 @@ from prefixtune.errors import ConfigError, PrefixError, did_you_mean
 from prefixtune.evaluation.metrics.protocols import PROTOCOLS
 from prefixtune.training.config import TrainConfig
 
-SIZE = 50_000
+SIZE = 25_000
 """Characters of the short text; the long one has four times as many."""
 TEXTS = {
     "blanks": lambda n: "a" + " " * n + "b",

@@ -18,16 +18,13 @@ def sequence(**rules):
 
 
 def drawn(logits, count, *, evenly=False, **rules):
-    one = sequence(**rules)
-    if evenly:
-        one.random = EvenNumbers()
-    row = torch.tensor([logits])
-    found = Counter()
-    for _ in range(count):
-        (token,) = sample(row, [one], eos_id=0)
-        assert isinstance(token, Token)
-        found[token.id] += 1
-    return found
+    sequences = [sequence(**rules) for _ in range(count)]
+    shared = EvenNumbers() if evenly else sequences[0].random
+    for one in sequences:
+        one.random = shared
+    tokens = sample(torch.tensor([logits] * count), sequences, eos_id=0)
+    assert all(isinstance(token, Token) for token in tokens)
+    return Counter(token.id for token in tokens)
 
 
 LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]

@@ -208,7 +208,7 @@ def test_a_job_that_is_cancelled_or_deleted_is_left(status, service, data):
 
 
 def test_a_job_that_is_claimed_again_before_it_is_left_is_trained_once(service, data):
-    config = {"max_steps": 60}
+    config = {"max_steps": 30}
     whole, job = make_job(data, "whole", config=config), make_job(data, "twice", config=config)
     assert service.submit(whole).result(60)
     first = service.submit(job)
@@ -218,7 +218,7 @@ def test_a_job_that_is_claimed_again_before_it_is_left_is_trained_once(service, 
     assert first.result(60) == second.result(60)
     assert prefix_of(data, job) == prefix_of(data, whole)
     steps = [event.data["step"] for event in data.job(job.id).events() if event.data]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 31))
 
 
 def test_nothing_goes_on_while_the_database_is_away(service, data, tmp_path):
