@@ -1,9 +1,17 @@
-"""What the engine's tests share: backbones by family, a request by itself, and the ids of an output."""
+"""What the engine's tests share: backbones by family, a request by itself, the ids of an output, and drawn tokens."""
 
+from collections import Counter
+
+import torch
+
+from prefixtune.engine.request import Request, SamplingParams, Token
+from prefixtune.engine.sampler import sample
+from prefixtune.engine.sequence import TokenSequence
 from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt
 from prefixtune.prefix.prefix import content_hash
+from prefixtune.sampling.detokenizer import Detokenizer
 
 DECODERS_OF_THE_ZOO = ("gemma2", "gpt_oss", "deepseek_v3", "gemma3n_text", "qwen2_moe")
 ENCODER_DECODERS_OF_THE_ZOO = ("umt5",)
@@ -46,3 +54,19 @@ class EvenNumbers:
         """The next number."""
         self.count += 1
         return self.count * (5**0.5 - 1) / 2 % 1
+
+
+def sequence(**rules):
+    """A text without tokens, with these rules."""
+    return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(str))
+
+
+def drawn(logits, count, *, evenly=False, **rules):
+    """How often each token is drawn in so many draws."""
+    sequences = [sequence(**rules) for _ in range(count)]
+    shared = EvenNumbers() if evenly else sequences[0].random
+    for one in sequences:
+        one.random = shared
+    tokens = sample(torch.tensor([logits] * count), sequences, eos_id=0)
+    assert all(isinstance(token, Token) for token in tokens)
+    return Counter(token.id for token in tokens)

@@ -26,6 +26,7 @@ LIBRARIES = ("prefixtune.cli.main", "prefixtune.server.app", "prefixtune.server.
 LIBRARIES += (
     "prefixtune.backbone.load",
     "prefixtune.training.train",
+    "prefixtune.jobs.worker",
     "transformers.models.llama.modeling_llama",
     "uvicorn",
 )

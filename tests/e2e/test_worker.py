@@ -12,7 +12,7 @@ from training_jobs import ROWS, make_job, start_worker, wait_for, wait_until
 
 STEPS = 250
 """So many that a fast machine's worker is still at work when it looks for what was asked of it."""
-KILLED_STEPS = 100
+KILLED_STEPS = 50
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def result(tmp_path, name):
 
 
 def test_a_job_that_is_killed_again_and_again_ends_bit_for_bit_the_same(start, add, data, queue, tmp_path):
-    fields = {"dev": ROWS[:2], "config": {"max_steps": KILLED_STEPS, "eval_every": 25}}
+    fields = {"dev": ROWS[:2], "config": {"max_steps": KILLED_STEPS, "eval_every": 10}}
     whole = add("whole", **fields)
     worker = start()
     wait_for(queue, whole, "succeeded")

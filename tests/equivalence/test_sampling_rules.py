@@ -12,13 +12,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine_runs import EvenNumbers, alone, ids
+from engine_runs import EvenNumbers, alone, drawn, ids
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
-from prefixtune.engine.sampler import sample
-from prefixtune.engine.sequence import TokenSequence
-from prefixtune.sampling.detokenizer import Detokenizer
 
 NEW = 12
 RULES = [
@@ -105,11 +102,8 @@ def test_what_is_drawn_within_min_p_is_what_transformers_leaves(temperature, top
     for warper in (TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
         left = warper(None, left)
     probabilities = left.softmax(-1)[0]
-    params = SamplingParams(temperature=temperature, top_p=top_p, min_p=min_p, seed=1)
-    sequence = TokenSequence(Request((0,), None, params), 0, Detokenizer(str))
-    sequence.random = EvenNumbers()
     count = 1000
-    drawn = Counter(sample(scores, [sequence], eos_id=0)[0].id for _ in range(count))
-    assert set(drawn) <= set(probabilities.nonzero().flatten().tolist())
+    found = drawn(scores[0].tolist(), count, evenly=True, temperature=temperature, top_p=top_p, min_p=min_p)
+    assert set(found) <= set(probabilities.nonzero().flatten().tolist())
     for token, share in enumerate(probabilities.tolist()):
-        assert abs(drawn[token] - count * share) <= EvenNumbers.WITHIN
+        assert abs(found[token] - count * share) <= EvenNumbers.WITHIN

@@ -91,7 +91,7 @@ def test_one_step_moves_every_trained_tensor_and_no_other(name, kind, checkpoint
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama", {"reparameterization": "scaled", "learning_rate": 0.1, "max_steps": 120}),
+        ("llama", {"reparameterization": "scaled", "learning_rate": 0.1, "max_steps": 90}),
         ("bart", {"reparameterization": "mlp", "max_steps": 30}),
         ("t5", {"learning_rate": 1.0, "sites": "encoder"}),
     ],

@@ -98,7 +98,7 @@ def test_a_step_moves_what_is_trained_and_nothing_else(method, dtype, tiny_model
 @pytest.mark.parametrize("method", METHODS)
 def test_eight_examples_are_learned_and_the_artifact_knows_them(method, run):
     size, rate = (0, 1e-2) if method == "full" else (16, 2e-2)
-    result = run(method, method_size=size, learning_rate=rate, max_steps=150, save_every=150)
+    result = run(method, method_size=size, learning_rate=rate, max_steps=100, save_every=100)
     assert losses(result)[-1] < 0.3 * losses(result)[0]
     texts = [example.source for example in EIGHT]
     assert result.prefix is None

@@ -4,6 +4,7 @@ import json
 
 from bench import gpu, serve, train
 from bench.models import save_model
+from forked_command import forking_python
 from tools.gpu_page import page
 
 PARTS = {"load", "train", "decode", "prompt"}
@@ -23,8 +24,9 @@ def test_training(tmp_path, monkeypatch):
 
 
 def test_serving(tmp_path, monkeypatch):
-    """Slow, as a real server starts: its texts over HTTP are those of the engine in this process."""
+    """A real server's texts over HTTP are those of the engine in this process."""
     monkeypatch.setattr("bench.data.E2E", tmp_path / "none")
+    monkeypatch.setattr("sys.executable", forking_python())
     folder, file = save_model("tiny", tmp_path / "model"), tmp_path / "out.json"
     options = ["--quick", "--backbone", str(folder), "--dtype", "float32", "--json", str(file)]
     assert serve.main(options) == 0

@@ -1,31 +1,13 @@
 """What a token is drawn from, and what a row without one says."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 
-from engine_runs import EvenNumbers
-from prefixtune.engine.request import Request, SamplingParams, Token
+from engine_runs import EvenNumbers, drawn, sequence
+from prefixtune.engine.request import Token
 from prefixtune.engine.sampler import sample
-from prefixtune.engine.sequence import TokenSequence
-from prefixtune.sampling.detokenizer import Detokenizer
-
-
-def sequence(**rules):
-    return TokenSequence(Request((0,), None, SamplingParams(**{"seed": 5, **rules})), 0, Detokenizer(str))
-
-
-def drawn(logits, count, *, evenly=False, **rules):
-    sequences = [sequence(**rules) for _ in range(count)]
-    shared = EvenNumbers() if evenly else sequences[0].random
-    for one in sequences:
-        one.random = shared
-    tokens = sample(torch.tensor([logits] * count), sequences, eos_id=0)
-    assert all(isinstance(token, Token) for token in tokens)
-    return Counter(token.id for token in tokens)
-
 
 LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
 
