@@ -42,42 +42,9 @@ def train_flags(model, data):
     return flags
 
 
-@pytest.fixture(scope="module")
-def trained(folder, train_flags):
-    out, err = run(*train_flags(folder / "run", "--max-steps", "30", "--dev", str(folder / "data.jsonl")))
-    path = folder / "run" / "prefix.safetensors"
-    assert str(path) in out
-    assert "24 targets of 12 sources" in err
-    assert "training" in err
-    assert "development loss" in err
-    return path
-
-
 def losses(folder):
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [event["loss"] for event in events if event["event"] == "step"]
-
-
-def test_train_generate_evaluate_inspect(trained, data):
-    run_losses = losses(trained.parent)
-    assert len(run_losses) == 30
-    assert run_losses[-1] < run_losses[0]
-    out, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", "Aromi is soup", "Bibi is cake")
-    assert len(out.splitlines()) == 2
-    sources = "Aromi is soup\nBibi is cake\n"
-    piped, _ = run("generate", "--prefix", str(trained), "--max-new-tokens", "5", stdin=sources)
-    assert piped == out
-    scores, _ = run("evaluate", "--prefix", str(trained), "--data", data, "--target", "text", "--limit", "4", "--json")
-    result = json.loads(scores)
-    assert result["num_examples"] == 4
-    assert 0 <= result["scores"]["bleu"]["score"] <= 100
-    assert "sacrebleu" in result["scores"]["bleu"]["implementation"]
-    shown, _ = run("inspect", str(trained), "--json")
-    header = json.loads(shown)
-    assert header["prefix_length"] == {"decoder": 4}
-    assert header["parameters"] == 3 * 2 * 2 * 4 * 8
-    assert len(header["layers"]) == 3
-    assert "fingerprint" in run("inspect", str(trained))[0]
 
 
 def test_a_run_is_evaluated_as_it_was_trained(folder, model, data):

@@ -33,6 +33,7 @@ def test_an_encoder_decoder(models, tmp_path):
     shown = json.loads(run("inspect", prefix, "--json")[0])
     assert shown["prefix_length"] == {"encoder": 6, "cross": 4}
     assert shown["header"]["backbone"]["kind"] == "encoder-decoder"
+    assert "fingerprint" in run("inspect", prefix)[0]
     assert "not shifted" in shown["header"]["positions"]["cross"]
     texts = ("Aromi is soup", "Bibi is cake")
     out, _ = run("generate", "--prefix", prefix, "--max-new-tokens", "5", "--num-beams", "2", "--json", *texts)

@@ -6,7 +6,6 @@ import torch
 import prefixtune.training.silence as module
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_prompts, format_of
-from prefixtune.errors import ConfigError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
@@ -73,15 +72,3 @@ def test_a_share_of_the_targets_is_drawn_by_seed_and_step(backbone):
     assert sum(map(len, drawn)) == pytest.approx(0.05 * 16 * 500, rel=0.1)
     assert drawn == [general_of_step(rows, 0.05, 16, 0, step) for step in range(500)]
     assert general_of_step(rows, 0.0, 16, 0, 1) == []
-
-
-def test_labels_have_no_general_requests(backbone, tmp_path):
-    with pytest.raises(ConfigError, match="keep_general"):
-        train(
-            backbone=backbone,
-            task="classification",
-            examples=[Example("a", ("x",)), Example("b", ("y",))],
-            keep_general=0.1,
-            output=str(tmp_path / "run"),
-            progress=False,
-        )

@@ -38,13 +38,15 @@ def test_a_run_locks_its_folder_to_its_end(train, tmp_path):
     messages = []
 
     def on_event(event):
+        if event["event"] not in ("start", "end"):
+            return
         with pytest.raises(PrefixError) as caught:
             train()
         assert str(tmp_path / "run") in caught.value.message
         messages.append(caught.value.message)
 
     train(on_event=on_event)
-    assert len(messages) > 3
+    assert len(messages) == 2
     with claim_folder(tmp_path / "run"):
         pass
 
@@ -61,7 +63,8 @@ def test_a_run_names_the_backbone_that_it_was_given(train, train_until, tiny_bac
 
 def test_another_length_or_rate_is_refused(train, tmp_path, examples, no_backbone_loads):
     train(3)
-    for name, value in (("epochs", 50.0), ("max_steps", 6), ("learning_rate", 0.5), ("patience", 2)):
+    changed = {"prefix_length": 5, "seed": 3, "epochs": 50.0, "max_steps": 6, "learning_rate": 0.5, "patience": 2}
+    for name, value in changed.items():
         with pytest.raises(ConfigError, match=name):
             pt.train(output=str(tmp_path / "run"), resume=True, examples=examples, **{name: value})
 
