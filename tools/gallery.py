@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -147,13 +148,13 @@ def _toys() -> Iterator[str]:
 
 
 def _memories() -> Iterator[str]:
-    found = json.loads((ROOT / "research" / "memories" / "results" / "full.json").read_text(encoding="utf-8"))
-    options = found["options"]
-    yield _head("positions of each", "steps", "seconds for four", "alone", "four joined")
-    yield (
-        f"| {options['length']} | {options['steps']} | {found['training_seconds']:,} | {found['alone']['exact']:.0%} | "
-        f"{found['joined_4']['exact']:.0%} |"
-    )
+    folder = ROOT / "research" / "memories" / "results"
+    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("default_seed*.json"))]
+    options, exact = seeds[0]["options"], {}
+    for name in ("alone", "joined_4"):
+        exact[name] = f"{statistics.fmean(one[name]['exact'] for one in seeds):.0%}"
+    yield _head("positions of each", "steps", "seeds", "alone", "four joined")
+    yield f"| {options['length']} | {options['steps']} | {len(seeds)} | {exact['alone']} | {exact['joined_4']} |"
 
 
 def _figures() -> dict[str, Any]:

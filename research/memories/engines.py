@@ -27,10 +27,9 @@ def main() -> None:
     for name in ("data", "run", "results"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--gguf", default="", help="other weights than the embedded ones")
-    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    found = list(documents(options.data, False))
-    backbone = load_backbone("smollm2-135m", dtype=options.dtype)
+    found = list(documents(options.data))
+    backbone = load_backbone("smollm2-135m", dtype="float32")
     memories = [load_prefix(options.run / "runs" / name / "prefix.safetensors", backbone) for name, *_ in found]
     asked = [row for *_, test in found for row in test]
     texts, right = [row["question"] for row in asked], [row["answer"] for row in asked]
@@ -42,7 +41,6 @@ def main() -> None:
         name = engine.name
     result = {
         "engine": name,
-        "dtype": options.dtype,
         "questions": len(texts),
         "same": sum(one == other for one, other in zip(ours, theirs, strict=True)),
         "exact": {

@@ -4,9 +4,9 @@
     python -m research.memories.joined DATA OUTPUT --documents NAME --beside EARLIER/runs
 
 The second trains one more beside those of an earlier run, which stay as they are, and measures all.
-DATA has a folder per document: document.txt, train.jsonl and test.jsonl (`question`, `answer`). An answer is exact if
-each of its tokens, and the end of its line, is the likeliest one: what greedy decoding writes. Documents are those of
-night trains: with `--split` each is cut in two, and its questions with it.
+DATA has a folder NAME-NUMBER per document: document.txt, train.jsonl and test.jsonl (`question`, `answer`). An answer
+is exact if each of its tokens, and the end of its line, is the likeliest one: what greedy decoding writes. `--parts`
+cuts each document of night trains into several, and its questions with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +35,32 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import Prefix
 
 Rows = list[dict[str, str]]
+Answer = Callable[[int, tuple[int, ...]], tuple[int, float, int]]
+"""Of a document's questions with some documents in front: exact answers, the loss summed, and tokens (see `score`)."""
 
 
-def documents(data: Path, split: bool) -> Iterator[tuple[str, str, Rows, Rows]]:
+def documents(data: Path, parts: int = 1) -> Iterator[tuple[str, str, Rows, Rows]]:
     """Each document's name, text, and questions to train on and to measure with."""
-    for folder in sorted(path.parent for path in data.glob("four-*/document.txt")):
+    for folder in sorted(path.parent for path in data.glob("*-*/document.txt")):
         head, *lines = (folder / "document.txt").read_text(encoding="utf-8").strip().splitlines()
         rows = [
             [json.loads(line) for line in (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
             for part in ("train", "test")
         ]
-        if not split:
+        if parts == 1:
             yield folder.name, "\n".join([head, *lines]), rows[0], rows[1]
             continue
-        for half, some in enumerate((lines[: len(lines) // 2], lines[len(lines) // 2 :])):
-            names = [line.split()[1] for line in some]
-            about = [[row for row in part if set(names) & set(re.findall(r"\w+", row["question"]))] for part in rows]
-            yield f"{folder.name}{'ab'[half]}", "\n".join([head, *some]), about[0], about[1]
+        size = len(lines) // parts
+        for part, some in enumerate(lines[first : first + size] for first in range(0, parts * size, size)):
+            names = {line.split()[1] for line in some}
+            about = [[row for row in of if names & set(re.findall(r"\w+", row["question"]))] for of in rows]
+            yield f"{folder.name}{'abcdefgh'[part]}", "\n".join([head, *some]), about[0], about[1]
 
 
 def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix], list[Rows], DistillConfig]:
     """The memories, the questions to measure each with, and how they were made; what is there already is kept."""
     tests, folder = [], options.output
-    for name, text, trained, test in documents(options.data, options.split):
+    for name, text, trained, test in documents(options.data, options.parts):
         if options.documents and name not in options.documents:
             continue
         for part, content in (("text", f"{name}.txt"), ("questions", f"{name}.jsonl")):
@@ -83,7 +86,7 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
     if options.beside not in ("", "self"):
         paths = sorted(Path(options.beside).glob("*/prefix.safetensors"))
         earlier = {path.parent.name: load_prefix(path, backbone) for path in paths}
-    tests = [test for name, _, _, test in documents(options.data, options.split) if name in earlier] + tests
+    tests = [test for name, _, _, test in documents(options.data, options.parts) if name in earlier] + tests
     resume = (folder / "runs" / "distill.toml").exists()
     made = [result.prefix for result in distill(config, backbone=backbone, resume=resume)]
     return [*earlier.values(), *made], tests, config
@@ -95,7 +98,7 @@ def encode(backbone: Backbone, rows: Rows, wording: Wording, positions: int) -> 
 
 
 @torch.no_grad()
-def score(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExample]) -> tuple[int, float, int]:
+def score(backbone: Backbone, prefix: Prefix | None, examples: Sequence[TokenizedExample]) -> tuple[int, float, int]:
     """Of some questions: exact answers, the loss summed over the answers' tokens, and their number."""
     exact, loss, tokens = 0, 0.0, 0
     for first in range(0, len(examples), 16):
@@ -110,29 +113,32 @@ def score(backbone: Backbone, prefix: Prefix, examples: Sequence[TokenizedExampl
     return exact, loss, tokens
 
 
-def measure(backbone: Backbone, memories: list[Prefix], tests: list[Rows], config: DistillConfig) -> dict[str, Any]:
-    """Exact answers of each document's questions with its memory alone, with another's, and with some joined."""
-    wording, count = choose_wording(config, backbone, None), len(memories)
-    examples = [encode(backbone, rows, wording, count * config.prefix_length) for rows in tests]
+def by_prefixes(backbone: Backbone, prefixes: Sequence[Prefix], tests: Sequence[Rows], wording: Wording) -> Answer:
+    """Answers with the prefixes of some documents joined; all questions leave room for all of them."""
+    positions = sum(prefix.length() for prefix in prefixes)
+    examples = [encode(backbone, rows, wording, positions) for rows in tests]
 
-    def over(fronts: dict[int, tuple[int, ...]]) -> dict[str, Any]:
-        exact, loss, tokens = list[float](), 0.0, 0
-        for own, front in fronts.items():
-            joined = concatenate([memories[number] for number in front], backbone.rotation)
-            found = score(backbone, joined, examples[own])
-            exact.append(round(found[0] / len(examples[own]), 4))
-            loss, tokens = loss + found[1], tokens + found[2]
-        return {"exact": round(sum(exact) / count, 4), "loss": round(loss / tokens, 4), "documents": exact}
+    def answer(own: int, front: tuple[int, ...]) -> tuple[int, float, int]:
+        # All stand at the same positions, so that their order means nothing.
+        joined = concatenate([prefixes[number] for number in front], backbone.rotation)
+        return score(backbone, joined, examples[own])
 
-    numbers = range(count)
-    result = {
-        "alone": over({own: (own,) for own in numbers}),
-        "another": over({own: ((own + 1) % count,) for own in numbers}),
-    }
-    for size in sorted({size for size in (2, 4, 8, 16, count) if size <= count}):
-        # Each own memory with the next ones. All stand at the same positions, so that their order means nothing.
-        result[f"joined_{size}"] = over({own: tuple((own + step) % count for step in range(size)) for own in numbers})
-    result["kept"] = round(result[f"joined_{count}"]["exact"] / result["alone"]["exact"], 4)
+    return answer
+
+
+def measure(answer: Answer, tests: Sequence[Rows], *, joined: bool = True) -> dict[str, Any]:
+    """Exact answers of each document's questions with its own in front, another's, and its own and the next ones."""
+    count = len(tests)
+    fronts: dict[str, tuple[int, ...]] = {"alone": (0,)}
+    if joined:
+        sizes = sorted({size for size in (2, 4, 8, 16, count) if size <= count})
+        fronts |= {"another": (1,), **{f"joined_{size}": tuple(range(size)) for size in sizes}}
+    result: dict[str, Any] = {}
+    for name, steps in fronts.items():
+        found = [answer(own, tuple((own + step) % count for step in steps)) for own in range(count)]
+        exact = [round(one[0] / len(rows), 4) for one, rows in zip(found, tests, strict=True)]
+        loss = sum(one[1] for one in found) / sum(one[2] for one in found)
+        result[name] = {"exact": round(sum(exact) / count, 4), "loss": round(loss, 4), "documents": exact}
     return result
 
 
@@ -150,7 +156,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="questions of each document in a step")
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", action="store_true", help="each document in two halves")
+    parser.add_argument("--parts", type=int, default=1, choices=range(1, 9), help="parts of each document")
     return parser.parse_args(arguments)
 
 
@@ -162,7 +168,8 @@ def main() -> None:
     memories, tests, config = train(options, backbone)
     seconds = round(time.monotonic() - started)
     kept = {name: value for name, value in vars(options).items() if name not in ("data", "output")}
-    result = {"options": kept, "training_seconds": seconds, **measure(backbone, memories, tests, config)}
+    found = measure(by_prefixes(backbone, memories, tests, choose_wording(config, backbone, None)), tests)
+    result = {"options": kept, "training_seconds": seconds, **found}
     (options.output / "joined.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 

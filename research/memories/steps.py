@@ -120,13 +120,12 @@ def main() -> None:
     parser.add_argument("--documents", nargs="+", default=["four-1", "four-2"])
     parser.add_argument("--compressions", nargs="+", type=float, default=[4, 8, 16, 32])
     parser.add_argument("--steps", nargs="+", type=int, default=[0, 50, 150])
-    parser.add_argument("--backbone", default="smollm2-135m")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--keep-general", type=float, default=0.0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     cells = json.loads(options.results.read_text()) if options.results.exists() else {}
-    backbone = load_backbone(options.backbone, dtype=options.dtype)
+    backbone = load_backbone("smollm2-135m", dtype=options.dtype)
     more = {"dtype": options.dtype, "keep_general": options.keep_general}
     for steps in options.steps:
         for document in options.documents:

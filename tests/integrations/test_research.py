@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from prefixtune.errors import DataError
 from research import study as module
 from research.compare import compare, compare_over_sizes, load
+from research.memories import field, joined
 from research.study import Cell, Study, cells, read_study, run, run_on_ray
 from research.tables import main
 from zoo import store_model
@@ -163,3 +165,33 @@ def test_every_study_can_be_read(tmp_path):
     (tmp_path / "wrong.toml").write_text("task = 1\n")
     with pytest.raises(DataError):
         read_study(tmp_path / "wrong.toml")
+
+
+def test_memories_and_what_else_can_be_made_of_documents(tmp_path, monkeypatch):
+    model = store_model(tmp_path / "model", "llama", num_hidden_layers=1, max_position_embeddings=2048)
+    rows = [{"question": f"Where to, {n}?", "answer": "Ashby"} for n in range(8)]
+    for name in ("four-1", "four-2"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "document.txt").write_text("Trains.\nThe Owl goes to Ashby.\nThe Fox goes to Dover.")
+        for part, some in (("train", rows), ("test", rows[:2])):
+            (folder / f"{part}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in some))
+    data, made, results = str(tmp_path / "data"), str(tmp_path / "made"), tmp_path / "field.json"
+    small = ["--backbone", model, "--steps", "1", "--length", "4"]
+    monkeypatch.setattr(sys, "argv", ["joined", data, made, *small])
+    joined.main()
+    monkeypatch.setattr(sys, "argv", ["field", data, made, str(results)])
+    field.main()
+    found, ours = (json.loads(path.read_text()) for path in (results, tmp_path / "made" / "joined.json"))
+    assert all(ours[name] == figures for name, figures in found["ours"].items() if name in ours)
+    # The control: a text, and its own keys and values as a prefix; and what one adapter alone is.
+    assert found["own_keys"]["alone"] == {
+        **found["view"]["alone"],
+        "loss": pytest.approx(found["view"]["alone"]["loss"]),
+    }
+    assert found["bare"]["alone"]["loss"] != found["view"]["alone"]["loss"]
+    assert found["lora"]["alone"] == found["lora_sum"]["alone"]
+    # The documents are alike: the mean of two equal adapters is the adapter.
+    assert found["lora"]["joined_2"]["loss"] == pytest.approx(found["lora"]["alone"]["loss"])
+    assert found["lora_sum"]["joined_2"]["loss"] != found["lora"]["joined_2"]["loss"]
+    assert min(found["first_token"].values()) > 0
