@@ -1,17 +1,19 @@
 """`prefixtune lm-eval` on tasks made here: tables, JSON, lm-eval's files, and mistakes named before a model loads."""
 
+import functools
 import json
 import os
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from command_line import call, run
 from live_server import make_model, make_prefix
 from lm_eval_tasks import make_tasks
 from prefixtune.backbone.load import load_backbone
-from prefixtune.errors import ConfigError, PrefixError
+from prefixtune.errors import CheckpointError, ConfigError, PrefixError
 
 # Raised within lm-eval and what it imports.
 pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning", "default::FutureWarning", "default::UserWarning")
@@ -29,7 +31,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def arguments(folder):
+def arguments(folder, monkeypatch):
+    """Without lm-eval's own tasks, whose files it reads for ten seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
     return ["lm-eval", "--backbone", f"{folder / 'model'}", "--dtype", "float32", "--include-path", f"{folder}/tasks"]
 
 
@@ -68,3 +72,10 @@ def test_mistakes(folder, arguments, tmp_path):
     with pytest.raises(ConfigError):
         call(*arguments, "--tasks", "made_texts", "--apply-chat-template", "--backbone", f"{plain}")
     run(*arguments, "--tasks", "made_texts", "--apply-chat-template", "--limit", "1")
+
+
+def test_own_tasks_stand_beside_those_of_lm_eval(folder, arguments, monkeypatch):
+    """Both are known: what is wrong is the prefix."""
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError):
+        call(*arguments, "--tasks", "hellaswag,made_texts", "--prefix", f"{folder}/none.safetensors")
