@@ -82,10 +82,10 @@ class Field:
         """Text before each question."""
 
         def answer(own: int, front: tuple[int, ...]) -> tuple[int, float, int]:
-            examples = []
-            for asked in self.found[own][3]:
-                prompt = self.before(asked, front, lines, solved) + self.wording.prompt
-                examples += encode(self.backbone, [asked], replace(self.wording, prompt=prompt), 0)
+            asked = encode(self.backbone, self.found[own][3], self.wording, 0)
+            # Joined as tokens, as with the own keys and values: as one text, their seam may become other tokens.
+            views = (self.backbone.encode(self.before(row, front, lines, solved)) for row in self.found[own][3])
+            examples = [replace(one, prompt=(*view, *one.prompt)) for one, view in zip(asked, views, strict=True)]
             return score(self.backbone, None, examples)
 
         return answer
