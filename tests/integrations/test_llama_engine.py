@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 from bench.quantized import write_gguf
 from command_line import run as run_command
@@ -49,6 +51,14 @@ ASKED = (
     "Once upon a time",
     "train : Fox | to : Redcliff | time :",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_are_read_once():
+    """Every start reads the file's vocabulary, which takes five seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", functools.cache(GGUFReader))
+        yield
 
 
 @pytest.fixture(scope="module")
