@@ -168,12 +168,7 @@ def upload(folder, model, one, other):
     folder.mkdir()
     shutil.copyfile(one, folder / "p.safetensors")
     backbone = load_backbone(model, device="cpu")
-    config = ServeConfig(
-        backbone="tiny",
-        prefixes=str(folder),
-        num_slots=1,
-        keys=keys(boss={"admin": True}),
-    )
+    config = ServeConfig(backbone="tiny", prefixes=str(folder), num_slots=1, keys=keys(boss={"admin": True}))
     store = PrefixFolder(folder, backbone)
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
     app, body = make_app(state), other.read_bytes()

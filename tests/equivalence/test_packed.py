@@ -17,10 +17,7 @@ from prefixtune.training.score import evaluation_loss
 
 DECODERS = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 ENCODER_DECODERS = ("bart", "mbart", "pegasus", "t5", "t5_gated", "m2m_100")
-SITES = [
-    {"encoder": 4, "decoder": 3, "cross": 5},
-    *({site: 3} for site in ("encoder", "decoder", "cross")),
-]
+SITES = [{"encoder": 4, "decoder": 3, "cross": 5}, *({site: 3} for site in ("encoder", "decoder", "cross"))]
 
 
 def batches(backbone, examples):

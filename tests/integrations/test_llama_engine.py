@@ -26,12 +26,7 @@ from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.remote_server import RemoteServer
-from prefixtune.engine.request import (
-    ContextLengthError,
-    Request,
-    SamplingParams,
-    join_outputs,
-)
+from prefixtune.engine.request import ContextLengthError, Request, SamplingParams, join_outputs
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.generate import generate, stream
 from prefixtune.prefix.prefix import Prefix, save_prefix

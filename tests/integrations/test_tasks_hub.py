@@ -198,8 +198,7 @@ def test_a_set_that_is_a_script_has_a_way_out(asked):
 
 
 @pytest.mark.parametrize(
-    ("path", "split"),
-    [("hub:GEM/xsum", "test"), ("hub:GEM/xsum@tset", None), ("hub:GEM/xsumm", "test")],
+    ("path", "split"), [("hub:GEM/xsum", "test"), ("hub:GEM/xsum@tset", None), ("hub:GEM/xsumm", "test")]
 )
 def test_what_the_hub_has_not(asked, path, split):
     with pytest.raises(DataError):

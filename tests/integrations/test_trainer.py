@@ -113,10 +113,7 @@ def weights_of(backbone):
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "reparameterization"),
-    [("llama", "scaled"), ("t5", "none")],
-)
+@pytest.mark.parametrize(("name", "reparameterization"), [("llama", "scaled"), ("t5", "none")])
 def test_the_losses_are_those_of_our_own_loop(name, reparameterization, tiny_backbone, tmp_path):
     backbone, config = tiny_backbone(name), settings(reparameterization=reparameterization)
     own = own_loop(backbone, config, tmp_path / "own")

@@ -195,10 +195,7 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone, config_for):
 
 @pytest.mark.parametrize(
     ("name", "kind", "moments"),
-    [
-        ("llama", "scaled", (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9))),
-        ("bart", "mlp", (("step", 3),)),
-    ],
+    [("llama", "scaled", (("step", 3), ("save", 4), ("evaluation", 4), ("step", 9))), ("bart", "mlp", (("step", 3),))],
 )
 def test_resumed_is_uninterrupted(name, kind, moments, tiny_backbone, config_for):
     backbone = tiny_backbone(name)

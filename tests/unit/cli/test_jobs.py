@@ -138,13 +138,7 @@ def test_follow_says_what_became_of_it(jobs, server):
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        (500, b"<html>"),
-        as_json([]),
-        (200, b"[" * 200_000),
-        (302, b"", {"Location": "http://elsewhere/"}),
-    ],
+    "answer", [(500, b"<html>"), as_json([]), (200, b"[" * 200_000), (302, b"", {"Location": "http://elsewhere/"})]
 )
 def test_answers_that_are_none(answer, jobs, server):
     server.on(f"GET /fine_tuning/jobs/{JOB['id']}", answer)

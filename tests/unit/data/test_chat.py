@@ -114,10 +114,7 @@ def test_a_changed_template_is_noticed(default_backbone):
 
 @pytest.mark.parametrize(
     "template",
-    [
-        "{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}BOT: ",
-        "{{ messages[0].content }} BOT: ",
-    ],
+    ["{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}BOT: ", "{{ messages[0].content }} BOT: "],
 )
 def test_a_template_that_leaves_a_message_out_is_refused(llama, template):
     with pytest.raises(RequestError):

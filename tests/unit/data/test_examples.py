@@ -32,14 +32,7 @@ def test_dicts_of_messages_are_examples():
 
 
 @pytest.mark.parametrize(
-    "messages",
-    [
-        "Hi",
-        [],
-        [USER, ASSISTANT],
-        [ASSISTANT, USER],
-        [{"role": "usr", "content": "Hi"}],
-    ],
+    "messages", ["Hi", [], [USER, ASSISTANT], [ASSISTANT, USER], [{"role": "usr", "content": "Hi"}]]
 )
 def test_what_is_no_conversation(messages):
     with pytest.raises(DataError, match="the conversation"):

@@ -145,13 +145,7 @@ def test_two_readings_are_refused_with_the_choices_and_one_can_be_named(tmp_path
     assert as_examples([row], form="messages")[0].targets == ("Hello. ",)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "x", "chosen": "y", "rejected": "z"},
-        {},
-    ],
-)
+@pytest.mark.parametrize("row", [{"prompt": "x", "chosen": "y", "rejected": "z"}, {}])
 def test_no_form_says_what_there_is(row, tmp_path):
     with pytest.raises(DataError) as raised:
         read_task("records", jsonl(tmp_path / "a.jsonl", row), needs_targets=True)

@@ -23,8 +23,7 @@ def test_a_file_and_a_list_give_the_same(tmp_path):
 
 def test_equal_sources_become_one_example_with_all_targets_in_order(tmp_path):
     path = write(
-        tmp_path / "a.jsonl",
-        '{"q": "b", "a": ["1", "2"], "n": 0}\n{"q": "a", "a": "3"}\n{"q": " b ", "a": ["1", 4]}\n',
+        tmp_path / "a.jsonl", '{"q": "b", "a": ["1", "2"], "n": 0}\n{"q": "a", "a": "3"}\n{"q": " b ", "a": ["1", 4]}\n'
     )
     first, second = read_task("records", path, source="q", target="a")
     assert (first.source, first.targets, first.fields["n"]) == ("b", ("1", "2", "1", "4"), 0)

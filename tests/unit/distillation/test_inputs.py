@@ -63,10 +63,7 @@ def test_questions_that_are_not_of_each_document(documents, tmp_path, questions)
 
 @pytest.mark.parametrize(
     "rows",
-    [
-        [{"question": ["Who?"]}],
-        [{"question": "Who?", "answers": [["Mira"]]}],
-    ],
+    [[{"question": ["Who?"]}], [{"question": "Who?", "answers": [["Mira"]]}]],
     ids=["no text", "an answer is no text"],
 )
 def test_wrong_questions(documents, write_rows, rows):
@@ -100,11 +97,7 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(of_pr
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"kinds": ("paraphrase", "list")}, "kinds"),
-        ({"data": "d.jsonl"}, "data"),
-    ],
+    ("options", "name"), [({"kinds": ("paraphrase", "list")}, "kinds"), ({"data": "d.jsonl"}, "data")]
 )
 def test_what_a_document_does_not_use_is_refused(options, name):
     with pytest.raises(ConfigError, match=name):

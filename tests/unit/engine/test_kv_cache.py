@@ -133,11 +133,7 @@ def test_the_pool_has_the_size_that_is_said(tiny_backbone):
 
 
 def test_a_containers_own_limit_counts(monkeypatch):
-    texts = {
-        "memory.max": "3000000",
-        "memory.current": "1000000",
-        "memory.stat": "file 600000\ninactive_file 500000\n",
-    }
+    texts = {"memory.max": "3000000", "memory.current": "1000000", "memory.stat": "file 600000\ninactive_file 500000\n"}
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: texts[self.name])
     assert free_memory(CPU) == 2_500_000
     texts["memory.max"] = "max"

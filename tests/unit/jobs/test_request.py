@@ -24,15 +24,7 @@ DOCUMENT = stored(9, "document", 0, purpose="document", task="document")
 QUESTIONS = stored(8, "question", 40)
 
 
-def made(
-    training_file=None,
-    *,
-    max_steps=5000,
-    hyperparameters=None,
-    options=None,
-    seed=0,
-    **files,
-):
+def made(training_file=None, *, max_steps=5000, hyperparameters=None, options=None, seed=0, **files):
     named = {"prefixtune.questions" if name == "questions" else name: file for name, file in files.items()}
     data, options = training_file or stored(), options or {}
     asked = Job(

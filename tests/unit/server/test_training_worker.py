@@ -128,12 +128,7 @@ def test_a_password_is_in_the_environment_and_not_in_the_command(tmp_path, monke
     monkeypatch.setattr(training_worker.TrainingWorker, "start", lambda self: made.append(self))
     url = "postgresql://me:secret@db/jobs"
     config = ServeConfig(
-        database_url=url,
-        data_folder=str(tmp_path),
-        prefixes=str(tmp_path),
-        train_threads=3,
-        train_nice=7,
-        cache_mib=77,
+        database_url=url, data_folder=str(tmp_path), prefixes=str(tmp_path), train_threads=3, train_nice=7, cache_mib=77
     )
     training = Training(config)
     assert start_worker(ServeConfig(train_workers=0, database_url=url), training) is None
