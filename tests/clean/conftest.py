@@ -97,16 +97,14 @@ def machine(request, tmp_path_factory, wheel):
 
 
 @pytest.fixture(scope="session")
-def demo(machine):
-    """What `prefixtune demo` prints, the first command of all; it fetches the backbone. By uv it is cut short."""
-    return machine.run("prefixtune", "demo", *(("--steps", "2") if machine.name == "uv" else ()))
+def first(machine):
+    """What the first command prints, which fetches the backbone: by pip `demo`, by uv `prepare`."""
+    return machine.run("prefixtune", "demo" if machine.name == "pip" else "prepare")
 
 
 @pytest.fixture(scope="session")
-def prefix(machine, demo):
-    """A prefix: by pip, one that `prefixtune train` makes from a small file."""
-    if machine.name == "uv":
-        return Path("runs", "demo", "prefixes", "capitals.safetensors")
+def prefix(machine, first):
+    """A prefix that `prefixtune train` makes from a small file."""
     source = ("--source", "{name} is {food}", "--target", "text")
     machine.prefixtune("train", "--train", "places.jsonl", *source, "--output", "runs/places", "--max-steps", "2")
     return Path("runs", "places", "prefix.safetensors")

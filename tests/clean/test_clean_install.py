@@ -85,13 +85,16 @@ def test_every_module_imports_without_the_extras(machine):
     assert all(name.startswith(packages) for name in missing)
 
 
-def test_the_demo_is_the_first_command(machine, demo):
-    assert f"with {machine.name} (93 MB" in demo[1]
+def test_the_first_command_fetches_the_backbone(machine, first):
+    assert f"with {machine.name} (93 MB" in first[1]
+
+
+@by_pip
+def test_the_demo(machine, first):
     folder = machine.work / "runs" / "demo"
     figures = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    if machine.name == "pip":
-        assert figures["right_before"] <= 0.1 * figures["asked"]
-        assert figures["right_after"] >= max(0.9 * figures["asked"], figures["right_with_rows"])
+    assert figures["right_before"] <= 0.1 * figures["asked"]
+    assert figures["right_after"] >= max(0.9 * figures["asked"], figures["right_with_rows"])
     files = [folder / "prefixes" / f"{name}.safetensors" for name in ("capitals", "opposites")]
     assert all(file.stat().st_size < 600_000 for file in files)
 
@@ -155,7 +158,7 @@ def test_commands_on_files(machine, prefix):
 
 
 @by_pip
-def test_the_python_of_the_readme(machine, demo):
+def test_the_python_of_the_readme(machine, first):
     block = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)[0]
     assert "max_steps=20" in block
     (machine.work / "readme.py").write_text(block.replace("max_steps=20", "max_steps=2"), encoding="utf-8")

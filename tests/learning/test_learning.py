@@ -190,6 +190,15 @@ def test_a_head_trains_with_accumulated_gradients(tiny_backbone, config_for):
     assert losses(results[1]) == pytest.approx(losses(results[0]), rel=1e-5)
 
 
+def test_a_seed_fixes_every_bit(tiny_backbone, config_for):
+    options, runs = {"reparameterization": "mlp", "initialization": "random", "max_steps": 3}, []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        runs.append(train(config_for(str(seed), **options), backbone=tiny_backbone("llama"), examples=SHARED))
+    assert losses(runs[0]) == losses(runs[1])
+    assert runs[0].prefix.equal(runs[1].prefix)
+
+
 # --- stopping and resuming -------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,8 @@ def test_another_length_or_rate_is_refused(train, tmp_path, examples, no_backbon
     for name, value in changed.items():
         with pytest.raises(ConfigError, match=name):
             pt.train(output=str(tmp_path / "run"), resume=True, examples=examples, **{name: value})
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(3)
 
 
 def test_a_state_that_names_an_unknown_option_is_refused(train, tmp_path):
