@@ -8,7 +8,8 @@ them, and the same seed. What is in RESULTS.json already is kept.
 - `bare`: no document. `view`: the documents' text before the question; `own_keys`, the control: the keys and values of
   that text in front, as a prefix. `solved`: the text and eight solved questions. `bm25`, `bm25_solved`: three lines of
   the text, found by BM25, without and with the solved questions.
-- `closed`: the start of ours, without training. `ours`: trained for company.
+- `closed`: the start of ours, without training. `ours`: trained for company. `questions`, a control: a prefix that
+  starts from words and trains alone on the same questions, without the document.
 - `cartridges`: the recipe of Cartridges (Eyuboglu et al. 2025): the document's first P keys and values, trained as they
   are at a rate of 2e-2, the first position frozen, each alone; the model with the document in view answers, and its 20
   likeliest tokens are learned. `cartridges_given`: the same with the given answers.
@@ -52,7 +53,8 @@ from research.memories.joined import Answer, Rows, by_prefixes, documents, encod
 
 _SOLVED, _LINES = 8, 3
 _TEXTS = ("bare", "view", "solved", "bm25", "bm25_solved")
-_ARMS = (*_TEXTS, "own_keys", "ours", "closed", "lora", "lora_sum", "cartridges_given", "cartridges", "first_token")
+_TRAINED = ("closed", "questions", "lora", "lora_sum", "cartridges_given", "cartridges")
+_ARMS = (*_TEXTS, "own_keys", "ours", *_TRAINED, "first_token")
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,8 @@ def make(field: Field, arm: str, output: Path) -> tuple[Answer, Path | None]:
     if arm in ("lora", "lora_sum"):
         answer = field.loras(output.with_name("lora"), (lambda n: 1.0) if arm == "lora_sum" else (lambda n: 1 / n))
         return answer, output.with_name("lora") / names[0] / WEIGHTS_FILE
-    if arm == "closed":
-        made = field.memories(output, max_steps=0)
+    if arm in ("closed", "questions"):
+        made = field.memories(output, **({"max_steps": 0} if arm == "closed" else {"initialization": "words"}))
     else:
         recipe = {"compaction": "cut", "reparameterization": "none", "learning_rate": 2e-2}
         with register_module_forward_hook(detach_sink):
