@@ -119,7 +119,7 @@ bench-quantized: $(VENV)/.integrated  ## E2E's BLEU of a prefix on F16, Q8_0 and
 	$(BIN)/python -m bench.quantized --prefix $(PREFIX) $(BENCH_ARGS)
 
 stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
-	$(PARALLEL) $(BIN)/python -m pytest --capture=no tests/stress $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest --capture=no -o faulthandler_timeout=0 tests/stress $(PYTEST_ARGS)
 
 e2e: $(VENV)/.installed  ## train on E2E (35 minutes on two cores) and score the test set
 	$(BIN)/prefixtune prepare
