@@ -198,7 +198,7 @@ def _clear(folder: JobFolder, state: JobState, prefixes: Path) -> None:
         if held:
             for name in take_back(state.job, prefixes) if state.status != "succeeded" else ():
                 note("result_removed", job=state.job.id, model=name)
-            # States, what a teacher said, and the prefix and checkpoints, which are published.
-            for path in folder.run.rglob(f"*{ENDING}"):
-                path.unlink(missing_ok=True)
+            # States, what a teacher said, the prefix and checkpoints, which are published; locks that a kill left.
+            for path in [*folder.run.rglob(f"*{ENDING}"), *folder.run.rglob(".*")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             shutil.rmtree(folder.inputs)

@@ -167,15 +167,16 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path, pattern: str = "*") -> int:
-    """Remove the work folders that killed processes left; returns how many there were.
+    """Remove the work folders that killed processes left, and locks of folders that are gone; returns how many.
 
     Args:
         parent: Where they are.
         pattern: Of their names, as in `work_folder`.
     """
     count = 0
-    for folder in parent.glob(f".{pattern}.*.tmp"):
-        path = folder.with_suffix(".lock")
+    locks = {folder.with_suffix(".lock") for folder in parent.glob(f".{pattern}.*.tmp")}
+    for path in locks.union(parent.glob(f".{pattern}.{'[0-9a-f]' * 16}.lock")):
+        folder = path.with_suffix(".tmp")
         # If it cannot be locked, it may be in use.
         with contextlib.suppress(OSError):
             if lock := acquire_lock(path, 0.0):

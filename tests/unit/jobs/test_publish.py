@@ -217,6 +217,8 @@ def test_jobs_that_have_ended_keep_neither_inputs_nor_states_nor_what_they_publi
 
 def test_a_job_that_has_succeeded_keeps_only_what_it_published(folder, run, backbone, prefixes, files):
     folder.inputs.mkdir()
+    for left_by_a_kill in (".lock", ".state.safetensors.0123456789abcdef.lock"):
+        (run / left_by_a_kill).touch()
     publish(JOB, folder, backbone, prefixes, files)
     served = checkpoints(JOB, prefixes)
     assert [(one.step, one.created, one.metrics) for one in served] == [
@@ -226,7 +228,7 @@ def test_a_job_that_has_succeeded_keeps_only_what_it_published(folder, run, back
     assert names(prefixes) == ALL
     assert checkpoints(JOB, prefixes) == served
     assert not folder.inputs.exists()
-    assert not list(run.rglob("*.safetensors"))
+    assert not [*run.rglob("*.safetensors"), *run.rglob(".*")]
     assert folder.events()
 
 
