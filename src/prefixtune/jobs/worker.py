@@ -67,8 +67,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         backbone, identity = _load(config), backbone_identity(config.backbone)
         url = config.database_url or f"sqlite:///{data.database}"
         with contextlib.closing(JobQueue(url)) as jobs:
-            most = config.cache_mib * 2**20
-            trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=most)
+            trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=config.cache_mib << 20)
             with launch(url, name, identity, trainer.run):
                 note("worker_ready", worker_name=name, process=os.getpid(), backbone=identity)
                 _work(config, trainer, identity)
