@@ -1,4 +1,7 @@
-"""The real command line on a tiny model folder, with the hub switched off."""
+"""The real command line on a tiny model folder, with the hub switched off.
+
+Slow, once: the process that others are forked from imports everything (seconds, for the first test that asks for it).
+"""
 
 import json
 import os

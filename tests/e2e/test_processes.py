@@ -1,4 +1,7 @@
-"""Training in two processes, started as users start them: the same losses and the same prefix as in one."""
+"""Training in two processes, started as users start them: the same losses and the same prefix as in one.
+
+Slow: each run starts a launcher and two processes.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The snippets of docs/python.md, one after the other, with a hub that is a folder."""
+"""The snippets of docs/python.md, one after the other, with a hub that is a folder.
+
+Slow: the embedded model trains and answers.
+"""
 
 import re
 from pathlib import Path

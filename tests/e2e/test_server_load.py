@@ -1,4 +1,7 @@
-"""A short mixed load on a server with a tiny model; `make stress` does the same for longer."""
+"""A short mixed load on a server with a tiny model; `make stress` does the same for longer.
+
+Slow: the load lasts some seconds.
+"""
 
 from stress.load import put_load
 

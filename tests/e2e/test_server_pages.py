@@ -1,4 +1,7 @@
-"""The pages in a real browser, on a real server with a real worker: the playground, `/train` and `/docs`."""
+"""The pages in a real browser, on a real server with a real worker: the playground, `/train` and `/docs`.
+
+Slow: Chromium starts, and a job trains to its end.
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Two replicas over one folder, behind nginx with the configuration in deploy/."""
+"""Two replicas over one folder, behind nginx with the configuration in deploy/.
+
+Slow: two servers and nginx start.
+"""
 
 import contextlib
 import getpass

@@ -1,4 +1,7 @@
-"""How a real server starts, refuses to start, and stops."""
+"""How a real server starts, refuses to start, and stops.
+
+Slow: servers start, and finish what they began.
+"""
 
 import json
 import signal

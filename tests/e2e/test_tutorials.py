@@ -3,6 +3,8 @@
 The pages are run in their short form: with fewer steps, and without what takes more than a minute, such as training on
 chats and documents. `make tutorials` runs them whole. Programs are forked from one that has imported the libraries
 already; only that differs from a reader's shell.
+
+Slow: the embedded model trains and answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`prefixtune worker` in processes of its own: killed, asked to end, and gone with its parent."""
+"""`prefixtune worker` in processes of its own: killed, asked to end, and gone with its parent.
+
+Slow: workers start again and again.
+"""
 
 import subprocess
 import time

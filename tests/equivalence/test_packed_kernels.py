@@ -1,4 +1,7 @@
-"""Attention of a packed row, in one call and group by group, against a brute force: outputs, gradients, and models."""
+"""Attention of a packed row, in one call and group by group, against a brute force: outputs, gradients, and models.
+
+Slow: one test compiles.
+"""
 
 import importlib.util
 import random

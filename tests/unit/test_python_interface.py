@@ -1,6 +1,8 @@
 """What the Python functions take in place of their own types, and what they say to what they cannot take.
 
 The calls run in a process of their own, without the tests' checks of types, as a user's do: see `python_calls`.
+
+Slow, once: that process imports everything anew.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What a command imports before it works: seconds of every start hang on it."""
+"""What a command imports before it works: seconds of every start hang on it.
+
+Slow: it needs a process that has imported nothing yet.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,7 @@
-"""Every kind of model and prefix gets every view, or the reason why not; what is found fits page and JSON."""
+"""Every kind of model and prefix gets every view, or the reason why not; what is found fits page and JSON.
+
+Slow: the views of an encoder-decoder have three sites.
+"""
 
 import json
 
