@@ -199,7 +199,8 @@ def first_token(field: Field, folder: Path) -> dict[str, float]:
     with closing(Server("prefixtune", words, SRC)) as server:
         for side, (model, front, lines) in sides.items():
             rows = field.found[0][3][:24]
-            prompts = [field.before(row, front, lines, 0) + f"Question: {row['question']}\nAnswer:" for row in rows]
+            asked = [field.wording.text_format.format_prompt(row["question"], "") for row in rows]
+            prompts = [field.before(row, front, lines, 0) + one for row, one in zip(rows, asked, strict=True)]
             done = [server.complete([{"model": model, "prompt": one, "max_tokens": 1}]) for one in prompts]
             medians[side] = round(1000 * statistics.median(one.first[0] for one in done), 1)
     return medians
@@ -212,7 +213,8 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--arms", nargs="+", default=_ARMS, choices=_ARMS)
     options = parser.parse_args()
-    ours = json.loads((options.run / "joined.json").read_text(encoding="utf-8"))["options"]
+    made = json.loads((options.run / "joined.json").read_text(encoding="utf-8"))
+    ours = made["options"]
     work = {name: ours[name] for name in ("backbone", "dtype", "batch_size", "seed")}
     work |= {"max_steps": ours["steps"], "eval_every": 0}
     backbone = load_backbone(ours["backbone"], dtype=ours["dtype"])
@@ -228,7 +230,8 @@ def main() -> None:
             else:
                 started = time.monotonic()
                 answer, file = make(field, arm, output)
-                facts = {"seconds": round(time.monotonic() - started), "bytes": file.stat().st_size if file else 0}
+                seconds = made["training_seconds"] if arm == "ours" else round(time.monotonic() - started)
+                facts = {"seconds": seconds, "bytes": file.stat().st_size if file else 0}
                 results[arm] = facts | measure(answer, field.tests, joined=arm not in ("bare", "own_keys"))
             options.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(arm, json.dumps(results[arm]), flush=True)
