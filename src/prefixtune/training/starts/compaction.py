@@ -238,8 +238,8 @@ class _Queries:
 def _softmax(scores: Float[Tensor, "H N S"]) -> tuple[Float[Tensor, "H N S"], Float[Tensor, "H N"]]:
     """The softmax of scores, and the logarithm of the sum of their exponentials."""
     shares = scores.softmax(-1)
-    largest, index = scores.max(-1, keepdim=True)
-    return shares, (largest - shares.gather(-1, index).log())[..., 0]
+    # The largest share belongs to the largest score.
+    return shares, scores.amax(-1) - shares.amax(-1).log()
 
 
 def _products(left: Float[Tensor, "H N A"], right: Float[Tensor, "H N B"]) -> Float[Tensor, "H A B"]:
