@@ -9,7 +9,7 @@ from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
-from prefixtune.training.silence import general_examples, general_of_step, measure_silence
+from prefixtune.training.silence import bare_texts, general_examples, general_of_step, measure_silence
 from prefixtune.training.train import train
 
 REQUESTS = {
@@ -36,7 +36,7 @@ def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone, tmp_pat
     prefix = run(backbone, tmp_path / "run")
     weak = Prefix({"decoder": tuple((key - 20, value * 0) for key, value in prefix.layers["decoder"])}, prefix.header)
     form = format_of(backbone, prefix)
-    found = measure_silence(backbone, {"prefix": prefix, "weak": weak}, form)
+    found = measure_silence(backbone, {"prefix": prefix, "weak": weak}, bare_texts(backbone, form, 4))
     for name, each in (("prefix", prefix), ("weak", weak)):
         asked = encode_prompts(backbone, form, REQUESTS["test"])
         texts = [
@@ -49,7 +49,7 @@ def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone, tmp_pat
 
 def test_general_requests_keep_a_prefix_silent(backbone, tmp_path):
     kept, loud = (run(backbone, tmp_path / str(share), keep_general=share) for share in (0.5, 0.0))
-    found = measure_silence(backbone, {"kept": kept, "loud": loud}, format_of(backbone, loud))
+    found = measure_silence(backbone, {"kept": kept, "loud": loud}, bare_texts(backbone, format_of(backbone, loud), 4))
     assert found["kept"]["kl"] < 0.95 * found["loud"]["kl"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.data.encoding import TokenizedExample, format_of
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import check_output, read_jobs
 from prefixtune.distillation.preparation import Preparation
@@ -23,6 +24,7 @@ from prefixtune.training.prepare import check_named, load_for, prepare, with_bac
 from prefixtune.training.progress import show_training
 from prefixtune.training.run import Run, TrainResult
 from prefixtune.training.run_folder import STATE_FILE, Event
+from prefixtune.training.silence import bare_texts
 from prefixtune.training.together import train_together
 from prefixtune.training.train import train
 from prefixtune.utils.console import Console
@@ -108,9 +110,12 @@ def distill(
             preparation.make_questions(memory)
     results = _train(config, preparation, student, console, on_event, resume=resume)
     finished: list[DistillResult] = []
+    texts: list[TokenizedExample] = []
     for memory, result in zip(preparation.memories, results, strict=True):
         assert result.prefix is not None
-        figures = report(config, memory, student, result, console)
+        if config.document and config.max_steps and not texts:
+            texts = bare_texts(student, format_of(student, result.prefix), result.prefix.length())
+        figures = report(config, memory, student, result, console, texts)
         finished.append(DistillResult(memory.job.name, result.prefix, result.path, figures))
     if resume:
         # A later `resume` without options goes on as this one did.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.encoding import format_of
+from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import num_asked
 from prefixtune.distillation.memory import Memory, text_bytes
@@ -28,7 +28,12 @@ _REPORT_FILE = "distill.json"
 
 
 def report(
-    config: DistillConfig, memory: Memory, student: Backbone, result: TrainResult, console: Console | None
+    config: DistillConfig,
+    memory: Memory,
+    student: Backbone,
+    result: TrainResult,
+    console: Console | None,
+    texts: Sequence[TokenizedExample] = (),
 ) -> dict[str, Any]:
     """Report on a memory, and keep the report in its folder.
 
@@ -39,6 +44,7 @@ def report(
         result: Of its training.
         console: Shows how the bare model, the model with the text in view and the memory are read. None: no model is
             run, and no folder is named.
+        texts: The bare model's, about other things.
     """
     prefix, path = result.prefix, result.path
     assert prefix is not None
@@ -72,8 +78,7 @@ def report(
     if console is not None:
         started = time.monotonic()
         held_out |= _readings(config, memory, student, prefix, console)
-        if config.document and config.max_steps:
-            figures |= measure_silence(student, {"general": prefix}, format_of(student, prefix))
+        figures |= measure_silence(student, {"general": prefix}, texts)
         if "bare" in held_out:
             figures["recovered"] = _recovered(held_out)
         seconds["report"] = time.monotonic() - started

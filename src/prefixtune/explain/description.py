@@ -18,7 +18,7 @@ from prefixtune.explain.subject import Subject, View
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
-from prefixtune.training.silence import measure_silence
+from prefixtune.training.silence import bare_texts, measure_silence
 
 _FEW_SHOT = (
     "Task description: translate the sentence into French.\n"
@@ -80,7 +80,8 @@ def general_view(subject: Subject) -> View:
     if subject.labels is not None or subject.backbone.kind == "encoder":
         return View("general", left_out="the prefix gives labels, and writes no text.")
     compared = {"prefix": subject.prefix, "random": subject.controls["random"]}
-    found = measure_silence(subject.backbone, compared, subject.text_format)
+    texts = bare_texts(subject.backbone, subject.text_format, subject.prefix.length())
+    found = measure_silence(subject.backbone, compared, texts)
     return View("general", found, "" if found else "no request fits the backbone's positions beside the prefix.")
 
 

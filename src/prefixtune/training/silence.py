@@ -26,7 +26,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.routing import general_requests
 from prefixtune.prefix.text_format import TextFormat
 
-__all__ = ["general_examples", "general_of_step", "measure_silence"]
+__all__ = ["bare_texts", "general_examples", "general_of_step", "measure_silence"]
 
 _NEW_TOKENS = 32
 _BATCH = 32
@@ -64,27 +64,41 @@ def general_of_step(
     return draw.sample(general, min(int(share * targets + draw.random()), len(general)))
 
 
-@torch.no_grad()
-def measure_silence(
-    backbone: Backbone, prefixes: Mapping[str, Prefix], text_format: TextFormat
-) -> dict[str, dict[str, Any]]:
-    """How prefixes change the bare model's greedy texts of 32 tokens to requests about other things.
+def bare_texts(backbone: Backbone, text_format: TextFormat, prefix_length: int) -> list[TokenizedExample]:
+    """The bare model's greedy texts of 32 tokens to requests about other things.
 
-    Returns:
-        By name: `requests`; `unchanged`: texts that the prefix leaves as they are; `kl`: nats per token of the bare
-        model's texts from the bare model, over the whole vocabulary. Empty: no request finds room.
+    Args:
+        backbone: Who writes them.
+        text_format: The text around a request.
+        prefix_length: P; a request that finds no room behind it is left out.
     """
-    longest = max(prefix.length() for prefix in prefixes.values())
-    room = (backbone.max_positions or 2**20) - backbone.prefix_positions(longest) - _NEW_TOKENS
+    room = (backbone.max_positions or 2**20) - backbone.prefix_positions(prefix_length) - _NEW_TOKENS
     asked = [ids for ids in encode_prompts(backbone, text_format, general_requests()["test"]) if len(ids) <= room]
     config = GenerateConfig(max_new_tokens=_NEW_TOKENS, batch_size=_BATCH)
     texts = generate_ids(backbone, asked, [None] * len(asked), config=config)
     # The end token is a token of a text, too.
     ended = ([*text, backbone.eos_id][:_NEW_TOKENS] for text in texts)
-    rows = [TokenizedExample(tuple(ids), (tuple(text),)) for ids, text in zip(asked, ended, strict=True)]
+    return [TokenizedExample(tuple(ids), (tuple(text),)) for ids, text in zip(asked, ended, strict=True)]
+
+
+@torch.no_grad()
+def measure_silence(
+    backbone: Backbone, prefixes: Mapping[str, Prefix], texts: Sequence[TokenizedExample]
+) -> dict[str, dict[str, Any]]:
+    """How prefixes change the bare model's texts to requests about other things.
+
+    Args:
+        backbone: The model.
+        prefixes: By name.
+        texts: Of `bare_texts`.
+
+    Returns:
+        By name: `requests`; `unchanged`: texts that the prefix leaves as they are; `kl`: nats per token of the bare
+        model's texts from the bare model, over the whole vocabulary. Empty: there are no texts.
+    """
     divergence, unchanged, tokens = dict.fromkeys(prefixes, 0.0), dict.fromkeys(prefixes, 0), 0
-    for first in range(0, len(rows), _BATCH):
-        some = rows[first : first + _BATCH]
+    for first in range(0, len(texts), _BATCH):
+        some = texts[first : first + _BATCH]
         batch = collate(backbone, some)
         bare = label_logits(backbone, None, batch).float().log_softmax(-1)
         tokens += len(bare)
@@ -95,6 +109,6 @@ def measure_silence(
             same = (own.argmax(-1).cpu() == batch.labels).split([len(row.targets[0]) for row in some])
             unchanged[name] += sum(bool(one.all()) for one in same)
     return {
-        name: {"requests": len(rows), "unchanged": unchanged[name], "kl": round(divergence[name] / tokens, 4)}
-        for name in (prefixes if rows else ())
+        name: {"requests": len(texts), "unchanged": unchanged[name], "kl": round(divergence[name] / tokens, 4)}
+        for name in (prefixes if texts else ())
     }
