@@ -237,8 +237,9 @@ def test_a_teacher_is_let_go_before_the_training(backbone, unanswered, tmp_path,
     assert (len(loaded), left) == (1, [False, False])
 
 
+@pytest.mark.parametrize("answered", [False, True])
 def test_neither_another_backbone_nor_another_document_is_gone_on_with(
-    backbone, unanswered, tiny_backbone, monkeypatch
+    backbone, options, unanswered, tiny_backbone, monkeypatch, answered
 ):
     def kill(*_, **__):
         raise Killed
@@ -247,10 +248,11 @@ def test_neither_another_backbone_nor_another_document_is_gone_on_with(
         # The answers are there, and the training has not begun.
         patch.setattr(Preparation, "label", kill)
         with pytest.raises(Killed):
-            quiet(backbone, **unanswered)
+            quiet(backbone, **(options if answered else unanswered))
     other = tiny_backbone("llama", max_position_embeddings=512, seed=1)
-    with pytest.raises(CheckpointError):
-        distill(output=unanswered["output"], backbone=other, resume=True, progress=False)
+    if not answered:
+        with pytest.raises(CheckpointError):
+            distill(output=unanswered["output"], backbone=other, resume=True, progress=False)
     # Nor does another document.
     Path(unanswered["document"]).write_text(DOCUMENT.replace("Ashby", "Selby"))
     with pytest.raises(CheckpointError):

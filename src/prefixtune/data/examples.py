@@ -128,7 +128,7 @@ def _part_text(part: Any, name: str) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text"):
         text = part.get("text")
     if not isinstance(text, str):
-        what = f"{name} holds {describe_value(part)}; only text is read."
+        what = f"{name} holds {short_repr(part)}; only text is read."
         raise DataError(what, hint='leave such conversations out; a part of text is {"type": "text", "text": "..."}.')
     return text
 

@@ -69,9 +69,11 @@ class DistillConfig(TrainConfig):
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """Also: what has to be learned, and what goes with it."""
         yield from super().conflicts()
-        for name in sorted(self.unused & self.model_fields_set):
+        ignored = {"limit"} if self.questions == SELF else {"num_questions", "kinds"}
+        for name in sorted((self.unused | ignored) & self.model_fields_set):
             if getattr(self, name) != self.default(name):
-                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it"
+                why = f" where questions is {self.questions!r}" if name in ignored else ""
+                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it{why}"
         if self.document and self.prompt:
             yield ("document", "prompt"), "document and prompt are both given, but one prefix learns one of them"
         if not (self.document or self.prompt or self.teacher):

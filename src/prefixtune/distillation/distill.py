@@ -89,6 +89,8 @@ def distill(
         raise ConfigError("distill runs in one process.", hint="start it without torchrun.")
     console = Console(quiet=not progress)
     jobs = read_jobs(config, resume=resume)
+    if config.beside == SELF and len(jobs) == 1:
+        raise ConfigError("beside is 'self', but there is one memory.", hint="give a folder of several documents.")
     check_named(config.training, begun=resume)
     check_teacher(config)
     if backbone is None:

@@ -114,7 +114,7 @@ def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
         if several and not resume:
             check_unused(folder)
         questions, test = (
-            _read_questions(_questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else ()
+            _read_questions(config, _questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else ()
             for path in (config.questions, config.test)
         )
         name = file.stem if several else ""
@@ -177,8 +177,13 @@ def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
 # --- questions and inputs ---------------------------------------------------------------------------------------------
 
 
-def _read_questions(path: Path) -> tuple[Question, ...]:
-    """The questions of a file with `question` and perhaps `answer` or `answers`; a column `context` does not count."""
+def _read_questions(config: DistillConfig, path: Path) -> tuple[Question, ...]:
+    """The questions of a file with `question` and perhaps `answer` or `answers`; a column `context` does not count.
+
+    Where options say how inputs are read, the file is read so.
+    """
+    if any(getattr(config, name) != config.default(name) for name in ("task", "form", "source", "target")):
+        return _read_inputs(config, str(path), "train")
     examples = read_task("records", path, form="question", needs_targets=False)
     return _as_questions([replace(one, source=str(one.fields["question"]).strip()) for one in examples], path)
 

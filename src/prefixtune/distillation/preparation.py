@@ -84,12 +84,13 @@ class Preparation:
         """Make a memory's questions and answers, unless its folder keeps them.
 
         Raises:
-            CheckpointError: They were made from something else, or a file is damaged.
+            CheckpointError: The run began with another text, they were made from something else, or a file is damaged.
             DataError: No question could be made, or the teacher answers none.
         """
         folder = memory.job.output
         if memory.job.text:
-            write_text(folder / START_FILE, memory.wording.view(self._student, memory.job.text))
+            view = memory.wording.view(self._student, memory.job.text)
+            stage(folder / START_FILE, view, lambda temporary: write_text(temporary, view))
         if not memory.soft:
             memory.questions = with_chunks(memory.job.questions, memory.chunks)
             return

@@ -101,6 +101,9 @@ def test_outputs_are_lines_or_json_lines_in_any_order(references, outputs, tmp_p
     for arguments in ((other,), (right, "--against", other)):
         with pytest.raises(DataError, match=r"other\.jsonl, line 2"):
             call("evaluate", *options, *arguments)
+    twice = write(tmp_path / "twice.jsonl", as_lines({"number": number, "output": "a"} for number in (1, 0, 1)))
+    with pytest.raises(DataError, match=r"twice\.jsonl, line 3"):
+        call("evaluate", *options, twice)
 
 
 def test_a_second_system_intervals_and_the_report(references, outputs, tmp_path, capsys):

@@ -180,14 +180,14 @@ CHAT = {"messages": [USER, ASSISTANT]}
     ("good", "bad", "named"),
     [
         *(
-            (CHAT, {"messages": messages}, "")
-            for messages in (
-                [USER],
-                [USER, {"role": "assistant", "tool_calls": [{"id": 1}]}],
-                [{"role": "user", "content": [IMAGE]}, ASSISTANT],
-                [USER, {**ASSISTANT, "weight": 0}],
-                [USER, {**ASSISTANT, "reasoning_content": "Hm."}],
-                [NESTED],
+            (CHAT, {"messages": messages}, named)
+            for named, messages in (
+                ("", [USER]),
+                ("tool_calls", [USER, {"role": "assistant", "tool_calls": [{"id": 1}]}]),
+                ("image_url", [{"role": "user", "content": [IMAGE]}, ASSISTANT]),
+                ("weight", [USER, {**ASSISTANT, "weight": 0}]),
+                ("reasoning_content", [USER, {**ASSISTANT, "reasoning_content": "Hm."}]),
+                ("", [NESTED]),
             )
         ),
         (CHAT, {**CHAT, "tools": [{"name": "x"}]}, "tools"),

@@ -45,11 +45,12 @@ def test_wrong_documents(documents, files):
         documents(files)
 
 
-def test_questions_of_each_document(documents, tmp_path):
+@pytest.mark.parametrize("named", [{}, {"source": "asked", "target": "said"}])
+def test_questions_of_each_document(documents, tmp_path, named):
     asked = tmp_path / "questions"
     asked.mkdir()
-    (asked / "owl.csv").write_text("question,answer\nWho?,Mira\n")
-    (job,) = documents({"owl.txt": b"The owl."}, str(asked))
+    (asked / "owl.csv").write_text(f"{','.join(named.values()) or 'question,answer'}\nWho?,Mira\n")
+    (job,) = documents({"owl.txt": b"The owl."}, str(asked), **named)
     assert (job.answered, [question.answer for question in job.questions]) == (True, ["Mira"])
 
 

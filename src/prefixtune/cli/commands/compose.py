@@ -44,6 +44,9 @@ class ComposeOptions(OutputOptions):
         """Options that do not go together."""
         if len(self.files) < (1 if self.length else 2):
             yield ("files",), f"FILES names {len(self.files) or 'no'} prefix; name two or more, or cut one by --length"
+        if len(self.files) == 1 and self.has("mode"):
+            yield ("files", "mode"), f"--mode is {self.mode!r}, but FILES names 1 prefix"
+        yield from self.only_with("length", "cut_from")
         if self.weights and self.mode != "interpolate":
             yield ("weights", "mode"), "--weights is for --mode interpolate; leave it out"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import DecodingOptions
 from prefixtune.cli.loading import Trained, load_trained, read_as_trained, read_trained, started_engine
-from prefixtune.cli.options import PREFIX, Conflicts, PathText, ReadingOptions, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, PathText, ReadingOptions, command, option
 from prefixtune.cli.show import Table, format_score, score_tables
 from prefixtune.errors import ConfigError, PrefixError
 from prefixtune.utils.config import CommaList
@@ -32,17 +32,19 @@ class EvaluateOptions(DecodingOptions, ReadingOptions):
     data: str = option(description="examples with references: a file, a folder, hub:NAME, or - (stdin)", metavar="PATH")
     limit: int = option(0, "only the first N examples; 0: all", ge=0)
     shots: int = option(0, "show N solved examples of --train before each", ge=0)
-    train: str | None = option(None, "where the examples of --shots come from", metavar="PATH")
+    train: PathText | None = option(None, "where the examples of --shots come from", metavar="PATH")
     instruction: str = option("", "ask the bare model in words, in its chat template where it has one")
     metrics: CommaList[str] = option((), "such as bleu,nist,meteor (default: the task's)", metavar="NAMES")
     intervals: bool = option(False, "also give 95 % bootstrap intervals")
-    output: str | None = option(
+    output: PathText | None = option(
         None, "write scores, outputs and settings there; a stopped evaluation goes on", metavar="FOLDER"
     )
-    outputs: str | None = option(
+    outputs: PathText | None = option(
         None, 'score these, and decode nothing: one a line, or .jsonl with the key "output"', metavar="FILE"
     )
-    against: str | None = option(None, "outputs of a second system: test the difference from --outputs", metavar="FILE")
+    against: PathText | None = option(
+        None, "outputs of a second system: test the difference from --outputs", metavar="FILE"
+    )
     protocol: Literal["", "e2e", "webnlg", "dart", "summarization", "plain"] = option(
         "", "of --outputs: by whose rules texts are scored (default: the task's)"
     )
@@ -52,7 +54,8 @@ class EvaluateOptions(DecodingOptions, ReadingOptions):
         yield from super().conflicts()
         yield from self.apart("run_folder", "prefix", "shots", "instruction")
         yield from self.apart("prefix", "shots", "instruction")
-        yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", "backbone")
+        decoding = [name for name in DecodingOptions.model_fields if name not in OutputOptions.model_fields]
+        yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", *decoding)
         yield from self.only_with("outputs", "against", "protocol")
         yield from self.only_with("train", "shots")
         yield from self.only_with("shots", "train")
