@@ -6,7 +6,7 @@ A router reads stored questions alone, so that no memory is trained. Sixteen doc
 ferries, inns, pumps), eight things in each, five facts of each thing, asked in two wordings to store and a third to
 measure. Names are unique, or each stands in one document of every kind. The other requests are those of the package
 that no training reads, and questions about things that no document has, whose right answer is no memory.
-Also one document of each kind, and one alone. With DATA: the four documents of `joined`, too.
+Also one document of each kind, and one alone. With DATA: the four documents of `joined`, too, and their quarters.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def made(*, shared: bool) -> list[tuple[list[str], list[str]]]:
     return found
 
 
-def given(data: Path) -> list[tuple[list[str], list[str]]]:
-    """The same, of the four documents of `joined`."""
-    return [
-        ([row["question"] for row in train], [row["question"] for row in test]) for _, _, train, test in documents(data)
-    ]
+def given(data: Path, parts: int) -> list[tuple[list[str], list[str]]]:
+    """The same, of the four documents of `joined`, each in some parts."""
+    found = documents(data, parts)
+    return [([row["question"] for row in train], [row["question"] for row in test]) for _, _, train, test in found]
 
 
 def unknown() -> list[str]:
@@ -78,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     sets = {"unique": made(shared=False), "shared": made(shared=True)}
     sets["kinds"], sets["one"] = sets["unique"][::4], sets["unique"][:1]
-    sets |= {"four": given(options.data)} if options.data else {}
+    sets |= {"four": given(options.data, 1), "quarters": given(options.data, 4)} if options.data else {}
     results = {}
     for name, memories in sets.items():
         headers = [{"questions": [[text, ""] for text in stored]} for stored, _ in memories]
