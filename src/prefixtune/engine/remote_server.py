@@ -161,13 +161,17 @@ class RemoteServer:
             OSError: It cannot be reached, or the connection ends before the text.
         """
         async with self._send("POST", path, body) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        message = event["error"].get("message")
-                        raise RequestError(f"{self._program}: {message}", hint="see its log.")
-                    yield event
+            ending = b""
+            async for part in response.aiter_bytes():
+                # `aiter_lines` would also divide it at characters such as U+2028, which JSON texts may hold.
+                *lines, ending = (ending + part).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: {"):
+                        event = json.loads(line[6:].decode("utf-8", "replace"))
+                        if "error" in event:
+                            message = event["error"].get("message")
+                            raise RequestError(f"{self._program}: {message}", hint="see its log.")
+                        yield event
         raise ConnectionError(f"the server of {self._program} has ended in the middle of a text.")
 
     @contextlib.asynccontextmanager

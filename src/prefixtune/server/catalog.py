@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ SEPARATOR = "+"
 """Between the names of joined prefixes; no file's name may have it."""
 ROUTE = "route:"
 """Before a pattern of names of memories, of which one answers; no file's name may have it."""
+_LONGEST_PATTERN = 512
 _BACKBONE = PrefixFile(None, {"description": "the bare backbone"})
 """What stands for the file of the bare backbone."""
 
@@ -165,10 +167,10 @@ class Catalog:
             ApiError: No memory with stored questions fits that the caller may use.
         """
         pattern = model.removeprefix(ROUTE)
-        fits = [one["id"] for one in self.describe_all(caller) if fnmatchcase(one["id"], pattern)]
-        headers = {name: self._served(name, caller).header for name in fits}
-        headers = {name: header for name, header in headers.items() if header.get("questions")}
-        if not headers:
+        # A very long one takes seconds; and `fnmatchcase` would keep thousands of them.
+        fits = re.compile(translate(pattern[:_LONGEST_PATTERN])).match
+        headers = {n: f.header for n, f in self._listed(caller).items() if fits(n) and f.header.get("questions")}
+        if not headers or len(pattern) > _LONGEST_PATTERN:
             raise not_found("model", model)
         number = router(list(headers.values()), list(headers))(text)
         return self.backbone_id if number is None else list(headers)[number]
@@ -208,14 +210,17 @@ class Catalog:
 
     def describe_all(self, caller: Caller) -> list[dict[str, Any]]:
         """The models that a caller may use, the bare backbone first; checkpoints of jobs are left out."""
+        return [self._describe(name, file) for name, file in self._listed(caller).items()]
+
+    def _listed(self, caller: Caller) -> dict[str, PrefixFile]:
         files = {self.backbone_id: _BACKBONE, **{n: f for n, f in self.store.files().items() if n != self.backbone_id}}
-        return [
-            self._describe(name, file)
+        return {
+            name: file
             for name, file in files.items()
             if not file.reason
             and (caller.may_use(name) if file.origin is None else self._is_theirs(file.origin, caller))
             and (file.origin is None or file.origin.step is None)
-        ]
+        }
 
     def describe(self, model: str, caller: Caller) -> dict[str, Any]:
         """A model as `/v1/models` lists it, or joined prefixes, which it does not list.

@@ -79,7 +79,8 @@ class FakeServer:
                 self.end_headers()
                 for token in range(body["max_tokens"]):
                     time.sleep(fake.pause)
-                    choice = {"token_ids": [fake.ids[token]], "finish_reason": fake.reason}
+                    # Its text has line breaks that are none of the stream's.
+                    choice = {"token_ids": [fake.ids[token]], "finish_reason": fake.reason, "text": "\u2028\x85"}
                     if fake.error and token == 2:
                         self.event({"error": {"message": fake.error}})
                         return
@@ -88,7 +89,7 @@ class FakeServer:
                 self.event({"choices": [], "usage": {"prompt_tokens_details": details}})
 
             def event(self, content):
-                self.wfile.write(b"data: " + json.dumps(content).encode() + b"\n\n")
+                self.wfile.write(b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n")
 
             def reply(self, status, content):
                 self.send_response(status)

@@ -66,6 +66,7 @@ def test_a_text_about_none_of_them_is_the_backbones(serve):
         ({"model": "route:"}, 404, "model"),
         ({"model": "route:a"}, 404, "model"),
         ({"model": "route:tiny"}, 404, "model"),
+        ({"model": f"route:{'*' * 600}"}, 404, "model"),
         ({"model": "route:*", "prompt": ["the owl", "the fox"]}, 400, "prompt"),
         ({"model": "route:*", "prompt": [1, 2]}, 400, "prompt"),
         ({"model": "route:*", "prompt": "the owl", "prefixes": ["fox"]}, 400, "model"),
