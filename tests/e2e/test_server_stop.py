@@ -4,8 +4,10 @@ Slow: servers start, and finish what they began.
 """
 
 import json
+import os
 import signal
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -101,20 +103,35 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start, folder):
 
     # The environment wins over the file, and flags over both.
     environment = {"PREFIXTUNE_SERVE_DRAIN_SECONDS": "0.2", "PREFIXTUNE_SERVE_PLAYGROUND": "yes"}
-    server = start(*keyed, "--no-playground", environment=environment)
+    server = start(*keyed, "--no-playground", "--data-folder", str(folder / "data"), environment=environment)
     assert [path.name for path in prefixes.iterdir()] == ["one.safetensors"]
     assert server.get("/v1/models", key="pt-me")[1]["refused"] == {}
     assert server.get("/")[0] == 404
     unfinished_requests_are_cancelled_and_reported(server)
 
 
+def checker(server):
+    """The process that checks an uploaded file for a server; 0: there is none."""
+    words = ["pgrep", "-P", str(server.process.pid), "-f", "prefixtune.jobs.files"]
+    return int(subprocess.run(words, capture_output=True, text=True).stdout or 0)
+
+
 def unfinished_requests_are_cancelled_and_reported(server):
     body = {"model": MODEL, "prompt": "abc", "max_tokens": 1000, "temperature": 0, "n": 16}
-    with ThreadPoolExecutor(2) as pool:
+    disposition = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    form = disposition % (b"purpose", b"fine-tune") + disposition % (b'file"; filename="a.jsonl', b"{}\n" * 2**17)
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    with ThreadPoolExecutor(3) as pool:
+        # A file whose check does not end.
+        pool.submit(server.request, "POST", "/v1/files", form + b"--x--", key="pt-me", headers=kind)
+        server.until(lambda: checker(server))
+        stopped = checker(server)
+        os.kill(stopped, signal.SIGSTOP)
         whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
         stream = pool.submit(server.post, "/v1/completions", {**body, "stream": True}, key="pt-me")
         server.until(lambda: len(server.get("/v1/status", key="pt-me")[1]["running"]) == 32)
         code = server.stop(signal.SIGINT)
+        os.kill(stopped, signal.SIGKILL)
         assert whole.result()[0] == 503
         assert whole.result()[1]["error"]["code"] == "draining"
         last = stream.result()[1].strip().split("\n\n")[-1]

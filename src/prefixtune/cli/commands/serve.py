@@ -80,7 +80,8 @@ def serve(options: ServeOptions) -> int:
         for library in SERVER_LIBRARIES:
             importlib.import_module(library)
         from prefixtune.server.launch import run as launch
-    return launch(config, Console(quiet=options.quiet))
+    # Threads that still check an uploaded file have nobody to answer: nobody waits for these threads.
+    return _exit_now(launch(config, Console(quiet=options.quiet)))
 
 
 class WorkerOptions(ConfigOptions, WorkerConfig):
