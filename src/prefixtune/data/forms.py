@@ -14,6 +14,7 @@ format specs. `{{` and `}}` are literal braces. Texts lose their outer white spa
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,11 +25,14 @@ from typing import Any, Literal
 from pydantic_core import from_json
 
 from prefixtune.data.examples import Example, ExampleLike, Message, chat_example, merge_examples, parse_messages
-from prefixtune.data.files import Record, is_tag, join_lines, listed, missing_column, wrong_value
+from prefixtune.data.files import Record, is_tag, iter_file, join_lines, listed, missing_column, wrong_value
 from prefixtune.data.streams import shown
 from prefixtune.errors import ConfigError, DataError, describe_value, did_you_mean, short_repr
+from prefixtune.pages.format import spread_out
 
 _HINT = 'write {"source": "...", "target": "..."}; `prefixtune.data.as_examples` takes templates for other records.'
+_MOST_SAMPLED, _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 100, 24, 50, 2_000
+"""Of a file's beginning, for people."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,33 @@ def make_example(
         what = f"{record.location} has the columns {listed(record.values)}, but {form.title} need {form.signature}."
         raise DataError(what, hint="put rows of each form into a file of their own.")
     return form.make(record, form, columns, needs_targets)
+
+
+def preview_of(path: Path, form: str | None) -> list[dict[str, Any]]:
+    """Some of a file's first examples for people, long texts and conversations shortened; or a text's beginning.
+
+    Args:
+        path: The file.
+        form: The name of its form; empty: it is not known, and nothing is shown; None: it is a text.
+    """
+    if form is None:
+        with open(path, "rb") as file:
+            return [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
+    first = list(itertools.islice(iter_file(path), _MOST_SAMPLED)) if form else []
+    return [_shown(make_example(record, FORMS[form])) for record in spread_out(first, _MOST_SHOWN)]
+
+
+def _shown(example: Example) -> dict[str, Any]:
+    targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
+    if not example.messages:
+        return {"source": example.source[:_MOST_CHARS], "targets": targets}
+    turns: list[tuple[str, str]] = [*example.messages, *(("assistant", target) for target in targets[:1])]
+    return {
+        "messages": [
+            {"role": role, "content": content[:_MOST_CHARS], "trained": role == "assistant"}
+            for role, content in turns[:_MOST_MESSAGES]
+        ]
+    }
 
 
 def as_examples(

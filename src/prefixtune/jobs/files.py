@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefixtune.data.files import FORMATS, iter_file, recognize_format
-from prefixtune.data.forms import describe_data, fitting_forms
+from prefixtune.data.forms import describe_data, fitting_forms, preview_of
 from prefixtune.data.registry import read_data
 from prefixtune.data.streams import GZIP_MAGIC, read_text
 from prefixtune.errors import DataError, PrefixError
@@ -38,8 +38,8 @@ Purpose = Literal["fine-tune", "document", "fine-tune-results"]
 """What a file is for; results are made by workers."""
 MAX_DOCUMENT_BYTES = 2**24
 """Most bytes of a document."""
-_META, _METRICS = "meta.json", "step_metrics.csv"
-"""What is known of a file; and what the file of a job's metrics is called, as OpenAI calls it."""
+_META, _PREVIEW, _METRICS = "meta.json", "preview.json", "step_metrics.csv"
+"""What is known of a file; some of its examples; and what a job's metrics are called, as OpenAI calls them."""
 _LOCK_SECONDS = 30.0
 _HEAD, _MAX_FILENAME = 512, 200
 """Bytes by which the format of a file is recognized; and the longest name."""
@@ -183,6 +183,11 @@ class FileStore:
         """Where a file's data are; their ending is that of their format. To be linked, never changed."""
         return self._root / file.id / f"data{file.ending}"
 
+    def preview(self, file: StoredFile) -> Any:
+        """Some of a file's examples, as `preview_of` gave them; none of a result, or of one that is wrong."""
+        path = self._root / file.id / _PREVIEW
+        return from_json(path.read_bytes()) if path.exists() else []
+
     def list(self, owner: str | None) -> Sequence[StoredFile]:
         """All files of an owner, or of all owners, the newest first."""
         found = [_read(folder) for folder in self._root.glob("file-*")]
@@ -270,7 +275,11 @@ def main() -> None:
 def _read_whole(path: Path, file: StoredFile) -> StoredFile:
     facts_of = _document_facts if file.purpose == "document" else _row_facts
     try:
-        return file.model_copy(update={"facts": facts_of(path, file.filename)})
+        facts = facts_of(path, file.filename)
+        # Here, as it may need much memory.
+        examples = preview_of(path, None if file.purpose == "document" else facts.form)
+        path.with_name(_PREVIEW).write_bytes(to_json(examples))
+        return file.model_copy(update={"facts": facts})
     except PrefixError as error:
         # Hints may name options of a command line, which is not the reader's.
         hint = "" if "--" in error.hint else error.hint
@@ -304,16 +313,10 @@ def _row_facts(path: Path, name: str) -> FileFacts:
     turns = [message for example in read.examples for message in example.messages]
     targets = [target for example in read.examples for target in example.targets]
     sources = [message.content for message in turns] + [one.source for one in read.examples if not one.messages]
-    return FileFacts(
-        summary=describe_data(read.form, read.examples, name, read.columns),
-        form=read.form.name,
-        forms=[read.form.name],
-        task=read.task,
-        rows=rows,
-        examples=len(read.examples),
-        targets=len(targets) + sum(message.role == "assistant" for message in turns),
-        characters=sum(map(len, sources + targets)),
-    )
+    summary, form = describe_data(read.form, read.examples, name, read.columns), read.form.name
+    counts = {"rows": rows, "examples": len(read.examples), "characters": sum(map(len, sources + targets))}
+    counts["targets"] = len(targets) + sum(message.role == "assistant" for message in turns)
+    return FileFacts(summary=summary, form=form, forms=[form], task=read.task, **counts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Each key sees its own files; an admin key, and everybody where there are no keys
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,11 +15,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 
-from prefixtune.data.examples import Example
-from prefixtune.data.files import iter_file
-from prefixtune.data.forms import FORMS, make_example
 from prefixtune.jobs.files import StoredFile
-from prefixtune.pages.format import spread_out
 from prefixtune.server.api.endpoint import RequestContext, TrainingContext, key_router
 from prefixtune.server.api.training_views import After, page_of
 from prefixtune.server.responses import ApiError, bad_request
@@ -28,7 +23,6 @@ from prefixtune.server.responses import ApiError, bad_request
 router = key_router()
 _PATH = "/v1/files/{file_id}"
 _MOST_LISTED = 10_000
-_MOST_SAMPLED, _MOST_SHOWN, _MOST_MESSAGES, _MOST_CHARS = 100, 24, 50, 2_000
 
 
 class Upload(BaseModel):
@@ -153,33 +147,8 @@ def find_file(context: RequestContext, file_id: str, param: str | None = None) -
     return stored
 
 
-# --- a preview --------------------------------------------------------------------------------------------------------
-
-
 @router.get(f"{_PATH}/preview")
 def preview_file(file_id: str, context: TrainingContext) -> dict[str, Any]:
     """What training would read of a file: some examples, or the beginning of a document."""
     stored = find_file(context, file_id)
-    path, form = context.training.files.path(stored), stored.facts.form if stored.facts else ""
-    examples = []
-    if form and stored.purpose == "document":
-        with open(path, "rb") as file:
-            examples = [{"source": file.read(4 * _MOST_CHARS).decode("utf-8", "ignore")[:_MOST_CHARS]}]
-    elif form:
-        first = itertools.islice(iter_file(path), _MOST_SAMPLED)
-        examples = [_shown(make_example(record, FORMS[form])) for record in spread_out([*first], _MOST_SHOWN)]
-    return {"id": stored.id, "object": "file.preview", "examples": examples}
-
-
-def _shown(example: Example) -> dict[str, Any]:
-    """An example for people, long texts and conversations shortened."""
-    targets = [target[:_MOST_CHARS] for target in example.targets[:3]]
-    if not example.messages:
-        return {"source": example.source[:_MOST_CHARS], "targets": targets}
-    turns: list[tuple[str, str]] = [*example.messages, *(("assistant", target) for target in targets[:1])]
-    return {
-        "messages": [
-            {"role": role, "content": content[:_MOST_CHARS], "trained": role == "assistant"}
-            for role, content in turns[:_MOST_MESSAGES]
-        ]
-    }
+    return {"id": stored.id, "object": "file.preview", "examples": context.training.files.preview(stored)}
