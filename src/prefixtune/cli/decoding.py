@@ -68,6 +68,7 @@ class DecodingOptions(EngineOptions, GenerateConfig):
         for names, message in super().conflicts():
             if self.model_fields_set.issuperset(names):
                 yield names, message
+        yield from self.only_with("temperature", "top_k", "top_p", "min_p")
         for name, value in self.without_lacks.items():
             if name in self.model_fields_set and getattr(self, name) != value:
                 yield (name, "engine"), f"{self.flag(name)} is not for --engine {self.engine}"

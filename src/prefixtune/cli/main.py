@@ -1,7 +1,7 @@
 """The command line: parse, call the command, and print errors as one line with a hint.
 
-Exit codes: 0 success, 1 a failed check, job or run, or a bug (with its traceback), 2 wrong use or input, 130
-interrupted. With `--json` an error is one JSON object on stderr, and nothing else is written there.
+Exit codes: 0 success, 1 a failed check or job, or a bug (with its traceback), 2 wrong use or input, or a run that
+cannot go on, 130 interrupted. With `--json` an error is one JSON object on stderr, and nothing else is written there.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _MODULES = {
 _COMPLETION = "complete commands, options and choices by the Tab key, in bash, zsh or fish"
 _EPILOGUE = (
     "Start with `prefixtune demo`. Each command explains itself: `prefixtune train --help`. Mistakes exit with 2; "
-    "failed checks, jobs and runs, and bugs with 1; with --json a mistake is one JSON object on stderr."
+    "failed checks and jobs, and bugs with 1; with --json a mistake is one JSON object on stderr."
 )
 _RESUMABLE = ("distill", "evaluate", "length", "train")
 _GO_ON = "what was stored is kept: the same command goes on, with --resume if it has that option."

@@ -80,6 +80,7 @@ MISTAKES = [
     (TRAIN + "--epochs -1 --seed x", "--epochs is '-1'"),
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
     ("generate --stream x y", "--stream"),
+    ("generate --prefix p.safetensors --top-p 0.5 x", "--temperature"),
     ("generate ok a\udcffb", "TEXTS"),
     ("chat --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "nowhere.safetensors"),
