@@ -112,8 +112,7 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start, folder):
 
 def checker(server):
     """The process that checks an uploaded file for a server; 0: there is none."""
-    words = ["pgrep", "-P", str(server.process.pid), "-f", "prefixtune.jobs.files"]
-    return int(subprocess.run(words, capture_output=True, text=True).stdout or 0)
+    return int(subprocess.getoutput(f"pgrep -P {server.process.pid} -f prefixtune.jobs.files") or 0)
 
 
 def unfinished_requests_are_cancelled_and_reported(server):
@@ -125,8 +124,7 @@ def unfinished_requests_are_cancelled_and_reported(server):
         # A file whose check does not end.
         pool.submit(server.request, "POST", "/v1/files", form + b"--x--", key="pt-me", headers=kind)
         server.until(lambda: checker(server))
-        stopped = checker(server)
-        os.kill(stopped, signal.SIGSTOP)
+        os.kill(stopped := checker(server), signal.SIGSTOP)
         whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
         stream = pool.submit(server.post, "/v1/completions", {**body, "stream": True}, key="pt-me")
         server.until(lambda: len(server.get("/v1/status", key="pt-me")[1]["running"]) == 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -59,7 +60,12 @@ class Middleware:
                 headers["x-request-id"] = request_id
                 for key, value in self.headers.items():
                     headers.setdefault(key, value)
-            await send(message)
+            try:
+                async with asyncio.timeout(self.state.config.deadline):
+                    await send(message)
+            except TimeoutError:
+                # Nobody reads the response: what it counts for must not stay taken.
+                raise ClientDisconnect from None
 
         self.state.num_open += 1
         try:

@@ -48,6 +48,12 @@ def test_the_queue_is_bounded(make_server, monkeypatch):
     assert state.gate.count == 0
 
 
+def test_a_stream_that_nobody_reads_keeps_no_place(make_server):
+    app, state = make_server(deadline=0.5)
+    unread = send(app, "POST", "/v1/completions", completion(stream=True), before_reading=asyncio.Event().wait)
+    assert (asyncio.run(unread).ended, state.gate.count) == (False, 0)
+
+
 def test_no_key_fills_the_gate_alone():
     gate = Gate(16, shared=True)
     with contextlib.ExitStack() as inside:
