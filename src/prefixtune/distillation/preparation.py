@@ -215,7 +215,8 @@ def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:
     """Make a file, unless it is there and was made from these inputs; returns their hash.
 
     Args:
-        path: The file; the hash of its inputs is beside it, in a file with `.made_from` behind its name.
+        path: The file; the hash of its inputs is beside it, in a file with `.made_from` behind its name. It is written
+            first: a file without one is somebody's own, and is left as it is.
         inputs: All that decides the result, as JSON.
         make: Writes the file to the path that it gets.
 
@@ -224,13 +225,13 @@ def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:
     """
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     note = path.with_name(f"{path.name}.made_from")
-    if path.exists() and note.exists():
-        if note.read_text(encoding="utf-8") != key:
+    if path.exists():
+        if not note.exists() or note.read_text(encoding="utf-8") != key:
             raise CheckpointError(f"{str(path)!r} was made from other inputs.", hint="give those, or another --output.")
         return key
+    write_text(note, key)
     with atomic_path(path) as temporary:
         make(temporary)
-    write_text(note, key)
     return key
 
 

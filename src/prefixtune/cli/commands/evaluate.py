@@ -54,9 +54,11 @@ class EvaluateOptions(DecodingOptions, ReadingOptions):
         yield from super().conflicts()
         yield from self.apart("run_folder", "prefix", "shots", "instruction")
         yield from self.apart("prefix", "shots", "instruction")
-        decoding = [name for name in DecodingOptions.model_fields if name not in OutputOptions.model_fields]
-        yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", *decoding)
+        decoding = DecodingOptions.model_fields.keys() - OutputOptions.model_fields
+        yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", *sorted(decoding))
         yield from self.only_with("outputs", "against", "protocol")
+        if self.limit and self.outputs and Path(self.outputs) == Path(self.output or "", "outputs.jsonl"):
+            yield ("output", "outputs"), "--output would shorten the file of --outputs to --limit outputs"
         yield from self.only_with("train", "shots")
         yield from self.only_with("shots", "train")
 
