@@ -348,6 +348,7 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
         (rows, {"validation_file": f"file-{'1' * 24}"}, "validation_file", "file_not_found"),
         (document, {"own": {"questions": rows}}, "prefixtune.questions", "invalid_questions"),
         (document, {"own": {"questions": open_questions}}, "prefixtune.questions", None),
+        (document, {"own": {"questions": two, "num_questions": 5}}, "prefixtune.num_questions", None),
         (rows, {"own": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
         (rows, {"own": {"prefix_length": 2048}}, "prefixtune.prefix_length", None),
         (rows, {"own": {"max_steps": 5}, "hyperparameters": {"n_epochs": 1}}, "prefixtune.max_steps", None),

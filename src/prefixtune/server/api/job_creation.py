@@ -236,6 +236,7 @@ def _check_options(
         # A command line would read a file.
         ("init_text", str(options.get("init_text")).startswith("@"), "init_text must not begin with '@'"),
         ("max_steps", epochs != "auto" and "max_steps" in options, "both n_epochs and max_steps are given"),
+        ("num_questions", questions and "num_questions" in options, "num_questions is for questions that are made"),
         ("questions", unanswered > _MOST_QUESTIONS, f"at most {_MOST_QUESTIONS:,} questions may have no answer"),
     ):
         if is_wrong:
