@@ -204,10 +204,9 @@ def outputs_of(examples: Sequence[Example], path: Path, *, data: str, limit: int
         if all(type(values.get("number")) is int for _, values in rows):
             # An evaluation may have written `decoded.jsonl` in another order.
             rows.sort(key=lambda row: int(row[1]["number"]))
-            twice = next((row for last, row in itertools.pairwise(rows) if last[1]["number"] == row[1]["number"]), None)
-            if twice:
-                what = f"{twice[0]}: there are two outputs with the number {twice[1]['number']}."
-                raise DataError(what, hint="keep one of the two, or leave out the key 'number'.")
+            for (_, last), (location, row) in itertools.pairwise(rows):
+                if last["number"] == row["number"]:
+                    raise DataError(f"{location}: the number {row['number']} is there twice.", hint="leave one out.")
     else:
         # Only "\n" ends a line; the one after the last line adds no empty output.
         rows = [("", {"output": line.removesuffix("\r")}) for line in text.removesuffix("\n").split("\n")]
