@@ -89,7 +89,6 @@ MISTAKES = [
     ("distill --backbone model --document nowhere.txt --questions nothere.jsonl --output run", ".jsonl"),
     ("explain nowhere.safetensors --data nowhere.jsonl", "nowhere.safetensors"),
     ("length --backbone model --train rows.jsonl", "--dev"),
-    ("evaluate --prefix nowhere.safetensors --data rows.jsonl", "nowhere.safetensors"),
     ("export p.safetensors --to llama.cpp --output file/x", "file/x"),
     ("convert nowhere out.safetensors --to prefixtune", "nowhere"),
     ("push nowhere.safetensors me/x", "nowhere.safetensors"),
