@@ -75,6 +75,7 @@ def train(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Prefix]
         prefix_length=options.length,
         beside=options.beside,
         learning_rate=options.rate,
+        keep_general=options.keep_general,
         max_steps=options.steps,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -155,6 +156,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4, help="questions of each document in a step")
     parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--keep-general", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1, choices=range(1, 9), help="parts of each document")
     return parser.parse_args(arguments)
