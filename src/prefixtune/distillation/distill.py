@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import BackboneLike, as_backbone
+from prefixtune.backbone.load import BackboneLike
 from prefixtune.data.encoding import TokenizedExample, format_of
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import check_output, read_jobs
@@ -20,7 +20,7 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.beside import SELF
 from prefixtune.training.distributed import is_main_process
-from prefixtune.training.prepare import check_named, load_for, prepare, with_backbone
+from prefixtune.training.prepare import backbone_of, check_named, prepare
 from prefixtune.training.progress import show_training
 from prefixtune.training.run import Run, TrainResult
 from prefixtune.training.run_folder import STATE_FILE, Event
@@ -93,12 +93,7 @@ def distill(
         raise ConfigError("beside is 'self', but there is one memory.", hint="give a folder of several documents.")
     check_named(config.training, begun=resume)
     check_teacher(config)
-    if backbone is None:
-        console.info(f"loading {config.backbone} ...")
-        student = load_for(config.training)
-    else:
-        student = as_backbone(backbone)
-        config = with_backbone(config, student)
+    config, student = backbone_of(config, backbone, console)
     preparation = Preparation(config, jobs, student, console)
     root = Path(config.output)
     if not resume:
@@ -171,14 +166,8 @@ def _train(
     size = len(memories) if config.beside == SELF else size
     for first in range(0, len(memories), size):
         group = memories[first : first + size]
-        with show_training(console, num_runs=len(group)) as show:
-
-            def record(event: Event, show: Callable[[Event], None] = show) -> None:
-                show(event)
-                if on_event is not None:
-                    on_event(event)
-
-            shared: dict[str, Any] = {"backbone": student, "on_event": record, "teach": preparation.label}
+        with show_training(console, on_event, num_runs=len(group)) as show:
+            shared: dict[str, Any] = {"backbone": student, "on_event": show, "teach": preparation.label}
             if len(group) > 1:
                 examples = [memory.examples for memory in group]
                 results = train_together([one.run for one in group], examples=examples, resume=resume, **shared)

@@ -105,21 +105,26 @@ def check_output(folder: Path) -> None:
 
 
 def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
-    """A document, or those of a folder, each with its questions."""
+    """A document, or those of a folder, each with its questions.
+
+    Raises:
+        ConfigError: There is a teacher, but all questions have answers.
+    """
     files = _find_documents(config.document)
-    several = Path(config.document).is_dir()
     jobs: list[Job] = []
     for file in files:
-        folder = Path(config.output) / (file.stem if several else "")
-        if several and not resume:
+        name = file.stem if Path(config.document).is_dir() else ""
+        folder = Path(config.output) / name
+        if name and not resume:
             check_unused(folder)
         questions, test = (
             _read_questions(config, _questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else ()
             for path in (config.questions, config.test)
         )
-        name = file.stem if several else ""
         jobs.append(Job(name, folder, str(file), _read_document(file), questions[: config.limit or None], test))
-    _check_answers(config, jobs)
+    # Where some have none, the teacher writes these.
+    if config.teacher and all(job.answered for job in jobs):
+        raise ConfigError(f"teacher is {config.teacher!r}, but the questions have answers.", hint="leave one out.")
     return jobs
 
 
@@ -161,17 +166,6 @@ def _questions_file(path: str, document: Path, several: bool) -> Path:
     if found is None:
         raise DataError(f"the folder {path!r} has no questions of {document.name!r}.", hint="write a file of its name.")
     return found
-
-
-def _check_answers(config: DistillConfig, jobs: Sequence[Job]) -> None:
-    """Refuse a teacher where all questions have answers; where some have none, the teacher writes these.
-
-    Raises:
-        ConfigError: Both are there.
-    """
-    answered = [question.answer is not None for job in jobs for question in job.questions]
-    if config.teacher and answered and all(answered):
-        raise ConfigError(f"teacher is {config.teacher!r}, but the questions have answers.", hint="leave one out.")
 
 
 # --- questions and inputs ---------------------------------------------------------------------------------------------

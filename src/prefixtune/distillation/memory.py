@@ -143,8 +143,7 @@ def _parts(backbone: Backbone, text: str, length: int) -> list[str]:
                 raise DataError(f"no text fits into {length} tokens.", hint="choose a longer --chunk-length.")
             else:
                 half = len(sentence) // 2
-                space = sentence.rfind(" ", 1, half)
-                cut = space + 1 if space > 0 else half
+                cut = sentence.rfind(" ", 1, half) + 1 or half
                 sentences[:0] = [sentence[:cut], sentence[cut:]]
     return parts
 

@@ -178,10 +178,9 @@ class Preparation:
     def _with_labels(self, memory: Memory, data: TrainData) -> TrainData:
         path, count = memory.job.output / LABELS_FILE, len(memory.questions)
         length = self._config.prefix_length or load_prefix(self._config.init_prefix).length()
-        taught = encode_questions(self._student, memory.taught, memory.wording, length)
         questions = [*memory.questions, *memory.taught]
-        examples = [*data.train.examples, *taught]
-        examples = without_ends(self._student, examples, questions, memory.wording, ended=False)
+        whole = [*data.train.examples, *encode_questions(self._student, memory.taught, memory.wording, length)]
+        examples = without_ends(self._student, whole, questions, memory.wording, ended=False)
         vocabulary = int(self._student.model.get_output_embeddings().weight.shape[0])
 
         def make(temporary: Path) -> None:

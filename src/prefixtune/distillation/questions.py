@@ -57,8 +57,7 @@ def make_questions(
     # Facts come before their paraphrases, in whatever order they are named.
     ordered = [kind for kind in KINDS if kind in kinds]
     for number, kind in enumerate(ordered):
-        share = count * (number + 1) // len(ordered) - count * number // len(ordered)
-        wanted = min(len(made) + share, count)
+        wanted = len(made) + count * (number + 1) // len(ordered) - count * number // len(ordered)
         by_model = kind in ("fact", "paraphrase")
         for attempt in range(_ROUNDS if by_model else 1):
             if by_model:

@@ -51,9 +51,12 @@ def report(
     training = sum(event["seconds"] for event in result.events if event["event"] == "step")
     seconds = {**memory.seconds, "training": float(training)}
     view = f" with the {config.subject} in view" if memory.job.text else ""
+    trained = {" ".join(question.question.split()) for question in memory.questions}
+    asked = {question.question for question in memory.test or memory.taught}
     held_out: dict[str, Any] = {
         "questions": num_asked(memory.test),
-        "also_trained_on": _also_trained_on(memory),
+        # In the same words: what they show is memory, not understanding.
+        "also_trained_on": sum(" ".join(question.split()) in trained for question in asked),
         "teacher_answers": len(memory.taught),
     }
     figures: dict[str, Any] = {
@@ -83,16 +86,8 @@ def report(
             figures["recovered"] = _recovered(held_out)
         seconds["report"] = time.monotonic() - started
     figures["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    text = json.dumps(figures, indent=1, ensure_ascii=False)
-    write_text(memory.job.output / _REPORT_FILE, f"{text}\n")
+    write_text(memory.job.output / _REPORT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return figures
-
-
-def _also_trained_on(memory: Memory) -> int:
-    """Questions of the report that are trained on in the same words: what they show is memory, not understanding."""
-    trained = {" ".join(question.question.split()) for question in memory.questions}
-    asked = {question.question for question in memory.test or memory.taught}
-    return sum(" ".join(question.split()) in trained for question in asked)
 
 
 def _readings(

@@ -162,23 +162,15 @@ def label_examples(
                 f"the teacher {teacher.backbone.name!r} gives numbers that are not finite.",
                 hint="choose another --dtype.",
             )
-        for index, labels in zip(
-            indices, soft.split([len(examples[index].targets[0]) for index in indices]), strict=True
-        ):
-            is_certain = questions[index].ended and not teacher.wording.tuned
-            closed = _close(labels, examples[index].targets[0], counts[index] if is_certain else 0)
-            labelled[index] = replace(examples[index], soft_targets=(closed,))
+        targets = [examples[index].targets[0] for index in indices]
+        for index, target, labels in zip(indices, targets, soft.split([*map(len, targets)]), strict=True):
+            if questions[index].ended and not teacher.wording.tuned:
+                kept = len(target) - counts[index]
+                certain = SoftLabels.from_labels(torch.tensor(target[kept:]), labels.k)
+                labels = SoftLabels.cat([SoftLabels(labels.ids[:kept], labels.log_probs[:kept]), certain])
+            labelled[index] = replace(examples[index], soft_targets=(labels,))
         on_batch(len(labelled))
     return [labelled[index] for index in range(len(examples))]
-
-
-def _close(labels: SoftLabels, target: Sequence[int], closing: int) -> SoftLabels:
-    """A target's labels; the last `closing` of them are certain."""
-    if not closing:
-        return labels
-    kept = len(target) - closing
-    certain = SoftLabels.from_labels(torch.tensor(target[kept:]), labels.k)
-    return SoftLabels.cat([SoftLabels(labels.ids[:kept], labels.log_probs[:kept]), certain])
 
 
 def write_labels(path: Path, examples: Sequence[TokenizedExample]) -> None:

@@ -223,8 +223,7 @@ class TrainConfig(Config):
             ("label_words", self.classifier != "head", "classifier is 'head'"),
             ("system", self.chat_template != "none", "chat_template is 'none'"),
             ("patience", self.eval_every > 0, "eval_every is 0, so there is one evaluation"),
-            ("prompt_format", is_plain, "chat_template writes all of the text"),
-            ("target_format", is_plain, "chat_template writes all of the text"),
+            *((name, is_plain, "chat_template writes all of the text") for name in ("prompt_format", "target_format")),
         ]
         for name, is_used, reason in needs:
             if not is_used and getattr(self, name) != self.default(name):

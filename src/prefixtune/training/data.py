@@ -296,12 +296,24 @@ def training_format(
             unless the configuration says otherwise.
 
     Raises:
-        ConfigError: The backbone cannot have the chat template.
-        DataError: A template cannot be stored in a header.
+        ConfigError: The backbone cannot have the chat template, or there is a system message and no template.
+        DataError: The template's file cannot be read, or a template cannot be stored in a header.
     """
     default = default_format(backbone, for_head=for_head)
     written = TextFormat(config.prompt_format or default.prompt, config.target_format or default.target)
-    template = choose_template(config, backbone, for_labels=for_labels, has_messages=has_messages)
+    chats = backbone.kind == "decoder" and not for_labels
+    if config.chat_template not in ("", "none") and not chats:
+        what = f"chat_template is {config.chat_template!r}, but only decoders read chats."
+        raise ConfigError(what, hint="leave it out.")
+    template = read_template(config)
+    if template not in ("", MODEL_TEMPLATE):
+        # Named by the user, so that what the run makes can be used at once.
+        allow_template(template, remember=True)
+    own = not (config.chat_template or config.prompt_format or config.target_format)
+    if own and chats and has_messages and has_chat_template(backbone):
+        template = MODEL_TEMPLATE
+    if config.system and not template:
+        raise ConfigError("system is given, but no chat template.", hint="give one (--chat-template).")
     if template:
         written = chat_format(backbone, template, config.system)
     return dataclasses.replace(
@@ -326,31 +338,6 @@ def read_template(config: TrainConfig) -> str:
         template = read_text(Path(template), max_bytes=4 * MAX_TEMPLATE_CHARS, needed="a template")
         # Its length.
         TextFormat.from_dict({"chat_template": template})
-    return template
-
-
-def choose_template(
-    config: TrainConfig, backbone: Backbone, *, for_labels: bool = False, has_messages: bool = False
-) -> str:
-    """The chat template of a run, as a text format stores it; empty: source and target are written plainly.
-
-    Raises:
-        ConfigError: The backbone cannot have a template, or there is a system message and no template.
-        DataError: The file cannot be read, or its template is too large to be stored.
-    """
-    chats = backbone.kind == "decoder" and not for_labels
-    if config.chat_template not in ("", "none") and not chats:
-        what = f"chat_template is {config.chat_template!r}, but only decoders read chats."
-        raise ConfigError(what, hint="leave it out.")
-    template = read_template(config)
-    if template not in ("", MODEL_TEMPLATE):
-        # Named by the user, so that what the run makes can be used at once.
-        allow_template(template, remember=True)
-    own = not (config.chat_template or config.prompt_format or config.target_format)
-    if own and chats and has_messages and has_chat_template(backbone):
-        template = MODEL_TEMPLATE
-    if config.system and not template:
-        raise ConfigError("system is given, but no chat template.", hint="give one (--chat-template).")
     return template
 
 

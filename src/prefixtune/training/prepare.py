@@ -100,13 +100,9 @@ def prepare(
         if config.hold_out and dev_examples is None and not config.dev:
             sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
             console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
-        if backbone is None:
-            console.info(f"loading {config.backbone} ...")
-            loaded = load_for(config, processes)
-        else:
-            loaded = as_backbone(backbone)
-            check_given(config, loaded)
-            config = with_backbone(config, loaded)
+        if backbone is not None:
+            check_given(config, backbone := as_backbone(backbone))
+        config, loaded = backbone_of(config, backbone, console, processes)
         check_passes_gradients(loaded)
         others = load_others(config, loaded) if config.beside not in ("", SELF) else []
         stored_start = checkpoints[0].facts.initialization if checkpoints else None
@@ -116,7 +112,9 @@ def prepare(
             raise ConfigError(f"{what}, so that runs cannot share a pass.", hint="train it separately.")
         data = data if teach is None else teach(config, loaded, data)
         if config.keep_general and (config.max_steps or config.epochs):
-            data = _with_general(config, loaded, data)
+            digest = f"{data.digest}+general {config.keep_general:g}"
+            general = general_examples(loaded, data.text_format, config.longest)
+            data = dataclasses.replace(data, general=general, digest=digest)
         # What a teacher is asked is about the text that the run starts from.
         questions = data.train.examples if teach is not None else ()
         data = with_questions(data, others, loaded, config.seed)
@@ -127,7 +125,8 @@ def prepare(
         run = Run(loop, checkpoints, stack)
         if begin:
             run.begin()
-        return run.keep_open()
+        run.until_closed = stack.pop_all()
+        return run
 
 
 def check_named(config: TrainConfig, *, begun: bool = False) -> None:
@@ -176,10 +175,16 @@ def load_for(config: TrainConfig, processes: ProcessGroup = SINGLE_PROCESS) -> B
     return backbone
 
 
-def with_backbone(config: _ConfigT, backbone: Backbone) -> _ConfigT:
-    """The configuration of a run on a backbone that was given, which its folder then names."""
-    known = backbone.dtype_name in get_args(DTypeName)
-    return config.replace(backbone=backbone.name, dtype=backbone.dtype_name if known else config.dtype)
+def backbone_of(
+    config: _ConfigT, backbone: BackboneLike | None, console: Console, processes: ProcessGroup = SINGLE_PROCESS
+) -> tuple[_ConfigT, Backbone]:
+    """The backbone of a run, given or loaded, and the configuration of the run on it, which its folder then names."""
+    if backbone is None:
+        console.info(f"loading {config.backbone} ...")
+        return config, load_for(config, processes)
+    given = as_backbone(backbone)
+    known = given.dtype_name in get_args(DTypeName)
+    return config.replace(backbone=given.name, dtype=given.dtype_name if known else config.dtype), given
 
 
 def check_given(config: TrainConfig, backbone: Backbone) -> None:
@@ -210,14 +215,6 @@ def check_passes_gradients(backbone: Backbone) -> None:
     """
     if not passes_gradients(backbone.model):
         raise ConfigError("on a GPU no gradient passes through 4-bit weights.", hint="train with --quantize int8.")
-
-
-def _with_general(config: TrainConfig, backbone: Backbone, data: TrainData) -> TrainData:
-    """A run's data with requests about other things."""
-    digest = f"{data.digest}+general {config.keep_general:g}"
-    return dataclasses.replace(
-        data, general=general_examples(backbone, data.text_format, config.longest), digest=digest
-    )
 
 
 # --- what trains -----------------------------------------------------------------------------------------------------

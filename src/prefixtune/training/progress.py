@@ -12,11 +12,14 @@ _START_NAMES = {"random": "random numbers", "prefix": "another prefix", "text": 
 
 
 @contextlib.contextmanager
-def show_training(console: Console, *, num_runs: int = 1) -> Iterator[Callable[[Event], None]]:
+def show_training(
+    console: Console, on_event: Callable[[Event], None] | None = None, *, num_runs: int = 1
+) -> Iterator[Callable[[Event], None]]:
     """Yield a function that shows events, one by one.
 
     Args:
         console: Where they are shown.
+        on_event: Called with each, once it is shown.
         num_runs: Runs that train together; their events name the `run`, and share one bar.
     """
     steps: dict[str, int] = {}
@@ -42,6 +45,8 @@ def show_training(console: Console, *, num_runs: int = 1) -> Iterator[Callable[[
                 bar.update(sum(steps.values()), **figures)
             elif (num_runs == 1 or kind == "evaluation") and (message := _describe(event)):
                 console.info(f"{run}: {message}" if run else message)
+            if on_event is not None:
+                on_event(event)
 
         yield show
 

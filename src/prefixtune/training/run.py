@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,25 +51,20 @@ class Run:
         loop: The training itself.
         checkpoints: The states that `begin` can go on from, which takes the first; none: the run is new, or has begun.
         events: So far.
+        until_closed: What is open while the folder is the run's own.
     """
 
     def __init__(self, loop: TrainLoop, checkpoints: list[Checkpoint], until_closed: contextlib.ExitStack) -> None:
         self.loop, self.checkpoints = loop, checkpoints
         self.events: list[Event] = []
-        self._open = until_closed
-        self._log: Callable[[str], None] | None = None
+        self.until_closed = until_closed
         self._trackers: dict[str, Tracker] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
-        return self._open.__exit__(*error)
-
-    def keep_open(self) -> Self:
-        """Take over what is open from whoever made the run."""
-        self._open = self._open.pop_all()
-        return self
+        return self.until_closed.__exit__(*error)
 
     @property
     def folder(self) -> Path:
@@ -95,7 +89,7 @@ class Run:
             loop.processes.barrier()
         self.folder.mkdir(parents=True, exist_ok=True)
         # Before anything else is written: a tracker that does not start leaves no run behind.
-        self._trackers = self._open.enter_context(tracking(loop))
+        self._trackers = self.until_closed.enter_context(tracking(loop))
         if is_main:
             write_text(self.folder / run_folder.EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in self.events))
             if checkpoint is None:
@@ -104,7 +98,6 @@ class Run:
                 loop.save()
             elif checkpoint.path.name == run_folder.EARLIER_STATE_FILE:
                 os.replace(checkpoint.path, self.folder / run_folder.STATE_FILE)
-        self._log = partial(append_line, self.folder / run_folder.EVENTS_FILE)
 
     def train(self, stop: threading.Event, on_event: Callable[[Event], None] = lambda event: None) -> TrainResult:
         """Train to the end.
@@ -127,8 +120,8 @@ class Run:
     def record(self, event: Event) -> None:
         """Keep, log and report an event."""
         self.events.append(event)
-        if self._log is not None and self.loop.processes.is_main:
-            self._log(json.dumps(event))
+        if self.loop.processes.is_main:
+            append_line(self.folder / run_folder.EVENTS_FILE, json.dumps(event))
         report(self._trackers, self.loop, event)
 
     def result(self) -> TrainResult:

@@ -69,7 +69,11 @@ def train_together(
         processes = stack.enter_context(init_distributed(planned[0].device)) if processes is None else processes
         if backbone is None:
             for config, given in zip(planned, inputs, strict=True):
-                check_run(config, *given, resume=resume)
+                # What is wrong with one is refused before the model of all is loaded; files are read again later.
+                begun = resume and has_state(Path(config.output))
+                if not begun:
+                    check_unused(Path(config.output))
+                check_named(read_data(config, *given)[0], begun=begun)
             backbone = load_for(planned[0], processes)
         options: dict[str, Any] = {"resume": resume, "teach": teach, "processes": processes, "shares_passes": True}
         runs = [
@@ -113,25 +117,6 @@ def check_together(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError(
             "; ".join(faults) + ".", hint="give each run an output of its own, and train separately what differs."
         )
-
-
-def check_run(
-    config: TrainConfig,
-    examples: Sequence[Example] | None,
-    dev_examples: Sequence[Example] | None,
-    *,
-    resume: bool,
-) -> None:
-    """Refuse what is wrong with one of several runs, before the model of all is loaded; files are read again later.
-
-    Raises:
-        PrefixError: As `prepare` does.
-    """
-    begun = resume and has_state(Path(config.output))
-    if not begun:
-        check_unused(Path(config.output))
-    config, _, _ = read_data(config, examples, dev_examples)
-    check_named(config, begun=begun)
 
 
 def begin_together(runs: Sequence[Run]) -> None:

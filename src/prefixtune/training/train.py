@@ -77,19 +77,13 @@ def train(
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(config.device)) if processes is None else processes
         console = Console(quiet=not (progress and processes.is_main))
-        show = stack.enter_context(show_training(console))
+        tell = stack.enter_context(show_training(console, on_event if processes.is_main else None))
         shared: dict[str, Any] = {"resume": resume, "teach": teach, "processes": processes, "console": console}
         run = stack.enter_context(prepare(config, backbone, examples, dev_examples, **shared, begin=False))
         if check is not None:
             check(run.loop)
         run.begin()
         stop = stack.enter_context(stop_requests())
-
-        def tell(event: Event) -> None:
-            show(event)
-            if on_event is not None and processes is not None and processes.is_main:
-                on_event(event)
-
         result = run.train(stop, tell)
         if after is not None:
             # A signal in the last step finds a run that is done.

@@ -7,7 +7,7 @@ from prefixtune.errors import DataError, PrefixError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.data import choose_template, training_format
+from prefixtune.training.data import training_format
 from prefixtune.training.train import train
 
 TEMPLATE = (
@@ -35,13 +35,12 @@ def template(tmp_path):
 
 
 def test_the_models_own_template_is_for_data_with_messages(default_backbone, tiny_backbone):
-    config = TrainConfig()
-    assert choose_template(config, default_backbone, has_messages=True) == "model"
-    assert choose_template(config, default_backbone) == ""
-    assert choose_template(config, default_backbone, has_messages=True, for_labels=True) == ""
-    assert choose_template(TrainConfig(chat_template="none"), default_backbone, has_messages=True) == ""
-    assert choose_template(TrainConfig(chat_template="model"), default_backbone) == "model"
-    assert choose_template(config, tiny_backbone("llama"), has_messages=True) == ""
+    assert training_format(TrainConfig(), default_backbone, has_messages=True).chat_template == "model"
+    assert training_format(TrainConfig(), default_backbone).chat_template == ""
+    assert training_format(TrainConfig(), default_backbone, has_messages=True, for_labels=True).chat_template == ""
+    assert training_format(TrainConfig(chat_template="none"), default_backbone, has_messages=True).chat_template == ""
+    assert training_format(TrainConfig(chat_template="model"), default_backbone).chat_template == "model"
+    assert training_format(TrainConfig(), tiny_backbone("llama"), has_messages=True).chat_template == ""
     form = training_format(TrainConfig(system="Be short.", max_length=99), default_backbone, has_messages=True)
     assert (form.chat_template, form.end, form.system, form.max_length) == ("model", "<|im_end|>", "Be short.", 99)
     assert len(form.template_hash) == 16
@@ -62,14 +61,13 @@ def test_templates_that_a_backbone_cannot_have(tiny_backbone, template, options,
 
 
 def test_files_that_hold_no_template(tiny_backbone, tmp_path):
-    backbone = tiny_backbone("llama")
+    backbone, path = tiny_backbone("llama"), tmp_path / "bad.jinja"
     for content in (b"", b"x" * 20000, b"\xff\xfe\xff"):
-        path = tmp_path / "bad.jinja"
         path.write_bytes(content)
         with pytest.raises(PrefixError, match=r"template|bad"):
-            choose_template(TrainConfig(chat_template=str(path)), backbone)
+            training_format(TrainConfig(chat_template=str(path)), backbone)
     with pytest.raises(DataError, match=r"none\.jinja"):
-        choose_template(TrainConfig(chat_template=str(tmp_path / "none.jinja")), backbone)
+        training_format(TrainConfig(chat_template=str(tmp_path / "none.jinja")), backbone)
 
 
 @pytest.mark.parametrize("start", [{}, {"init_examples": 2}])

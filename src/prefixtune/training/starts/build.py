@@ -20,11 +20,11 @@ from prefixtune.data.labels import labels_of
 from prefixtune.errors import ConfigError
 from prefixtune.prefix.encoder import PrefixEncoder, fit
 from prefixtune.prefix.geometry import Site, spell_lengths
-from prefixtune.prefix.prefix import Prefix, check_fits, content_hash
+from prefixtune.prefix.prefix import Prefix, content_hash
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.starts import words
 from prefixtune.training.starts.examples import ExamplePlan, start_from_plan
-from prefixtune.training.starts.words import Start, by_site, from_words
+from prefixtune.training.starts.words import Start, from_words
 
 VALUE_SCALE = 4.0
 """How much larger a step of the values is than one of the keys, with reparameterization `scaled`."""
@@ -32,23 +32,6 @@ _WORDS = 10
 """Positions of the words that the steps of a random start are as large as."""
 _SAMPLE, _SAMPLE_BATCH = 64, 16
 """Examples whose hidden states standardize a head, and how many are computed together."""
-
-
-def from_prefix(backbone: Backbone, prefix: Prefix, prefix_length: int | Mapping[Site, int]) -> Prefix:
-    """Another prefix as a start.
-
-    Raises:
-        BackboneError: The prefix does not fit the backbone.
-        ConfigError: Its sites or lengths are not those of the run.
-    """
-    check_fits(prefix, backbone.geometry, backbone.name)
-    actual, wanted = prefix.lengths, by_site(backbone, prefix_length)
-    if actual != wanted:
-        raise ConfigError(
-            f"the prefix to start from has length {spell_lengths(actual)}, but the run has {spell_lengths(wanted)}.",
-            hint="set prefix_length, or sites, to its length.",
-        )
-    return prefix.to(torch.float32)
 
 
 def resolve_site_lengths(
@@ -168,8 +151,13 @@ def _start(
         return words.from_text(config, backbone, lengths, questions)
     if kind == "prefix":
         given = load_prefix(config.init_prefix, backbone)
-        facts = {"file": Path(config.init_prefix).name, "hash": content_hash(given), "lengths": given.lengths}
-        return Start(from_prefix(backbone, given, lengths), {"kind": kind, **facts})
+        if (own := given.lengths) != lengths:
+            raise ConfigError(
+                f"the prefix to start from has length {spell_lengths(own)}, but the run has {spell_lengths(lengths)}.",
+                hint="set prefix_length, or sites, to its length.",
+            )
+        facts = {"file": Path(config.init_prefix).name, "hash": content_hash(given), "lengths": own}
+        return Start(given.to(torch.float32), {"kind": kind, **facts})
     return Start(None, {"kind": kind})
 
 

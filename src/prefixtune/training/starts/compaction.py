@@ -203,9 +203,8 @@ class _Queries:
         query, behind, output, weight = (torch.cat(some, 1) for some in zip(*self.parts, strict=True))
         key, value, weight = key.to(query), value.to(query), weight[0, :, None]
         drawn, masses, outputs = torch.zeros_like(key[..., 0]), [], []
-        for some, counts in zip(
-            *(one.split(max(1, _NUMBERS // drawn.numel()), -2) for one in (query, weight)), strict=True
-        ):
+        size = max(1, _NUMBERS // drawn.numel())
+        for some, counts in zip(query.split(size, 1), weight.split(size), strict=True):
             shares, mass = _softmax(self.scores(some, key))
             masses.append(mass)
             outputs.append(shares @ value)
@@ -216,11 +215,8 @@ class _Queries:
         # The first position is always kept: it draws idle attention.
         drawn[:, 0] = torch.inf
         kept = drawn.topk(length).indices.sort().values[..., None]
-        key, value, spread = (
-            key.take_along_dim(kept, 1),
-            value.take_along_dim(kept, 1),
-            torch.full((len(key),), torch.inf),
-        )
+        key, value = key.take_along_dim(kept, 1), value.take_along_dim(kept, 1)
+        spread = torch.full((len(key),), torch.inf)
         if biases:
             bias = _biases((self.scores(query, key) - mass[..., None]).exp(), weight)
             direction, spread = _direction(query, weight)

@@ -299,9 +299,8 @@ def start_from_plan(config: TrainConfig, backbone: Backbone, plan: ExamplePlan) 
     rows = [example.row for example in plan.chosen]
     layers = dict(from_examples(backbone, rows, lengths=plan.lengths).layers)
     if backbone.kind == "encoder-decoder" and "decoder" in plan.site_lengths:
-        length = plan.site_lengths["decoder"]
-        words = read_init_text(config.init_text)[0]
-        layers["decoder"] = from_words(backbone, words, {"decoder": length}).layers["decoder"]
+        only: dict[Site, int] = {"decoder": plan.site_lengths["decoder"]}
+        layers.update(from_words(backbone, read_init_text(config.init_text)[0], only).layers)
     return Start(Prefix({site: layers[site] for site in plan.site_lengths}), plan.description)
 
 
@@ -318,7 +317,6 @@ def hide_own_blocks(
         examples: The same ones, which have their sources whole.
         plan: What is in the prefix.
     """
-    tokenized = dataset.examples
     # Sources are compared, not prompts, which may be cut.
     sources = source_ids(examples)
     blocks = {sources[index]: tuple(range(*block)) for index, block in plan.blocks.items()}
@@ -326,5 +324,5 @@ def hide_own_blocks(
         sources = [sources[origin] for origin in dataset.origins]
     return tuple(
         dataclasses.replace(example, hidden=blocks[source]) if source in blocks else example
-        for source, example in zip(sources, tokenized, strict=True)
+        for source, example in zip(sources, dataset.examples, strict=True)
     )

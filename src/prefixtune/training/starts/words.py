@@ -42,11 +42,6 @@ class Start:
     description: dict[str, Any]
 
 
-def by_site(backbone: Backbone, prefix_length: int | Mapping[Site, int]) -> dict[Site, int]:
-    """P of all sites of a backbone, or of those that are named."""
-    return dict.fromkeys(backbone.geometry, prefix_length) if isinstance(prefix_length, int) else dict(prefix_length)
-
-
 def read_init_text(init_text: str) -> tuple[str, dict[str, Any]]:
     """The words or the text of the option `init_text`, and what a header says of it; `@FILE` is that file's content.
 
@@ -92,7 +87,7 @@ def from_words(backbone: Backbone, text: str, prefix_length: int | Mapping[Site,
     Raises:
         ConfigError: The text has no token, or the model reads fewer than P.
     """
-    lengths = by_site(backbone, prefix_length)
+    lengths = dict.fromkeys(backbone.geometry, prefix_length) if isinstance(prefix_length, int) else prefix_length
     check_words_fit(backbone, lengths)
     ids = _ids(backbone, text)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from prefixtune import load_prefix, save_prefix
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.training.config import TrainConfig
-from prefixtune.training.starts.build import from_prefix, resolve_site_lengths
+from prefixtune.training.starts.build import build_encoder, resolve_site_lengths
 from prefixtune.training.starts.words import from_words
 
 
@@ -34,13 +35,14 @@ def test_more_words_than_a_model_reads_are_refused_before_the_data_is_tokenized(
     assert set(resolve_site_lengths(config.replace(initialization="random"), backbone).values()) == {161}
 
 
-def test_another_prefix_is_checked(tiny_backbone, random_prefix):
-    backbone = tiny_backbone("llama")
-    other = random_prefix(backbone, 4).to(torch.bfloat16)
-    start = from_prefix(backbone, other, 4)
-    assert start.equal(other.to(torch.float32))
+def test_another_prefix_is_checked(tiny_backbone, save_random_prefix, tmp_path):
+    backbone, path = tiny_backbone("llama"), tmp_path / "other.safetensors"
+    other = load_prefix(save_random_prefix(path, backbone)).to(torch.bfloat16)
+    save_prefix(path, other, dtype=torch.bfloat16)
+    config = TrainConfig(init_prefix=str(path), prefix_length=4)
+    assert build_encoder(config, backbone)[1].prefix.equal(other.to(torch.float32))
     for length in (3, 6):
         with pytest.raises(ConfigError, match=f"decoder=4.*decoder={length}"):
-            from_prefix(backbone, other, length)
+            build_encoder(config.replace(prefix_length=length), backbone)
     with pytest.raises(BackboneError, match=r"2 KV heads x 8.*2 KV heads x 16"):
-        from_prefix(tiny_backbone("qwen3"), other, 4)
+        build_encoder(config, tiny_backbone("qwen3"))
