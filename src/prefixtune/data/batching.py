@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,18 +127,6 @@ class _SharedBeginning:
         return _SharedBeginning((*self.examples, example), length, self.size + _size(example) - saved)
 
 
-def _groups(examples: Iterable[TokenizedExample], share_beginnings: bool) -> list[_SharedBeginning]:
-    """The groups of a packed row of a decoder-only model."""
-    groups: list[_SharedBeginning] = []
-    for example in examples:
-        joined = groups[-1].join(example) if groups and share_beginnings else None
-        if joined is None:
-            groups.append(_SharedBeginning.of(example))
-        else:
-            groups[-1] = joined
-    return groups
-
-
 def _size(example: TokenizedExample) -> int:
     """How many positions an example takes; each target begins with the last token of the source."""
     return len(example.prompt) - 1 + sum(map(len, example.targets))
@@ -195,7 +183,13 @@ def pack(
     ids: list[int] = []
     groups: list[Group] = []
     label_positions: list[int] = []
-    shared = _groups(examples, share_beginnings and not apart)
+    shared: list[_SharedBeginning] = []
+    for example in examples:
+        joined = shared[-1].join(example) if shared and share_beginnings and not apart else None
+        if joined is None:
+            shared.append(_SharedBeginning.of(example))
+        else:
+            shared[-1] = joined
     for group in shared:
         start, target_lengths = len(ids), []
         shared_length = 0 if apart else group.length
@@ -274,8 +268,6 @@ def join(batches: Sequence[Batch]) -> Batch:
     Raises:
         ConfigError: One of them is padded, or for a head.
     """
-    if any(batch.packing is None or batch.labelled for batch in batches):
-        raise ConfigError("only packed rows that predict tokens can be joined.", hint="run the batches one by one.")
     groups: list[Group] = []
     sources: list[int] = []
     prefix_index: list[int] = []
@@ -283,7 +275,8 @@ def join(batches: Sequence[Batch]) -> Batch:
     target_index: list[Tensor] = []
     width = num_targets = num_prefixes = 0
     for batch in batches:
-        packing = batch.packing or Packing(())
+        if (packing := batch.packing) is None or batch.labelled:
+            raise ConfigError("only packed rows that predict tokens can be joined.", hint="run the batches one by one.")
         groups += [dataclasses.replace(group, start=group.start + width) for group in packing.groups]
         sources += packing.sources or ()
         prefix_index += [num_prefixes + index for index in packing.prefix_index or (0,) * len(packing.groups)]

@@ -272,7 +272,10 @@ def _encode_conversation_example(
     turns, is_packed = encode_conversation(
         backbone, text_format, messages, example.targets, last_only=kind == "last", limit=limit
     )
-    fitting, num_turns = _fitting(turns, len(earlier), limit), len(earlier) + num_targets
+    # The first turns, as many as fit; the last answers to one message are kept or left out together.
+    fits = [turn.length <= limit for turn in turns]
+    fitting = list(turns if all(fits) else turns[: min(fits.index(False), len(earlier))])
+    num_turns = len(earlier) + num_targets
     if len(fitting) < num_turns and on_too_long == "error":
         longest = max(turns, key=lambda turn: turn.length)
         raise RequestError(
@@ -292,14 +295,6 @@ def _encode_conversation_example(
     num_unpacked = int(len(fitting) > num_last and not is_packed)
     rows = _examples_of(fitting, num_last, is_packed)
     return TokenizedDataset(rows, num_truncated, longest_prompt, num_turns - len(fitting), num_unpacked)
-
-
-def _fitting(turns: Sequence[Turn], num_earlier: int, limit: int) -> list[Turn]:
-    """The first turns, as many as fit; the last answers to one message are kept or left out together."""
-    fits = [turn.length <= limit for turn in turns]
-    if all(fits):
-        return list(turns)
-    return list(turns[: min(fits.index(False), num_earlier)])
 
 
 def _examples_of(turns: Sequence[Turn], num_last: int, is_packed: bool) -> list[TokenizedExample]:

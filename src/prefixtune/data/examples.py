@@ -219,26 +219,19 @@ def source_key(example: Example) -> tuple[str, Sequence[Message]] | None:
     return (example.source, example.messages) if example.source else None
 
 
-def merge_key(example: Example) -> tuple[str, Sequence[Message]] | None:
-    """Equal for examples that are merged; None: it is not merged, as a conversation of several turns, or a text."""
-    has_turns = any(message.role == "assistant" for message in example.messages)
-    return None if has_turns else source_key(example)
-
-
 def merge_examples(examples: Iterable[Example]) -> list[Example]:
     """One example for each source of one turn, in order of first appearance, with all its targets in order.
+
+    A conversation of several turns, and a text, stays as it is.
 
     >>> [e.targets for e in merge_examples([Example("a", ("1",)), Example("b", ("2",)), Example("a", ("3",))])]
     [('1', '3'), ('2',)]
     """
-    first: dict[Any, Example] = {}
-    targets: dict[Any, list[str]] = {}
+    alike: dict[Any, list[Example]] = {}
     for number, example in enumerate(examples):
-        key = merge_key(example)
-        first.setdefault(number if key is None else key, example)
-        if key is not None:
-            targets.setdefault(key, []).extend(example.targets)
-    return [replace(e, targets=tuple(targets[key])) if key in targets else e for key, e in first.items()]
+        has_turns = any(message.role == "assistant" for message in example.messages)
+        alike.setdefault(number if has_turns else source_key(example) or number, []).append(example)
+    return [replace(same[0], targets=[target for one in same for target in one.targets]) for same in alike.values()]
 
 
 def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:

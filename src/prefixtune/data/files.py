@@ -80,10 +80,7 @@ def file_format(path: Path, formats: Sequence[str] = FORMATS) -> str:
     """
     if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
         raise DataError(f"{path} is a folder; a file is needed.", hint="name one file in it.")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    ending = suffixes[-1] if suffixes else ""
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
     if ending not in formats:
         with reading(path):
             os.stat(path)
@@ -108,37 +105,21 @@ def iter_file(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Record]:
         yield from itertools.starmap(Record, dataset_rows(path))
         return
     form = _stdin_format(formats) if is_stdin(path) else file_format(path, formats)
+    name, is_empty = shown(path), True
     with reading(path), open_bytes(path) as file:
-        yield from iter_rows(file, shown(path), form)
-
-
-def iter_rows(file: IO[bytes], name: str, form: str, max_bytes: int | None = None) -> Iterator[Record]:
-    """As `iter_file`, of a file that is open.
-
-    Args:
-        file: Its bytes; of Parquet, to be read at any place.
-        name: What messages call it.
-        form: One of `FORMATS` or of the benchmarks', or empty: a table whose fields are separated by tabs, if its
-            header has one, or commas.
-        max_bytes: The most that is read of JSON and tables; None: any number of rows, and `MAX_FILE_BYTES` of a list.
-
-    Raises:
-        DataError: As for `iter_file`.
-    """
-    if form == ".parquet":
-        rows = parquet_rows(file, name)
-    elif form == ".json":
-        rows = _json_list(whole_text(file, name, max_bytes), name)
-    elif form == ".jsonl":
-        rows = json_lines(text_lines(file, name, max_bytes), name)
-    elif form == ".xml":
-        rows = xml_rows(file, name)
-    else:
-        rows = _table_rows(text_lines(file, name, max_bytes), name, {".csv": ",", ".tsv": "\t"}.get(form, ""))
-    is_empty = True
-    for location, values in rows:
-        is_empty = False
-        yield Record(location, values)
+        if form == ".parquet":
+            rows = parquet_rows(file, name)
+        elif form == ".json":
+            rows = _json_list(whole_text(file, name), name)
+        elif form == ".jsonl":
+            rows = json_lines(text_lines(file, name), name)
+        elif form == ".xml":
+            rows = xml_rows(file, name)
+        else:
+            rows = _table_rows(text_lines(file, name), name, {".csv": ",", ".tsv": "\t"}.get(form, ""))
+        for location, values in rows:
+            is_empty = False
+            yield Record(location, values)
     if is_empty:
         raise DataError(f"{name} has no rows; at least one is needed.", hint="check that it is complete.")
 
@@ -178,7 +159,7 @@ def _as_object(value: Any, location: str) -> dict[str, Any]:
 
 
 def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[LocatedRow]:
-    """The rows of a table with a header line; blank ones are ignored."""
+    """The rows of a table with a header line; blank ones are ignored. Without a separator: tabs, or else commas."""
     if not separator:
         first = next(lines, "")
         separator, lines = "\t" if "\t" in first else ",", itertools.chain([first], lines)
@@ -228,25 +209,20 @@ def xml_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]
     Raises:
         DataError: It is no XML, or too large.
     """
-    number = 0
     try:
-        for _, element in ElementTree.iterparse(io.BytesIO(read_bytes(file, name, MAX_XML_BYTES))):
-            if element.tag == "entry":
-                number += 1
-                texts = [
-                    {
-                        "text": "".join([lex.text or "", *(inner.tail or "" for inner in lex)]),
-                        "comment": lex.get("comment", ""),
-                        "lang": lex.get("lang", ""),
-                    }
-                    for lex in element.iter("lex")
-                ]
-                triples = [triple.text or "" for triple in element.iter("mtriple")]
-                yield (
-                    f"{name}, entry {number}",
-                    {**element.attrib, "input": triples, **({"lex": texts} if texts else {})},
-                )
-                element.clear()
+        parsed = ElementTree.iterparse(io.BytesIO(read_bytes(file, name, MAX_XML_BYTES)))
+        for number, entry in enumerate((element for _, element in parsed if element.tag == "entry"), start=1):
+            texts = [
+                {
+                    "text": "".join([lex.text or "", *(inner.tail or "" for inner in lex)]),
+                    "comment": lex.get("comment", ""),
+                    "lang": lex.get("lang", ""),
+                }
+                for lex in entry.iter("lex")
+            ]
+            triples = [triple.text or "" for triple in entry.iter("mtriple")]
+            yield f"{name}, entry {number}", {**entry.attrib, "input": triples, **({"lex": texts} if texts else {})}
+            entry.clear()
     except (ElementTree.ParseError, LookupError) as error:  # of an encoding that is not known: LookupError
         raise DataError(f"{name} is not XML: {error}.", hint="copy or download the file again.") from error
 

@@ -250,16 +250,9 @@ def describe_data(form: Form, examples: Sequence[Example], path: Path | str, col
     """
     earlier = sum(message.role == "assistant" for example in examples for message in example.messages)
     num_targets = earlier + sum(len(example.targets) for example in examples)
-    return describe_counts(form, len(examples), num_targets, path, columns)
-
-
-def describe_counts(
-    form: Form, num_examples: int, num_targets: int, path: Path | str, columns: Iterable[str] = ()
-) -> str:
-    """As `describe_data`, of so many examples with so many targets and earlier answers."""
     unused = form.unused(columns)
     note = f"; not used: {listed(unused)}" if unused else ""
-    return f"{shown(path)}: read as {form.title}: examples {num_examples:,}, targets {num_targets:,}{note}"
+    return f"{shown(path)}: read as {form.title}: examples {len(examples):,}, targets {num_targets:,}{note}"
 
 
 # --- templates -------------------------------------------------------------------------------------------------------
@@ -307,7 +300,10 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
     for column in check_template(template):
         if column not in record:
             raise missing_column(location, [column], record)
-        texts[column] = _cell_text(record[column], column, location)
+        value = record[column]
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise wrong_value(location, column, value, "text, a number or a truth value")
+        texts[column] = str(value).lower() if isinstance(value, bool) else str(value)
     if template in texts:
         text = texts[template].strip()
     else:
@@ -315,14 +311,6 @@ def render(template: str, record: Mapping[str, Any], location: str) -> str:
     if not text:
         raise wrong_value(location, template, text, "text")
     return text
-
-
-def _cell_text(value: Any, column: str, location: str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
-        raise wrong_value(location, column, value, "text, a number or a truth value")
-    return str(value)
 
 
 # --- rows -> examples ------------------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ class Task:
         formats: The endings of the files that are read, each also with `.gz`.
         release: The names of the files in the original release.
         form: Of its rows, whose columns source and target may name (templates); None: it has a format of its own.
-        merges: Rows of equal sources are one example.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Task:
     formats: tuple[str, ...] = FORMATS
     release: Release = field(default_factory=dict)
     form: Form | None = None
-    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def read_data(
         if chosen.read is not None:
             if not (found := chosen.read(rows)):
                 raise DataError(f"{shown(path)} has no text that counts.", hint="check that it is complete.")
-            return Reading(task, None, (), merge_examples(found) if chosen.merges else found)
+            return Reading(task, None, (), found)
         first = next(rows)
         one_form, recognized = chosen.form or TEMPLATES, None
         options: dict[str, Any] = {"needs_targets": task != "records" or target is not None}
@@ -210,11 +208,10 @@ TASKS: dict[str, Task] = {
         Task(
             "e2e",
             "E2E NLG: restaurant descriptions; the release's CSV, or JSON lines",
-            _each(e2e_example),
+            lambda records: merge_examples(map(e2e_example, records)),
             decoding=_TABLE,
             metrics=("bleu", "nist", "meteor", "rouge_l", "cider"),
             protocol="e2e",
-            merges=True,
             groups=("attributes",),
             formats=(".csv", ".jsonl"),
             release={"train": ("trainset.csv",), "dev": ("devset.csv",), "test": ("testset_w_refs.csv", "testset.csv")},
@@ -241,7 +238,7 @@ TASKS: dict[str, Task] = {
         ),
         Task("summarization", f"documents and summaries: {_TABLES}", form=FORMS["document"], **_SUMMARIES),
         Task("scitldr", "SciTLDR: abstracts", _each(scitldr_example), formats=(".jsonl", ".json"), **_SUMMARIES),
-        Task("records", f"your own data, by columns or templates: {_TABLES}", form=TEMPLATES, merges=True),
+        Task("records", f"your own data, by columns or templates: {_TABLES}", form=TEMPLATES),
         Task("classification", f"a text and its label: {_TABLES}", form=FORMS["label"], **_LABELS),
         Task("tagging", "tokens and BIO tags: lists in JSON or Parquet", form=FORMS["tags"], formats=_LISTS, **_TAGS),
         Task("toy", "a small night-train board, made here to try things on", parts=("train", "held_out")),

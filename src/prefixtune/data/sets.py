@@ -183,7 +183,7 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
         found = {one: addresses[name] for one, known in SPLITS.items() for name in reversed(known) if name in names}
     elif os.path.isdir(path):
         with reading(path):
-            found = {name: match for name in SPLITS if (match := _find(path, _patterns(name, formats, release)))}
+            found = {name: match for name in SPLITS if (match := _find(path, name, formats, release))}
         names = tuple(found)
         if split is None and not found and any(name.endswith("/") for names in release.values() for name in names):
             return path
@@ -212,14 +212,10 @@ def files_in(path: Path, formats: Sequence[str]) -> list[Path]:
     return files
 
 
-def _patterns(split: str, formats: Sequence[str], release: Release) -> list[str]:
-    named = [f"{name}{ending}{end}" for name in SPLITS[split] for ending in formats for end in ("", ".gz")]
-    return [*named, *release.get(split, ())]
-
-
-def _find(folder: Path, patterns: Sequence[str]) -> Path | None:
+def _find(folder: Path, split: str, formats: Sequence[str], release: Release) -> Path | None:
     """The first match of the first pattern that has one, in the order of names; a folder only if it has a file."""
-    for pattern in patterns:
+    named = [f"{name}{ending}{end}" for name in SPLITS[split] for ending in formats for end in ("", ".gz")]
+    for pattern in (*named, *release.get(split, ())):
         for match in sorted(folder.glob(pattern.rstrip("/"))):
             if match.is_file() if not pattern.endswith("/") else any(inner.is_file() for inner in match.rglob("*")):
                 return match

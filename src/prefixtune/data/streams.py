@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import gzip
 import io
-import itertools
 import sys
 import zlib
 from collections.abc import Iterator
@@ -92,11 +91,12 @@ def read_bytes(file: IO[bytes], name: str, max_bytes: int | None = None) -> byte
     limit = MAX_FILE_BYTES if max_bytes is None else max_bytes
     data = file.read(limit + 1)
     if len(data) > limit:
-        raise _too_large(name, limit)
+        what = f"{name} holds more than {limit:,} bytes."
+        raise DataError(what, hint="split it, or use a file of JSON lines.")
     return data
 
 
-def text_lines(file: IO[bytes], name: str, max_bytes: int | None = None) -> Iterator[str]:
+def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
     r"""The lines of a file, with their ends; only `\n` ends one.
 
     >>> list(text_lines(io.BytesIO("a\u2028b\r\nc".encode()), "x"))
@@ -105,21 +105,13 @@ def text_lines(file: IO[bytes], name: str, max_bytes: int | None = None) -> Iter
     Args:
         file: Its bytes.
         name: What messages call it.
-        max_bytes: The most that it may hold; None: any number.
 
     Raises:
-        DataError: It holds more, a line is longer than `MAX_LINE_BYTES`, or is not UTF-8.
+        DataError: A line is longer than `MAX_LINE_BYTES`, or is not UTF-8.
     """
-    size = 0
-    for number in itertools.count(1):
-        line = file.readline(MAX_LINE_BYTES + 1)
-        if not line:
-            return
-        size += len(line)
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{name}, line {number} has more than {MAX_LINE_BYTES:,} bytes.", hint="split the row.")
-        if max_bytes is not None and size > max_bytes:
-            raise _too_large(name, max_bytes)
         yield _decode(line, name, number)
 
 
@@ -162,7 +154,3 @@ def _decode(data: bytes, name: str, line: int) -> str:
         return text
     line += data.count(b"\n", 0, place)
     raise DataError(f"{name}, line {line}: byte 0x{data[place]:02x} is not UTF-8.", hint="save the file as UTF-8.")
-
-
-def _too_large(name: str, max_bytes: int) -> DataError:
-    return DataError(f"{name} holds more than {max_bytes:,} bytes.", hint="split it, or use a file of JSON lines.")

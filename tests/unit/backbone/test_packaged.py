@@ -26,7 +26,6 @@ def make_wheel(folder, content=b"not really a model"):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(MEMBER, content)
     item = Pretrained(
-        name="tiny",
         wheel="tiny-model==1.0",
         wheel_sha256=sha256(wheel),
         member=MEMBER,
@@ -36,7 +35,7 @@ def make_wheel(folder, content=b"not really a model"):
     return wheel, item
 
 
-def write_files(item, gguf, target):
+def write_files(name, gguf, target):
     """Stand for the conversion."""
     (target / "model.safetensors").write_bytes(gguf.read_bytes() * 2)
     (target / "config.json").write_text("{}")
@@ -114,8 +113,8 @@ def test_a_missing_wheel_and_an_unknown_name(wheel):
 
 
 def test_an_interrupted_preparation_leaves_nothing(home, wheel, monkeypatch):
-    def fail(item, gguf, target):
-        write_files(item, gguf, target)
+    def fail(name, gguf, target):
+        write_files(name, gguf, target)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packaged, "convert_gguf", fail)
