@@ -1,10 +1,11 @@
 """What the engine's tests share: backbones by family, a request by itself, the ids of an output, and drawn tokens."""
 
+import threading
 from collections import Counter
 
 import torch
 
-from prefixtune.engine.request import Request, SamplingParams, Token
+from prefixtune.engine.request import Request, SamplingParams, Token, join_outputs
 from prefixtune.engine.sampler import sample
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.inference.beams import search
@@ -21,6 +22,23 @@ def ids(output):
     """The token ids of an output that came without an error."""
     assert not output.error
     return [token.id for token in output.tokens]
+
+
+def submit(engine, requests, deadline=None):
+    """Submit requests to an engine with a server of its own, all at once, and wait; per request, its texts."""
+    outputs = {}
+    ended = threading.Semaphore(0)
+
+    def receive(output):
+        outputs.setdefault((output.request_id, output.index), []).append(output)
+        if output.finish_reason is not None:
+            ended.release()
+
+    for request in requests:
+        engine.submit(request, receive, deadline)
+    for _ in range(sum(request.n for request in requests)):
+        assert ended.acquire(timeout=300)
+    return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
 
 
 _known = {}

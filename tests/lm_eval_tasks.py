@@ -62,6 +62,22 @@ def make_tasks(folder, *, seed=0, count=12):
     return folder
 
 
+def evaluate(model, folder, tasks, **options):
+    """lm-eval's results of a model on tasks of this folder, and its answers by task and document."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    results = simple_evaluate(
+        model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+    )
+    answers = {
+        task: {sample["doc_id"]: [one for (one,) in sample["resps"]] for sample in samples}
+        for task, samples in results["samples"].items()
+    }
+    return {"results": results["results"], "answers": answers, "samples": results["samples"]}
+
+
 def _write_task(folder, name, rows, **settings):
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

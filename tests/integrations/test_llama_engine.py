@@ -17,6 +17,7 @@ from gguf import GGUFReader
 
 from bench.quantized import write_gguf
 from command_line import run as run_command
+from engine_runs import submit
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf
@@ -26,7 +27,7 @@ from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.remote_server import RemoteServer
-from prefixtune.engine.request import ContextLengthError, Request, SamplingParams, join_outputs
+from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.generate import generate, stream
 from prefixtune.prefix.prefix import Prefix, save_prefix
@@ -91,23 +92,6 @@ def engine(shapes, gguf):
         yield made
 
 
-def run(engine, requests):
-    """Submit all at once, and wait; per request, its texts."""
-    outputs = {}
-    ended = threading.Semaphore(0)
-
-    def receive(output):
-        outputs.setdefault((output.request_id, output.index), []).append(output)
-        if output.finish_reason is not None:
-            ended.release()
-
-    for request in requests:
-        engine.submit(request, receive)
-    for _ in range(sum(request.n for request in requests)):
-        assert ended.acquire(timeout=300)
-    return [[join_outputs(outputs[one.id, index]) for index in range(one.n)] for one in requests]
-
-
 def test_shapes_are_those_of_the_loaded_model(shapes, torch_backbone):
     assert shapes.fingerprint == torch_backbone.fingerprint
     assert shapes.geometry == torch_backbone.geometry
@@ -126,7 +110,7 @@ def test_mixed_prefixes_give_the_torch_engines_tokens(engine, torch_backbone, pr
     wanted = [outputs[0] for outputs in Engine(torch_backbone, num_slots=4).run(requests())]
     # The second time, slots hold prefixes already.
     for _ in range(2):
-        found = [outputs[0] for outputs in run(engine, requests())]
+        found = [outputs[0] for outputs in submit(engine, requests())]
         same = sum(
             [t.id for t in one.tokens] == [t.id for t in other.tokens] for one, other in zip(found, wanted, strict=True)
         )
@@ -179,15 +163,15 @@ def test_commands_take_it(gguf, torch_backbone, prefixes, tmp_path):
 def test_logprobs_stops_seeds_and_several_texts(engine, torch_backbone):
     prompt = tuple(torch_backbone.encode(ASKED[3]))
     greedy = Request(prompt, None, SamplingParams(max_new_tokens=4, logprobs=2))
-    (found,), (wanted,) = run(engine, [greedy])[0], Engine(torch_backbone, num_slots=1).run([greedy])[0]
+    (found,), (wanted,) = submit(engine, [greedy])[0], Engine(torch_backbone, num_slots=1).run([greedy])[0]
     for one, other in zip(found.tokens, wanted.tokens, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=0.02)
         assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]
     sampling = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, stop=("e",))
     # Beside another text, numbers round differently: one at a time.
-    drawn = [run(engine, [Request(prompt, None, sampling)])[0][0].text for _ in range(2)]
+    drawn = [submit(engine, [Request(prompt, None, sampling)])[0][0].text for _ in range(2)]
     assert drawn[0] == drawn[1]
-    several = [text.text for text in run(engine, [Request(prompt, None, sampling, n=3)])[0]]
+    several = [text.text for text in submit(engine, [Request(prompt, None, sampling, n=3)])[0]]
     assert len(set(several)) > 1
     assert not any("e" in text for text in several)
 
@@ -235,17 +219,17 @@ def test_prefixes_that_do_not_fit_are_refused_and_hurt_nobody(engine, shapes, pr
             with pytest.raises(error):
                 engine.submit(Request(prompt, prefix, few), lambda output: None)
     assert engine.num_unfinished == 0
-    assert len(run(engine, [Request(prompt, prefixes[0], few) for _ in range(5)])) == 5
+    assert len(submit(engine, [Request(prompt, prefixes[0], few) for _ in range(5)])) == 5
 
 
 def test_a_state_that_is_gone_is_written_again(engine, shapes, prefixes):
     request = Request(tuple(shapes.encode(ASKED[0])), prefixes[0], SamplingParams(max_new_tokens=4))
-    wanted = run(engine, [request])[0][0].text
+    wanted = submit(engine, [request])[0][0].text
     for slot in engine._slots:
         slot.file = None
     for path in engine._files.folder.glob("*.safetensors"):
         path.unlink()
-    assert run(engine, [replace(request, id="again")])[0][0].text == wanted
+    assert submit(engine, [replace(request, id="again")])[0][0].text == wanted
 
 
 def test_characters_of_several_tokens(engine, shapes):
@@ -253,7 +237,7 @@ def test_characters_of_several_tokens(engine, shapes):
     schema = {"const": "a \U0001f980 \u65e5\u672c"}
     grammar = compile_json_schema(shapes, schema)
     request = Request(tuple(shapes.encode("JSON:")), None, SamplingParams(max_new_tokens=40), grammar=grammar)
-    found = run(engine, [request])[0][0]
+    found = submit(engine, [request])[0][0]
     assert found.text == f'"{schema["const"]}"'
     assert shapes.decode([token.id for token in found.tokens]) == found.text
     assert found.finish_reason == "stop"
@@ -264,7 +248,7 @@ def test_lengths(engine, shapes, prefixes):
     most = engine.available_tokens(len(prompt), prefixes[0].length())
     for length in (0, 1, most):
         sampling = SamplingParams(max_new_tokens=length, banned=(shapes.eos_id,), logprobs=0)
-        found = run(engine, [Request(prompt, prefixes[0], sampling)])[0][0]
+        found = submit(engine, [Request(prompt, prefixes[0], sampling)])[0][0]
         assert len(found.tokens) == length
         assert found.finish_reason == "length"
         assert not any(token.top_logprobs for token in found.tokens)
@@ -330,7 +314,7 @@ def test_a_server_that_dies_is_started_again_once(shapes, gguf):
         while not engine.healthy and time.monotonic() < deadline:
             time.sleep(0.1)
         short = Request(tuple(shapes.encode("a")), None, SamplingParams(max_new_tokens=2))
-        assert run(engine, [short])[0][0].finish_reason in ("stop", "length")
+        assert submit(engine, [short])[0][0].finish_reason in ("stop", "length")
         os.kill(engine._server.process.pid, signal.SIGKILL)
         assert failed.wait(20)
         assert engine.failed

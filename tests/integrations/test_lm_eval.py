@@ -8,14 +8,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import processors
 
-from lm_eval_tasks import make_tasks
+from lm_eval_tasks import evaluate, make_tasks
 from oracles import outputs_of
 from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate
@@ -51,24 +49,7 @@ def tasks_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measure(tasks_folder):
     """A function: lm-eval's results of a model, with its answers by task and document."""
-
-    def run(model, *tasks, **options):
-        manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
-        results = simple_evaluate(
-            model=model,
-            tasks=list(tasks or TASKS),
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=True,
-            **options,
-        )
-        answers = {
-            task: {sample["doc_id"]: [one for (one,) in sample["resps"]] for sample in samples}
-            for task, samples in results["samples"].items()
-        }
-        return {"results": results["results"], "answers": answers, "samples": results["samples"]}
-
-    return run
+    return lambda model, *tasks, **options: evaluate(model, tasks_folder, tasks or TASKS, **options)
 
 
 def beginning_tokenizer():

@@ -6,11 +6,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 from live_server import MODEL, POSITIONS, fill_folder, serve
-from lm_eval_tasks import make_tasks
+from lm_eval_tasks import evaluate, make_tasks
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.interop.lm_eval.model import PrefixLM
 
@@ -40,17 +38,8 @@ def server(folder, backbone):
 
 @pytest.fixture(scope="module")
 def measure(folder):
-    def run(model, *tasks, **options):
-        manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-        results = simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **options
-        )
-        return {
-            task: {sample["doc_id"]: [one for (one,) in sample["resps"]] for sample in samples}
-            for task, samples in results["samples"].items()
-        }
-
-    return run
+    """A function: a model's answers by task and document."""
+    return lambda model, *tasks, **options: evaluate(model, folder / "tasks", tasks, **options)["answers"]
 
 
 @pytest.mark.parametrize(("name", "tokenized"), [("facts", True), ("formatted", False)])

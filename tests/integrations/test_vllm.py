@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 import urllib.request
@@ -26,6 +25,7 @@ import psutil
 import pytest
 import torch
 
+from engine_runs import submit
 from live_server import HttpClient
 from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.backbone.load import load_backbone
@@ -407,17 +407,8 @@ def test_the_engine_by_an_address(plain, default_backbone):
     before = set(folder.iterdir())
     with VllmEngine(load_shapes(BASE), VllmConfig(url=url, folder=str(folder))) as engine:
         assert engine.max_length == 512
-        found = []
-        ended = threading.Event()
-
-        def receive(output):
-            found.extend(token.id for token in output.tokens)
-            if output.finish_reason is not None:
-                ended.set()
-
-        engine.submit(Request(tuple(ids), prefix, SamplingParams(max_new_tokens=NEW_TOKENS)), receive)
-        assert ended.wait(60)
-        assert found == list(wanted)
+        ((found,),) = submit(engine, [Request(tuple(ids), prefix, SamplingParams(max_new_tokens=NEW_TOKENS))])
+        assert [token.id for token in found.tokens] == list(wanted)
     assert set(folder.iterdir()) == before
 
 

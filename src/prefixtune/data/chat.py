@@ -86,13 +86,13 @@ def only_text(source: Source) -> str:
     Raises:
         RequestError: It is a conversation of several messages, which no plain format has room for.
     """
-    messages = as_conversation(source)
-    if len(messages) > 1:
+    chat = as_conversation(source)
+    if len(chat) > 1:
         raise RequestError(
-            f"a conversation has {len(messages)} messages, but the text format has no chat template and reads one text.",
+            f"a conversation has {len(chat)} messages, but the text format has no chat template and reads one text.",
             hint="send the last user message alone, or train with a chat template.",
         )
-    return messages[0]["content"]
+    return chat[0]["content"]
 
 
 def encode_chat(

@@ -231,7 +231,10 @@ def merge_examples(examples: Iterable[Example]) -> list[Example]:
     for number, example in enumerate(examples):
         has_turns = any(message.role == "assistant" for message in example.messages)
         alike.setdefault(number if has_turns else source_key(example) or number, []).append(example)
-    return [replace(same[0], targets=[target for one in same for target in one.targets]) for same in alike.values()]
+    return [
+        replace(same[0], targets=[target for one in same for target in one.targets]) if same[1:] else same[0]
+        for same in alike.values()
+    ]
 
 
 def limit_targets(examples: Sequence[Example], limit: int) -> list[Example]:

@@ -1,6 +1,5 @@
 """E2E, WebNLG and DART: linearizations, the files of the releases, groups, and what is left out or refused."""
 
-import gzip
 import json
 from collections import Counter
 from xml.sax.saxutils import escape, quoteattr
@@ -226,16 +225,6 @@ def test_test_csv_without_references(tmp_path, encoding):
         ("near : Café Rouge | name : A", ()),
         ("name : B", ()),
     ]
-
-
-def test_json_lines_and_gzip_give_the_same(tmp_path):
-    lines = [{"mr": "name[B]", "references": ["One.", "Two."]}, {"mr": "name[A]", "references": ["\u2028Three."]}]
-    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    plain = write(tmp_path / "dev.jsonl", text)
-    zipped = tmp_path / "dev.jsonl.gz"
-    zipped.write_bytes(gzip.compress(text.encode()))
-    assert read_task("e2e", plain) == read_task("e2e", zipped)
-    assert [example.targets for example in read_task("e2e", plain)] == [("One.", "Two."), ("Three.",)]
 
 
 @pytest.mark.parametrize(

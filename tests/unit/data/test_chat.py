@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from chat_templates import TEMPLATE
 from prefixtune.data.chat import chat_format, encode_chat, end_ids, literal_format
 from prefixtune.data.encoding import encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example, Message, chat_example
@@ -11,10 +12,6 @@ from prefixtune.data.truncation import truncate_prompt
 from prefixtune.errors import DataError, PrefixWarning, RequestError
 from prefixtune.prefix.text_format import TextFormat
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>a:{% endif %}"
-)
 USER, ASSISTANT = Message("user", "What is it?"), Message("assistant", "A cat.")
 
 

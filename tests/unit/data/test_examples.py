@@ -2,7 +2,6 @@
 
 import pytest
 
-from prefixtune.data import as_examples
 from prefixtune.data.examples import Example, Message, chat_example, check_messages
 from prefixtune.errors import DataError
 
@@ -24,11 +23,6 @@ def test_the_last_answer_is_the_target():
     assert (example.source, example.targets) == ("Hi", ("Hello.",))
     assert [message.role for message in example.messages] == ["system", "user", "assistant", "user"]
     assert chat_example([USER]).targets == ()
-
-
-def test_dicts_of_messages_are_examples():
-    whole, split = as_examples([{"messages": [USER, ASSISTANT]}, {"messages": [USER], "targets": ["Hello."]}])
-    assert whole == split == Example("Hi", ("Hello.",), messages=(Message("user", "Hi"),))
 
 
 @pytest.mark.parametrize(

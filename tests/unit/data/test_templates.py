@@ -98,7 +98,6 @@ def test_a_label_is_the_text_that_json_writes(tmp_path, value, label):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.jsonl", '{"document": "It rained.\\nA lot. ", "summary": "Rain.", "id": "7"}'),
         ("a.jsonl", '{"article": "It rained. \\n A lot.", "highlights": " Rain. ", "id": "7"}'),
         ("a.csv", 'id,document,summary\n7,"It rained.\r\nA lot.",Rain.\n'),
     ],

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from command_line import run as run_command
+from engine_runs import submit
 from live_server import make_model, make_prefix
 from prefixtune.backbone.shapes import load_shapes
-from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, join_outputs
+from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.prefix.folder import PrefixReference, path_of
@@ -129,23 +130,8 @@ def engine(fake, backbone, tmp_path):
         yield engine
 
 
-def run(engine, request, deadline=None):
-    """Submit it, and wait; its only text."""
-    outputs = []
-    ended = threading.Event()
-
-    def receive(output):
-        outputs.append(output)
-        if output.finish_reason is not None:
-            ended.set()
-
-    engine.submit(request, receive, deadline)
-    assert ended.wait(20)
-    return join_outputs(outputs)
-
-
 def ask(engine, prefix=None, **sampling):
-    return run(engine, Request((5, 6), prefix, SamplingParams(**{"max_new_tokens": NEW, **sampling})))
+    return submit(engine, [Request((5, 6), prefix, SamplingParams(**{"max_new_tokens": NEW, **sampling}))])[0][0]
 
 
 def test_a_prefix_is_a_file_by_its_hash_and_placeholders(engine, fake, backbone, random_prefix, tmp_path):
@@ -209,7 +195,7 @@ def test_failures_of_one_text(engine, fake, backbone, random_prefix):
     fake.cached, fake.pause = None, 0.2
     began = time.monotonic()
     long = SamplingParams(max_new_tokens=50)
-    assert run(engine, Request((5,), None, long), deadline=0.3).finish_reason == "timeout"
+    assert submit(engine, [Request((5,), None, long)], deadline=0.3)[0][0].finish_reason == "timeout"
     assert time.monotonic() - began < 5
     assert engine.healthy
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from asgi_client import completion, send
+from chat_templates import TEMPLATE
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.inference.generate import generate
@@ -60,9 +61,7 @@ def test_a_default_that_the_engine_lacks_is_left_out(
 ):
     app, state = make_server()
     save_random_prefix(state.store.folder / "e2e.safetensors", backbone, task="e2e", text_format=text_format)
-    submitted = []
-    submit = state.worker.submit
-    monkeypatch.setattr(state.worker, "submit", lambda one, *a, **k: (submitted.append(one), submit(one, *a, **k)))
+    submitted = prompts_of(state, monkeypatch)
     for lacks, least in (((), 5), (("min_new_tokens", "presence_penalty"), 0)):
         monkeypatch.setattr(state.worker, "lacks", lacks)
         asyncio.run(send(app, "POST", "/v1/completions", completion(model="e2e", prompt="a", max_tokens=12)))
@@ -72,10 +71,6 @@ def test_a_default_that_the_engine_lacks_is_left_out(
         assert (response.status, response.json["error"]["param"]) == (400, *more)
 
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>a:{% endif %}"
-)
 CHAT = [
     {"role": "system", "content": "S"},
     {"role": "user", "content": "Hi"},

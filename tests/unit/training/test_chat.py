@@ -2,6 +2,7 @@
 
 import pytest
 
+from chat_templates import TEMPLATE
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import DataError, PrefixError
 from prefixtune.inference.generate import generate
@@ -10,10 +11,6 @@ from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import training_format
 from prefixtune.training.train import train
 
-TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role[0] }}:{{ m.content }}<pad>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>a:{% endif %}"
-)
 CHATS = [
     {
         "messages": [
