@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 .DELETE_ON_ERROR:
 # Tests run in as many processes as there are cores, each on one of them. The programs that they start compile Python once.
 PARALLEL := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
-PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+SLOWEST := --durations 30 --durations-min 2
+PYTEST = $(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(SLOWEST)
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # What make test needs of the package's extras.
 TEST_EXTRAS := serve,scores,lora
@@ -41,7 +42,7 @@ demo: $(VENV)/.installed  ## install into .venv and train a prefix, and show bef
 
 test: $(VENV)/.tested  ## the tests of the package and its server (fetches the default backbone once)
 	$(BIN)/prefixtune prepare
-	$(PYTEST) --ignore tests/golden/test_scores.py --durations 30 --durations-min 2 $(PYTEST_ARGS)
+	$(PYTEST) --ignore tests/golden/test_scores.py $(PYTEST_ARGS)
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
@@ -50,7 +51,8 @@ test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official 
 test-all: test test-integrations  ## both
 
 clean-install: $(VENV)/.tested  ## the first commands on an empty machine, with the core dependencies alone, by pip and by uv
-	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/clean --confcutdir tests/clean $(PYTEST_ARGS)
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(SLOWEST) tests/clean --confcutdir tests/clean \
+		$(PYTEST_ARGS)
 
 package: $(VENV)/.packaged  ## build the sdist and the wheel into dist/, and check both
 	rm -rf dist

@@ -81,12 +81,9 @@ def made_by_uv(factory, wheel, uv, torch_options):
     return Machine("uv", folder, programs, [*path_without_uv(), str(uv.parent)], uv)
 
 
-# Each machine is made once, so all its tests run in one process.
-@pytest.fixture(
-    scope="session", params=[pytest.param(how, marks=pytest.mark.xdist_group(how)) for how in ("pip", "uv")]
-)
+@pytest.fixture(scope="session")
 def machine(request, tmp_path_factory, wheel):
-    """An empty machine with the package, once made by pip and once by uv."""
+    """An empty machine with the package, made by pip or by uv."""
     if request.param == "pip":
         made = made_by_pip(tmp_path_factory, wheel)
     else:
@@ -98,8 +95,8 @@ def machine(request, tmp_path_factory, wheel):
 
 @pytest.fixture(scope="session")
 def first(machine):
-    """What the first command prints, which fetches the backbone: by pip `demo`, by uv `prepare`."""
-    return machine.run("prefixtune", "demo" if machine.name == "pip" else "prepare")
+    """What the first command prints, which fetches the backbone: by uv `demo`, by pip `prepare`."""
+    return machine.run("prefixtune", "demo" if machine.name == "uv" else "prepare")
 
 
 @pytest.fixture(scope="session")

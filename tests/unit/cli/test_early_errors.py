@@ -81,6 +81,7 @@ MISTAKES = [
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
     ("generate --stream x y", "--stream"),
     ("generate --prefix p.safetensors --top-p 0.5 x", "--temperature"),
+    ("chat --top-p 0.5", "--temperature"),
     ("generate ok a\udcffb", "TEXTS"),
     ("chat --prefix nowhere.safetensors", "nowhere.safetensors"),
     ("compose p.safetensors nowhere.safetensors --output new.safetensors", "nowhere.safetensors"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import EngineOptions, task_decoding
 from prefixtune.cli.loading import load_trained, read_trained, short_name, started_engine
-from prefixtune.cli.options import PREFIX, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, command, option
 from prefixtune.cli.show import print_json
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
@@ -42,6 +42,11 @@ class ChatOptions(EngineOptions, SamplingConfig):
         ge=1,
         group="decoding",
     )
+
+    def conflicts(self) -> Conflicts:
+        """Also: what is for sampling, without it."""
+        yield from super().conflicts()
+        yield from self.only_with("temperature", "top_k", "top_p", "min_p")
 
     def decoding(self, prefix: Prefix | None) -> GenerateConfig:
         """The settings of the prefix's task, replaced by those of the options; beam search cannot stream."""

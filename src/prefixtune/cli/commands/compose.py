@@ -15,6 +15,7 @@ from prefixtune.utils.config import CommaList, TextList
 if TYPE_CHECKING:
     from prefixtune.prefix.prefix import Prefix
     from prefixtune.prefix.rotation import Rotation
+    from prefixtune.utils.console import Figure
 
 _APPROXIMATE = (
     "the model adds positions to its input, so that keys cannot be moved: each part stays as it was computed, which is "
@@ -97,7 +98,17 @@ def compose(options: ComposeOptions) -> None:
         options.console.warn(note)
     facts = {"output": options.output, "mode": mode, "prefix_length": composed.lengths, "file_bytes": size}
     facts |= {"exact": exact, "parts": parts, "notes": notes}
-    options.show(facts, *outline({mode: parts}), f"{options.output}: {composed!r}, {size:,} bytes")
+    # A joined file that is joined again brings its own parts, in whatever form its writer gave them.
+    rows = [[_cell(part.get(key)) for key in ("name", "prefix_length", "task", "dev_loss")] for part in parts]
+    table = Table(mode, ["", "length", "task", "dev loss"], rows)
+    options.show(facts, table, f"{options.output}: {composed!r}, {size:,} bytes")
+
+
+def _cell(value: Any) -> Figure | None:
+    """A fact of a header in a table; of lengths, each site's."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return value if value is None or isinstance(value, float) else str(value)
 
 
 def _notes(prefixes: Sequence[Prefix], names: Sequence[str]) -> Iterator[str]:
@@ -183,11 +194,7 @@ def _list(options: InspectOptions, folder: Path) -> int:
             hint="give a .safetensors file of `prefixtune train`, a folder of such files, or the --output of a run.",
         )
     names = {"name": "name", "file_bytes": "bytes", "method": "method", "backbone": "backbone", "task": "task"}
-    good = [
-        [*(row[name] for name in names), ", ".join(f"{site} {n}" for site, n in row["prefix_length"].items())]
-        for row in rows
-        if "error" not in row
-    ]
+    good = [[*(row[name] for name in names), _cell(row["prefix_length"])] for row in rows if "error" not in row]
     broken = [[row["name"], row["error"]] for row in rows if "error" in row]
     options.show(
         {"folder": str(folder), "prefixes": rows},
