@@ -225,7 +225,8 @@ async def _start_child(config: VllmConfig, name: str, folder: Path) -> RemoteSer
     return await RemoteServer.start(
         "vLLM",
         [python, "-m", "prefixtune.interop.vllm.child", config.model, *flags],
-        f"{python} needs vLLM, jaxtyping and this program (docs/vllm.md).",
+        f"{python} needs vLLM, jaxtyping and this program (docs/vllm.md). "
+        'If memory is short, also without a GPU: --vllm-args="--gpu-memory-utilization 0.4".',
         VLLM_API_KEY="",
         # It reports usage over the network unless it is told not to.
         VLLM_NO_USAGE_STATS=os.environ.get("VLLM_NO_USAGE_STATS", "1"),

