@@ -17,6 +17,7 @@ import tomllib
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Server(HttpClient):
     log: Path
     process: Any
 
-    @property
+    @cached_property
     def client(self):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -168,7 +169,9 @@ def serving(backbone, name, prefixes, folder, more, **flags):
     command += [part for key, value in flags.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     url = f"http://127.0.0.1:{port}"
     with running(command, log, f"{url}/readyz") as process:
-        yield Server(url, folder / "prefixes", backbone, prefixes, log, process)
+        server = Server(url, folder / "prefixes", backbone, prefixes, log, process)
+        with server.client:
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +401,7 @@ def test_prefixes_in_a_plain_vllm(plain, default_backbone):
         with pytest.raises(openai.InternalServerError):
             complete(reference, **fields)
     assert [complete(reference) for reference, _ in cases] == good
+    client.close()
 
 
 def test_the_engine_by_an_address(plain, default_backbone):
