@@ -113,14 +113,15 @@ def test_killed_during_an_upload_then_stopped_within_a_limit(start, folder):
 def unfinished_requests_are_cancelled_and_reported(server):
     body = {"model": MODEL, "prompt": "abc", "max_tokens": 1000, "temperature": 0, "n": 16}
     disposition = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
-    form = disposition % (b"purpose", b"fine-tune") + disposition % (b'file"; filename="a.jsonl', b"{}\n" * 2**17)
-    checks = f"pgrep -P {server.process.pid} -f prefixtune.jobs.files"
+    rows = b'{"prompt": "a", "completion": "b"}\n' * 2**15
+    form = disposition % (b"purpose", b"fine-tune") + disposition % (b'file"; filename="a.jsonl', rows)
+    check = ("-P", str(server.process.pid), "-f", "prefixtune.jobs.files")
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     with ThreadPoolExecutor(3) as pool:
         # A file whose check does not end.
         pool.submit(server.request, "POST", "/v1/files", form + b"--x--", key="pt-me", headers=kind)
-        server.until(lambda: subprocess.getoutput(checks))
-        os.kill(stopped := int(subprocess.getoutput(checks)), signal.SIGSTOP)
+        server.until(lambda: subprocess.call(["pkill", "-STOP", *check]) == 0)
+        stopped = int(subprocess.check_output(["pgrep", *check]))
         whole = pool.submit(server.post, "/v1/completions", body, key="pt-me")
         stream = pool.submit(server.post, "/v1/completions", {**body, "stream": True}, key="pt-me")
         server.until(lambda: len(server.get("/v1/status", key="pt-me")[1]["running"]) == 32)
