@@ -18,7 +18,7 @@ from typing import Any
 from bench import data
 from bench.results import Figure, Log, Results, make_parser, run_benchmark
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import packaged_gguf
+from prefixtune.backbone.packaged import packaged_gguf, read_gguf
 from prefixtune.backbone.shapes import load_shapes
 from prefixtune.data import TASKS, read_task
 from prefixtune.engine.llama_cpp import LlamaCppEngine
@@ -32,7 +32,7 @@ def write_gguf(source: Path, target: Path, kind: str) -> Path:
     """Write a GGUF file with the same fields, and its matrices in another type: F16, Q8_0, Q4_0, ..."""
     import gguf
 
-    reader = gguf.GGUFReader(source)
+    reader = read_gguf(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):

@@ -13,14 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gguf import GGUFReader
 
 from bench.quantized import write_gguf
 from command_line import run as run_command
 from engine_runs import submit
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import packaged_gguf
+from prefixtune.backbone.packaged import packaged_gguf, read_gguf
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.shapes import StoredWeights, load_shapes
 from prefixtune.engine import Engine
@@ -53,7 +52,7 @@ ASKED = (
 def files_are_read_once():
     """Every start reads the file's vocabulary, which takes five seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf.GGUFReader", functools.cache(GGUFReader))
+        patch.setattr("prefixtune.engine.gguf.read_gguf", functools.cache(read_gguf))
         yield
 
 

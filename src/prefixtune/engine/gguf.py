@@ -10,7 +10,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import checkpoint_folder
-from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
+from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf, read_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
 from prefixtune.utils.folders import expand_home
@@ -33,7 +33,7 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(path)
+        reader = read_gguf(path)
         tensors = {one.name: one for one in reader.tensors}
         stored = StoredWeights(checkpoint_folder(backbone.name))
         wrong = _other_weights(reader.fields["general.architecture"].contents(), tensors, backbone, stored)
