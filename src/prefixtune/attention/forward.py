@@ -37,6 +37,11 @@ from prefixtune.prefix.rotation import longrope_limit
 overridden_positions: contextvars.ContextVar[Mapping[str, Tensor]] = contextvars.ContextVar("overridden_positions")
 
 
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether the model can compute logits at chosen positions alone."""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
 def forward_with_prefixes(
     model: Any,
     layout: Layout,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.forward import forward_with_prefixes, takes_logits_to_keep
 from prefixtune.attention.injection import trace_calls
 from prefixtune.attention.kernels import ScoreOptions, attention_weights
 from prefixtune.attention.layout import Layout, main_device
@@ -66,6 +66,9 @@ def record_kv(model: Any, layout: Layout, **inputs: Tensor) -> dict[tuple[Site, 
     call: dict[str, Any] = dict(inputs)
     if layout.kind != "encoder":
         call["use_cache"] = False
+    if takes_logits_to_keep(model):
+        # A long text has more logits than keys and values.
+        call["logits_to_keep"] = 1
     with trace_calls(model) as calls:
         model(**call)
     kv: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from prefixtune.attention.forward import forward_with_prefixes
+from prefixtune.attention.forward import forward_with_prefixes, takes_logits_to_keep
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
@@ -178,7 +177,7 @@ class Backbone:
     @property
     def supports_logits_to_keep(self) -> bool:
         """Whether the model can compute logits at chosen positions alone."""
-        return "logits_to_keep" in inspect.signature(type(self.model).forward).parameters
+        return takes_logits_to_keep(self.model)
 
     @property
     def num_parameters(self) -> int:
