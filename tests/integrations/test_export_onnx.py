@@ -21,8 +21,8 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.training.starts.words import from_words
 
-# Tracing takes four seconds for each layer; tests/golden traces two of GPT-2's.
-LAYERS = {"gpt2": {"n_layer": 1}, "llama": {"num_hidden_layers": 2}, "qwen2": {"num_hidden_layers": 1}}
+# Tracing takes four seconds for each layer; tests/golden traces two of GPT-2's and of LLaMA's.
+LAYERS = {"gpt2": {"n_layer": 1}, "llama": {"num_hidden_layers": 1}, "qwen2": {"num_hidden_layers": 1}}
 
 LENGTH, NEW = 6, 10
 

@@ -3,13 +3,13 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import prefixtune
 from browser import CHROMIUM, NO_CHROMIUM
+from forked_command import forking_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(docs, site):
     options = ["-W", "-n", "--keep-going", "-q", "-b", "html"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "sphinx", *options, str(docs), str(site)]
+    command = [forking_python(), "-m", "sphinx", *options, str(docs), str(site)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
