@@ -1,5 +1,6 @@
 """A real browser for tests of pages: headless Chromium, driven over its DevTools pipe."""
 
+import contextlib
 import json
 import os
 import select
@@ -22,6 +23,10 @@ os.dup2(read, 3)
 os.dup2(write, 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
+
+
+class PageLeftError(Exception):
+    """Another page was about to take the place of the one that was asked."""
 
 
 class Browser:
@@ -58,6 +63,8 @@ class Browser:
         while True:
             answer = self._receive()
             if answer.get("id") == self._number:
+                if "target navigated" in answer.get("error", {}).get("message", ""):
+                    raise PageLeftError
                 assert "error" not in answer, answer
                 return answer["result"]
             self.events.append(answer)
@@ -94,9 +101,12 @@ class Browser:
     def until(self, expression, seconds=20):
         """Wait until a piece of JavaScript gives something true."""
         end = time.monotonic() + seconds
-        while not self.value(expression):
-            assert time.monotonic() < end, f"it did not come to pass: {expression}"
+        while time.monotonic() < end:
+            with contextlib.suppress(PageLeftError):
+                if self.value(expression):
+                    return
             time.sleep(0.02)
+        raise AssertionError(f"it did not come to pass: {expression}")
 
     def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
