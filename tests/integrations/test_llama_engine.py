@@ -50,7 +50,7 @@ ASKED = (
 
 @pytest.fixture(scope="module", autouse=True)
 def files_are_read_once():
-    """Every start reads the file's vocabulary, which takes five seconds."""
+    """Every start reads the file's vocabulary, which takes more than a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prefixtune.engine.gguf.read_gguf", functools.cache(read_gguf))
         yield

@@ -18,7 +18,7 @@ from prefixtune.inference.prompts import Prompt, check_requests
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.score import score_targets
 
-_MOST_POSITIONS = 8_192
+_MOST_POSITIONS = 16_384
 """That a pass of questions has together with its copies of what is in view."""
 Progress = Callable[[int], None]
 
