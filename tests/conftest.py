@@ -3,8 +3,10 @@
 Shape annotations of the whole package are checked at run time, and no model hub is ever asked.
 """
 
+import gc
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,7 +32,20 @@ from zoo import NUM_BYTES, make_model, make_tokenizer
 # `auto` is float32 in tests, whatever this processor multiplies fast: they compare numbers.
 prefixtune.backbone.devices.BFLOAT16_FEATURES = ()
 
-# Only modules that name shapes: mypy checks all other types, and checking each call takes half of a small test's time.
+# Only what names shapes: mypy checks all other types, and checking each call takes half of a small test's time. A
+# function that is defined inside of another would be made ready for its check anew at each call.
+SHAPE = re.compile(r"(Float|Int|Bool|Shaped)\[")
+
+
+def check_shapes(**settings):
+    def decorate(thing):
+        named = "<locals>" not in thing.__qualname__ and SHAPE.search(str(getattr(thing, "__annotations__", "")))
+        return jaxtyped(**settings)(thing) if named else thing
+
+    return decorate
+
+
+jaxtyped, jaxtyping.jaxtyped = jaxtyping.jaxtyped, check_shapes
 SOURCE = Path(prefixtune.__file__).parent
 install_import_hook(
     [
@@ -68,6 +83,9 @@ def pytest_collection_modifyitems(items):
         test = item.nodeid.partition("[")[0]
         item.stash[_CHECKS_SHAPES] = test not in seen and test.startswith(("tests/unit", "tests/equivalence"))
         seen.add(test)
+    # What is imported and collected by now stays: the search for garbage leaves it out.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
