@@ -52,7 +52,8 @@ class Study(BaseModel):
         samples: How often each point is run: each time on another sample, with another seed.
         first_sample: The number of the first sample. It seeds the draw, so other numbers are other samples.
         rate_samples: Samples that learning rates are chosen on, by the mean loss; none: the first sample.
-        pairs: Draw single pairs of a source and a target, not sources with all their targets.
+        rate_size: The size that learning rates are chosen at; 0: each size chooses its own.
+        pairs: Draw single pairs of a source and a target, to train on and to choose by, not sources with all targets.
         steps: Steps by size, over the points' `max_steps`.
         dev_limit: Development sources of a sample; 0: all.
         test_limit: Test sources, a fixed sample; 0: all.
@@ -74,6 +75,7 @@ class Study(BaseModel):
     samples: int = Field(1, ge=1)
     first_sample: int = 0
     rate_samples: list[int] = []
+    rate_size: int = 0
     pairs: bool = False
     steps: dict[int, int] = {}
     dev_limit: int = 0
@@ -87,11 +89,15 @@ class Study(BaseModel):
         """The examples of a split that have a target."""
         source, target = self.settings.get("source"), self.settings.get("target")
         examples = read_task(self.task, getattr(self, split), split=split, source=source, target=target)
+        if self.pairs and split != "test":
+            return [dataclasses.replace(example, targets=(one,)) for example in examples for one in example.targets]
         return [example for example in examples if example.targets]
 
-    def settings_of(self, point: str) -> dict[str, Any]:
-        """The settings of a point, those of its preset beneath."""
+    def settings_of(self, point: str, size: int) -> dict[str, Any]:
+        """The settings of a point at a size, those of its preset beneath."""
         given = {**self.settings, **self.points[point]}
+        if size in self.steps:
+            given["max_steps"] = self.steps[size]
         name = given.pop("preset", "")
         beneath = preset(name, self.task, given.get("method", "prefix")) if name else {}
         return {**without_conflicts(beneath, {**given, "dev": self.dev}), **given}
@@ -186,15 +192,13 @@ def run_cell(study: Study, cell: Cell) -> str:
 
 def _train_and_score(study: Study, cell: Cell, folder: Path) -> None:
     """Train and score a run, or what is left of it."""
-    settings = study.settings_of(cell.point)
-    if cell.size in study.steps:
-        settings["max_steps"] = study.steps[cell.size]
+    settings = study.settings_of(cell.point, cell.size)
     rates = settings.pop("learning_rates", [])
     trains = settings.get("method") != "none"
     if not trains:
         del settings["method"]
     if len(rates) > 1:
-        settings["learning_rate"] = _choose_rate(study, cell, settings, rates)
+        settings["learning_rate"] = _choose_rate(study, cell, rates)
     elif rates:
         settings["learning_rate"] = rates[0]
     config = _config(study, settings, folder, cell.sample)
@@ -230,14 +234,9 @@ def _train(study: Study, cell: Cell, config: pt.TrainConfig) -> dict[str, Any]:
     if not resume:
         # It was stopped before its first save.
         shutil.rmtree(folder, ignore_errors=True)
-    examples = study.read("train")
-    if study.pairs:
-        examples = [
-            dataclasses.replace(example, targets=(target,)) for example in examples for target in example.targets
-        ]
     result = pt.train(
         config,
-        examples=sample_targets(examples, cell.size, f"train/{cell.sample}"),
+        examples=sample_targets(study.read("train"), cell.size, f"train/{cell.sample}"),
         dev_examples=sample(study.read("dev"), study.dev_limit, "dev"),
         resume=resume,
         progress=False,
@@ -252,12 +251,15 @@ def _train(study: Study, cell: Cell, config: pt.TrainConfig) -> dict[str, Any]:
     }
 
 
-def _choose_rate(study: Study, cell: Cell, settings: Mapping[str, Any], rates: Sequence[float]) -> float:
+def _choose_rate(study: Study, cell: Cell, rates: Sequence[float]) -> float:
     """The rate with the lowest development loss, of runs on `rate_samples`; what was tried is kept in `rates/`.
 
     Raises:
         TrainingError: No run reached its end.
     """
+    cell = dataclasses.replace(cell, size=study.rate_size or cell.size)
+    settings = study.settings_of(cell.point, cell.size)
+    del settings["learning_rates"]
     folder = Path(study.output) / "rates"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cell.group}.json"

@@ -121,17 +121,19 @@ def test_a_claim_over_sizes_is_tested_on_the_means_of_each_sample(study):
 
 
 def test_rates_are_chosen_on_samples_that_do_not_count(study, monkeypatch):
-    study.first_sample, study.rate_samples = 100, [90, 91]
+    study.first_sample, study.rate_samples, study.rate_size = 100, [90, 91], 4
+    study.steps, study.try_steps = {4: 3, 8: 5}, 0
     losses = {(1e-3, 90): 1.0, (1e-3, 91): 4.0, (1e-2, 90): 3.0, (1e-2, 91): 1.5}
     tried = []
 
     def train(study, cell, config):
         tried.append((config.learning_rate, cell.sample, config.seed))
+        assert (cell.size, config.max_steps) == (4, 3), "the size that rates are chosen at"
         return {"dev_loss": losses[config.learning_rate, cell.sample]}
 
     monkeypatch.setattr(module, "_train", train)
     assert [cell.sample for cell in cells(study)] == [100] * 3 + [101] * 3
-    assert module._choose_rate(study, cells(study)[0], {}, [1e-3, 1e-2]) == 1e-2
+    assert module._choose_rate(study, cells(study)[0], [1e-3, 1e-2]) == 1e-2
     assert tried == [(1e-3, 90, 90), (1e-3, 91, 91), (1e-2, 90, 90), (1e-2, 91, 91)]
 
 
@@ -158,7 +160,7 @@ def test_every_study_can_be_read(tmp_path):
         study = read_study(path, "sets")
         assert study.train.startswith("sets" + os.sep)
         for cell in cells(study):
-            settings = study.settings_of(cell.point)
+            settings = study.settings_of(cell.point, cell.size)
             if settings.get("method") != "none":
                 settings.pop("learning_rates", None)
                 assert module._config(study, settings, tmp_path, 0).output == str(tmp_path)
