@@ -46,7 +46,7 @@ test: $(VENV)/.tested  ## the tests of the package and its server (fetches the d
 
 test-integrations: $(VENV)/.integrated $(VENV)-sgpt/.installed  ## the official scores in full; the tests with PEFT, TRL, torchao, datasets, ONNX, OpenVINO, llama.cpp (1 GB more)
 	$(BIN)/prefixtune prepare
-	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) tests/integrations $(addprefix tests/golden/test_,interop.py generation_json.py scores.py) $(PYTEST_ARGS)
+	PREFIXTUNE_SGPT=$(CURDIR)/$(VENV)-sgpt/bin/sgpt $(PYTEST) $(addprefix tests/golden/test_,scores.py interop.py generation_json.py) tests/integrations $(PYTEST_ARGS)
 
 test-all: test test-integrations  ## both
 
