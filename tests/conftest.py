@@ -32,15 +32,13 @@ from zoo import NUM_BYTES, make_model, make_tokenizer
 # `auto` is float32 in tests, whatever this processor multiplies fast: they compare numbers.
 prefixtune.backbone.devices.BFLOAT16_FEATURES = ()
 
+
 # Only what names shapes: mypy checks all other types, and checking each call takes half of a small test's time. A
 # function that is defined inside of another would be made ready for its check anew at each call.
-SHAPE = re.compile(r"(Float|Int|Bool|Shaped)\[")
-
-
 def check_shapes(**settings):
     def decorate(thing):
-        named = "<locals>" not in thing.__qualname__ and SHAPE.search(str(getattr(thing, "__annotations__", "")))
-        return jaxtyped(**settings)(thing) if named else thing
+        named = re.search(r"(Float|Int|Bool|Shaped)\[", str(getattr(thing, "__annotations__", "")))
+        return jaxtyped(**settings)(thing) if named and "<locals>" not in thing.__qualname__ else thing
 
     return decorate
 

@@ -51,14 +51,16 @@ def test_a_memory_learns_the_answers(backbone, options):
         quiet(backbone, **options)
 
 
-def test_without_steps_a_memory_is_the_closed_form(backbone, options):
+def test_without_steps_a_memory_is_the_closed_form(backbone, options, tmp_path):
     options |= {"initialization": "text", "max_steps": 0}
     (result,) = quiet(backbone, **options)
     about = result.prefix.header["initialization"]
     assert (about["compaction"], about["questions"]) == ("match", 4)
     assert about["bias"]["of"] == sum(shape.num_kv_heads for shape in backbone.geometry["decoder"])
     assert result.report["held_out"]["memory"]["loss"] > 0
-    (again,) = quiet(backbone, resume=True, output=options["output"])
+    assert type(result.prefix.header["training"]["total_steps"]) is int
+    moved = Path(options["output"]).rename(tmp_path / "moved")
+    (again,) = quiet(backbone, resume=True, output=str(moved))
     assert again.prefix.equal(result.prefix)
 
 

@@ -9,6 +9,8 @@ from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.config import TrainConfig
+from prefixtune.training.data import tokenize
 from prefixtune.training.silence import bare_texts, general_examples, general_of_step, measure_silence
 from prefixtune.training.train import train
 
@@ -49,6 +51,8 @@ def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone, tmp_pat
 
 def test_general_requests_keep_a_prefix_silent(backbone, tmp_path):
     kept, loud = (run(backbone, tmp_path / str(share), keep_general=share) for share in (0.5, 0.0))
+    # What finds room is counted with the start's own length.
+    assert tokenize(TrainConfig(init_prefix=str(tmp_path / "0.0")), backbone, EXAMPLES, []).prefix_length == 4
     found = measure_silence(backbone, {"kept": kept, "loud": loud}, bare_texts(backbone, format_of(backbone, loud), 4))
     assert found["kept"]["kl"] < 0.95 * found["loud"]["kl"]
 

@@ -169,12 +169,13 @@ class PrefixValidator:
         except BackboneError as error:
             raise CheckpointError(error.message, hint=error.hint) from error
 
-    def load(self, path: Path, name: str) -> Prefix:
+    def load(self, path: Path, name: str, *, exact: bool = False) -> Prefix:
         """Read and check a whole file, from a copy: others may write to the file meanwhile.
 
         Args:
             path: The file.
             name: What messages call it, and not by its path.
+            exact: In the file's dtype and on the CPU, not in the backbone's; so always if it has no weights.
 
         Raises:
             CheckpointError: It is broken or does not fit the backbone.
@@ -185,7 +186,9 @@ class PrefixValidator:
             try:
                 shutil.copyfile(path, copy)
                 # Not mapped from the file, as the engine reads it as it is.
-                prefix = load_prefix(copy, self.backbone).detach().to(self.backbone.dtype, self.backbone.device)
+                prefix = (load_prefix(copy, self.backbone) if self.backbone.geometry else read_artifact(copy)).detach()
+                if self.backbone.geometry and not exact:
+                    prefix = prefix.to(self.backbone.dtype, self.backbone.device)
             except OSError as error:
                 raise PrefixError(f"cannot read {name!r} now: {error.strerror}.", hint="try again.") from error
             except PrefixError as error:

@@ -199,7 +199,7 @@ def as_examples(
 
     Args:
         examples: `Example`s, or dicts of one form, such as `{"messages": [...]}`; an `Example` alone has groups.
-        source: Template of the source; equal sources are merged then, as in a file.
+        source: Template of the source; equal sources of dicts are merged then, as in a file.
         target: Template of the target.
         what: What messages call an example.
         form: The form that rows must have; empty: any that fits.
@@ -219,7 +219,7 @@ def as_examples(
         if not isinstance(one, Example):
             raise DataError(f"{what} {number} is {describe_value(one)}, but must be a dict or an Example.", hint=_HINT)
         made.append(one)
-    return made if source is None else merge_examples(made)
+    return merge_examples(made) if source is not None and any(isinstance(one, Mapping) for one in examples) else made
 
 
 def example_form(examples: Sequence[Any], what: str = "example", *, form: str = "") -> Form | None:

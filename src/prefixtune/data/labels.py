@@ -66,7 +66,9 @@ def label_names(examples: Iterable[Example], kind: TaskKind = "classification") 
     Raises:
         DataError: There are fewer than two labels, or an example does not have what it must.
     """
-    found = {label for number, example in enumerate(examples, start=1) for label in _labels(example, number, kind)}
+    found = {
+        label for number, example in enumerate(examples, start=1) for label in labels_of_example(example, number, kind)
+    }
     names = tuple(sorted(found))
     if kind == "tagging":
         types = sorted({tag[2:] for tag in names} - {""})
@@ -89,13 +91,18 @@ def check_labels(examples: Iterable[Example], names: Sequence[str], kind: TaskKi
             does not have what it must.
     """
     for number, example in enumerate(examples, start=1):
-        for label in _labels(example, number, kind):
+        for label in labels_of_example(example, number, kind):
             if label not in names:
                 what = f"label {short_repr(label)} of example {number} is not known."
                 raise DataError(what, hint=did_you_mean(label, names))
 
 
-def _labels(example: Example, number: int, kind: TaskKind) -> Sequence[str]:
+def labels_of_example(example: Example, number: int, kind: TaskKind) -> Sequence[str]:
+    """The label of an example, or its tags.
+
+    Raises:
+        DataError: It does not have what it must; `number` is in the message.
+    """
     labels = example.fields.get("tags") if kind == "tagging" else example.targets
     if not isinstance(labels, tuple) or (kind == "classification" and len(labels) != 1):
         needed = "one label" if kind == "classification" else "tags"

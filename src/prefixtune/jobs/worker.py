@@ -186,7 +186,8 @@ def look_after(data: DataFolder, jobs: JobQueue, backbone: str, prefixes: Path, 
             _try(_clear, folder, state, prefixes)
         elif state.status == "running" and state.worker != worker and state.job.backbone == backbone:
             with folder.hold() as is_free:
-                if is_free:
+                # Its owner may have paused it since.
+                if is_free and jobs.states([job_id]).get(job_id) == state:
                     jobs.resume(job_id)
                     note("job_taken_over", job=job_id, worker_name=state.worker)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.data import TASKS
-from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.prefix.folder import path_of
 from prefixtune.prefix.header import JobOrigin
 from prefixtune.prefix.prefix import Prefix
@@ -153,6 +153,10 @@ class Catalog:
             prefix = self.store.load(files)
         except (RequestError, BackboneError, ConfigError) as error:
             raise bad_request(error.message, "model", hint=error.hint) from None
+        except PrefixError:
+            # It may have been deleted, or replaced by another owner's, since it was looked at: then there is none.
+            self.files(names, caller)
+            raise
         return ServedModel(names, prefix, prefix.header)
 
     def route(self, model: str, text: str, caller: Caller) -> str:

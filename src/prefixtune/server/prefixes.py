@@ -192,13 +192,13 @@ class PrefixFolder:
         if entry is not None:
             self.num_bytes -= entry[1].num_bytes
 
-    def _read(self, name: str, file: PrefixFile | None) -> Prefix:
+    def _read(self, name: str, file: PrefixFile | None, *, exact: bool = False) -> Prefix:
         """A whole file, checked."""
         if file is None:
             raise _no_such_prefix(name)
         if not file.reason:
             try:
-                prefix = self._validator.load(path_of(self.folder, name), name)
+                prefix = self._validator.load(path_of(self.folder, name), name, exact=exact)
             except CheckpointError as error:
                 if is_unread(error):
                     _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
@@ -217,7 +217,12 @@ class PrefixFolder:
             message = f"the joined prefixes take {size:,} bytes, but {self.max_bytes // 2:,} are the most."
             raise RequestError(message, hint="join fewer of them.")
         # The header numbers the parts: it names no prefix.
-        return concatenate(parts, self.backbone.rotation)
+        if not self.backbone.geometry:
+            return concatenate(parts, None)
+        if self.backbone.dtype.itemsize < 4:
+            # As the files have them: keys are rounded once, after they are turned.
+            parts = [self._read(name, file, exact=True) for name, file in files.items()]
+        return concatenate(parts, self.backbone.rotation).to(self.backbone.dtype, self.backbone.device)
 
     # --- changing the folder ------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ def _read_checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise CheckpointError(f"{str(path)!r} lacks {where}, or has a wrong value there.", hint=_OTHERWISE) from error
-    stored, given = facts.config, config.to_dict()
+    stored, given = (_without_folder(values) for values in (facts.config, config.to_dict()))
     changed = [
         f"{name} was {stored.get(name)!r}, is {given.get(name)!r}"
         for name in sorted((stored.keys() | given.keys()) - set(_MAY_CHANGE))
@@ -153,6 +153,11 @@ def _read_checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
             hint="resume with the same, or give --init-prefix and another --output.",
         )
     return Checkpoint(path, tensors, facts)
+
+
+def _without_folder(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration whose text to start from, if it lies in the run's folder, is named within it."""
+    return {**values, "init_text": str(values.get("init_text")).removeprefix(f"@{values.get('output')}/")}
 
 
 def check_same_run(checkpoint: Checkpoint, backbone: Backbone, data_digest: str) -> None:

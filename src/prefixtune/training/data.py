@@ -17,7 +17,7 @@ from prefixtune.data.chat import chat_format, has_chat_template
 from prefixtune.data.encoding import DEFAULT_WINDOW, TEXT_FORMAT, default_format
 from prefixtune.data.examples import TaskKind, distinct_sources, has_messages, merge_examples, source_ids
 from prefixtune.data.forms import Form, example_form
-from prefixtune.data.labels import Labels, choose_labels, encode_rows, read_labels, with_label_words
+from prefixtune.data.labels import Labels, choose_labels, encode_rows, labels_of_example, read_labels, with_label_words
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens
 from prefixtune.errors import ConfigError, DataError
@@ -150,7 +150,7 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
     """Divide the examples into those to train on and a share of the sources, with all their targets, to develop with.
 
     Raises:
-        DataError: There is only one source.
+        DataError: There is only one source, or each that was drawn has a label of its own.
     """
     sources, ids = distinct_sources(train), source_ids(train)
     if len(sources) < 2:
@@ -158,6 +158,13 @@ def _hold_out(config: TrainConfig, train: Sequence[Example]) -> tuple[Sequence[E
     count = min(max(1, round(config.hold_out * len(sources))), len(sources) - 1)
     drawn = random.Random(f"{config.seed}/hold_out").sample(range(len(sources)), count)
     held = {ids[sources[index]] for index in drawn}
+    if (kind := _task_kind(config)) != "generation":
+        # An example is trained on if no other that is left has its label.
+        labels = [labels_of_example(example, number, kind) for number, example in enumerate(train, start=1)]
+        known = {label for one, own in zip(ids, labels, strict=True) if one not in held for label in own}
+        held -= {one for one, own in zip(ids, labels, strict=True) if not known.issuperset(own)}
+    if not held:
+        raise DataError("no example can be held out, as no other has its label.", hint="set hold_out to 0.")
     dev = [example for one, example in zip(ids, train, strict=True) if one in held]
     left = [example for one, example in zip(ids, train, strict=True) if one not in held]
     return left, limit_targets(dev, config.dev_limit)
@@ -176,6 +183,7 @@ class TrainData:
         text_format: The text around source and target, with the lengths that training left whole.
         labels: What the run learns to classify; None: it learns to generate.
         plan: The training examples that the prefix starts from; None: it starts from something else.
+        prefix_length: P of the decoder.
         questions: Of a memory, questions with their answers, to be stored with it.
         digest: Tells this data from any other, so that a run is never resumed on other data.
         general: Requests about other things, with the bare model's labels.
@@ -187,6 +195,7 @@ class TrainData:
     labels: Labels | None
     digest: str
     plan: ExamplePlan | None = None
+    prefix_length: int = 0
     questions: Sequence[tuple[str, str]] = ()
     general: Sequence[TokenizedExample] = ()
 
@@ -257,7 +266,7 @@ def tokenize(
             longest_target=train.longest_target,
             longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
         )
-    return TrainData(train, dev, text_format, labels, _digest(train, dev), plan)
+    return TrainData(train, dev, text_format, labels, _digest(train, dev), plan, limits["prefix_length"])
 
 
 def _choose_labels(

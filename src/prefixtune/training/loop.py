@@ -147,7 +147,7 @@ class TrainLoop:
         rate = config.peak_learning_rate
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=config.weight_decay, fused=fused)
         self.steps_per_epoch = count_steps(config, data.train.examples)
-        total_steps = config.max_steps or max(config.epochs > 0, round(config.epochs * self.steps_per_epoch))
+        total_steps = config.max_steps or max(int(config.epochs > 0), round(config.epochs * self.steps_per_epoch))
         self.state = TrainState(total_steps, config.patience)
         self.resumed = self.stopped = False
         self.most_positions = MOST_POSITIONS

@@ -113,7 +113,7 @@ def prepare(
         data = data if teach is None else teach(config, loaded, data)
         if config.keep_general and (config.max_steps or config.epochs):
             digest = f"{data.digest}+general {config.keep_general:g}"
-            general = general_examples(loaded, data.text_format, config.longest)
+            general = general_examples(loaded, data.text_format, data.prefix_length)
             data = dataclasses.replace(data, general=general, digest=digest)
         # What a teacher is asked is about the text that the run starts from.
         questions = data.train.examples if teach is not None else ()

@@ -5,6 +5,7 @@ import tomllib
 import pytest
 
 from command_line import call
+from prefixtune.cli.commands.train import TrainOptions
 from prefixtune.errors import CheckpointError
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.presets import preset
@@ -35,6 +36,10 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys
 def test_a_preset_gives_way_to_what_the_user_gives(options, expected, capsys):
     config = printed(capsys, "--train", "some.jsonl", "--preset", "quick", *options.split())
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_an_option_implies_is_not_over_the_files_of_runs_together():
+    assert TrainOptions.read({"together": ["a"], "init_examples": "2"}).given(TrainConfig) == {"init_examples": 2}
 
 
 def test_a_resumed_run_has_its_own_configuration(tmp_path, capsys):

@@ -211,6 +211,10 @@ def test_a_wrong_row_far_down_is_named_in_one_line(good, bad, named, tmp_path):
         as_examples([good, bad], needs_targets=True)
 
 
+def test_examples_that_are_made_are_not_merged():
+    assert as_examples([Example("a", ("b",)), Example("a", ("c",))], "{question}")[1].targets == ("c",)
+
+
 def test_without_targets_there_is_something_to_answer(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"messages": [USER]}, {"messages": [*TURNS, USER]})
     assert [(len(example.messages), example.targets) for example in read_task("records", path)] == [(1, ()), (5, ())]

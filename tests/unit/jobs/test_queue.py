@@ -242,7 +242,7 @@ def test_jobs_of_another_version_or_backbone_are_left_to_other_workers(queue, wo
     assert [queue.get(other.id).status for other in others] == ["queued", "queued"]
 
 
-def test_what_a_dead_worker_had_is_queued_again(queue, worker, add, tmp_path):
+def test_what_a_dead_worker_had_is_queued_again(queue, worker, add, tmp_path, monkeypatch):
     data = DataFolder(tmp_path)
     data.make()
     job = add()
@@ -260,5 +260,12 @@ def test_what_a_dead_worker_had_is_queued_again(queue, worker, add, tmp_path):
     look()
     worker.leave(job)
     wait_until(functools.partial(has_begun, worker, job, 2), 20)
+    # After the first look.
+    monkeypatch.setattr(queue, "states", lambda ids: monkeypatch.undo() or [queue.states(ids), queue.pause(job.id)][0])
+    look()
+    assert queue.get(job.id).status == "paused", "by its owner, in between"
+    queue.resume(job.id)
+    worker.leave(job)
+    wait_until(functools.partial(has_begun, worker, job, 3), 20)
     worker.end(job)
     wait_for(queue, job, "succeeded")

@@ -116,6 +116,14 @@ def test_lengths_fit_the_positions(make_server):
     assert texts_when_done(state) == 0
 
 
+def test_the_log_probabilities_of_a_response_are_bounded(make_server, monkeypatch):
+    app, _ = make_server()
+    monkeypatch.setattr("prefixtune.server.api.generation._MOST_LOGPROBS", 25_000)
+    body = completion(model="tiny", prompt=[5] * 500, max_tokens=0, echo=True, logprobs=20)
+    taken, refused = (asyncio.run(send(app, "POST", "/v1/completions", {**body, "n": n})) for n in (2, 3))
+    assert (taken.status, refused.status, refused.code) == (200, 400, "too_many_logprobs")
+
+
 def test_unknown_token_ids_are_refused(make_server):
     app, _ = make_server()
     for param, value in (

@@ -6,6 +6,7 @@ import logging
 import threading
 
 import pytest
+import torch
 
 from asgi_client import bearer, completion, keys, send
 from prefixtune.backbone.prefixes import load_prefix
@@ -99,6 +100,20 @@ def test_a_join_is_computed_once_and_outside_the_event_loop(make_server, joins):
     assert state.store.num_loaded == 3
     ask(app, "/v1/completions", completion(model="b+a"))
     assert len(joins) == 2
+
+
+def test_keys_are_rounded_once(make_server, backbone, composed):
+    _, state = make_server()
+    backbone.model.bfloat16()
+    joined = state.store.load({name: state.store.file(name) for name in "ab"})
+    assert joined.equal(composed("a", "b").to(torch.bfloat16))
+
+
+def test_a_prefix_that_is_deleted_when_it_is_read_is_none(make_server, monkeypatch, tmp_path):
+    app, state = make_server()
+    load, path = state.store.load, tmp_path / "prefixes" / "a.safetensors"
+    monkeypatch.setattr(state.store, "load", lambda files: path.unlink(missing_ok=True) or load(files))
+    assert ask(app, "/v1/completions", completion(model="a+b")).status == 404
 
 
 def test_a_replaced_part_gives_a_new_join(make_server, backbone, composed, joins, save_random_prefix, tmp_path):

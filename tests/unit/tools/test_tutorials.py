@@ -12,31 +12,24 @@ import pytest
 from tools.tutorials import WrongPageError, follow, read_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = """# Page
-
-```bash
+PAGE = """```bash
 echo one > here
 python -c 'import prefixtune, os; print(prefixtune.__version__, os.listdir(), os.environ["HOME"])'
 ```
-
 <!-- not run -->
 ```bash
 exit 5
 ```
-
 ```python
 print(open("here").read().upper())
 ```
-
 <!-- right -->
 ```text
 ONE
 ```
-
 ```bash
 false
 ```
-
 ```bash
 echo after
 ```

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from prefixtune.cli.options import Conflicts, RunOptions, command, option
 from prefixtune.cli.show import Table, print_event, print_json
@@ -52,6 +52,12 @@ class TrainOptions(TrainingOptions):
     def layers(cls, given: Mapping[str, Any]) -> Iterable[Layer]:
         """Those of a training; runs that train together each have a file of their own."""
         return [] if "together" in given else super().layers(given)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Self:
+        """With --together, what an option implies is not over what a file says."""
+        options = super().read(given)
+        return cls.model_construct(set(given), **dict(options)) if options.together else options
 
     def conflicts(self) -> Conflicts:
         """Also: what cannot go with --together."""

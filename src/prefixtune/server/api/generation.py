@@ -50,6 +50,7 @@ _GRACE_SECONDS = 10.0
 """The engine ends what is too late, at the end of its step."""
 _PARAMS = {"min_new_tokens": "min_tokens", "prompt_logprobs": "echo"}
 """Sampling parameters -> their names in requests, where they differ."""
+_MOST_LOGPROBS = 200_000
 _AS_IT_IS = TextFormat("{source}", "{target}")
 _CUT_HEADER = "x-prefixtune-cut-tokens"
 """Tokens of sources that were cut off because they did not fit; of one that is far too long, at least so many."""
@@ -219,6 +220,7 @@ async def start_texts(
         names = {"tenant": context.caller.name, "prefix_name": model.name, "id": uuid.uuid4().hex}
         as_it_is, chosen = verbatim or text_format is None, sampling.replace(max_new_tokens=most)
         requests.append(Request(prompt, model.prefix, chosen, n=n, verbatim=as_it_is, grammar=grammar, **names))
+    _check_logprobs(requests)
     generation = Generation(context, model, requests)
     try:
         await generation.submit()
@@ -233,6 +235,22 @@ async def start_texts(
     for prompt in prompts:
         context.state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+def _check_logprobs(requests: Sequence[Request]) -> None:
+    """Refuse a response whose log-probabilities would take a gigabyte.
+
+    Raises:
+        ApiError: 400.
+    """
+    count = 0
+    for one in requests:
+        asked = one.sampling
+        for tokens, each in ((len(one.prompt), asked.prompt_logprobs), (asked.max_new_tokens, asked.logprobs)):
+            count += 0 if each is None else one.n * tokens * (each + 1)
+    if count > _MOST_LOGPROBS:
+        message = f"the response would have {count:,} log-probabilities, but {_MOST_LOGPROBS:,} are the most."
+        raise bad_request(message, "logprobs", "too_many_logprobs", hint="ask for fewer, or lower n or max_tokens.")
 
 
 def task_decoding(header: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.errors import CheckpointError, ConfigError, DataError
 from prefixtune.training.checkpoint import load_state, save_state
-from prefixtune.training.data import tokenize
+from prefixtune.training.data import read_data, tokenize
 from prefixtune.training.presets import preset
 from prefixtune.training.starts.build import build_encoder
 from prefixtune.training.starts.examples import from_examples
@@ -235,6 +235,14 @@ def test_held_out_sources_are_the_development_examples(backbone, tmp_path, capsy
     assert any("loss" in event for event in events if event["event"] == "evaluation")
     header = load_prefix(tmp_path / "run" / "prefix.safetensors").header
     assert json.dumps(header["training"]["dev_loss"]) != "null"
+
+
+def test_no_label_is_held_out_whole():
+    examples = [pt.Example(f"n : {n}", ("rare" if n == 3 else "ab"[n % 2],)) for n in range(11)]
+    for seed in range(12):
+        config = pt.TrainConfig(task="classification", hold_out=0.3, seed=seed)
+        train, dev = ({one.targets for one in part} for part in read_data(config, examples, None)[1:])
+        assert set() < dev <= train
 
 
 def test_the_only_source_cannot_be_held_out(tmp_path, no_backbone_loads):
