@@ -238,7 +238,7 @@ async def start_texts(
 
 
 def _check_logprobs(requests: Sequence[Request]) -> None:
-    """Refuse a response whose log-probabilities would take a gigabyte.
+    """Bound what log-probabilities take: some 230 bytes of memory each (336,000 took 75 MB).
 
     Raises:
         ApiError: 400.
