@@ -3,6 +3,8 @@
 Shape annotations of the whole package are checked at run time, and no model hub is ever asked.
 """
 
+import collections
+import functools
 import gc
 import json
 import os
@@ -33,12 +35,24 @@ from zoo import NUM_BYTES, make_model, make_tokenizer
 prefixtune.backbone.devices.BFLOAT16_FEATURES = ()
 
 
-# Only what names shapes: mypy checks all other types, and checking each call takes half of a small test's time. A
-# function that is defined inside of another would be made ready for its check anew at each call.
+# Only what names shapes: mypy checks all other types. A function that is defined inside of another would be made ready
+# for its check at each call. The first calls of a test are checked: with all of them, tests take a sixth longer.
+LEFT = collections.defaultdict(lambda: 8)
+
+
 def check_shapes(**settings):
     def decorate(thing):
         named = re.search(r"(Float|Int|Bool|Shaped)\[", str(getattr(thing, "__annotations__", "")))
-        return jaxtyped(**settings)(thing) if named and "<locals>" not in thing.__qualname__ else thing
+        if not named or "<locals>" in thing.__qualname__:
+            return thing
+        checked = jaxtyped(**settings)(thing)
+
+        @functools.wraps(thing)
+        def checked_at_first(*args, **kwargs):
+            LEFT[thing] -= 1
+            return (thing if LEFT[thing] < 0 else checked)(*args, **kwargs)
+
+        return checked if isinstance(thing, type) else checked_at_first
 
     return decorate
 
@@ -54,12 +68,13 @@ install_import_hook(
     "beartype.beartype",
 )
 
+# No test cuts the power; tests/faults.py, which lets fsync fail, is a program of its own.
+os.fsync = lambda descriptor: None
+
 # Machines that are busy are slow: a time limit of each made-up input is no test. The inputs are the same each time and
 # everywhere; `make fuzz` looks for others, by a seed of its own.
 hypothesis.settings.register_profile("patient", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("patient")
-
-_CHECKS_SHAPES = pytest.StashKey[bool]()
 
 FAMILIES = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 
@@ -74,21 +89,17 @@ _DEEPER_DECODERS = {
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert")
 
 
-def pytest_collection_modifyitems(items):
-    """Shapes are checked in the first case of tests of functions: the others take a quarter less time."""
-    seen = set()
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        item.stash[_CHECKS_SHAPES] = test not in seen and test.startswith(("tests/unit", "tests/equivalence"))
-        seen.add(test)
-    # What is imported and collected by now stays: the search for garbage leaves it out.
+def pytest_collection_finish():
+    """What is imported and collected by now stays: the search for garbage leaves it out, and it is seldom."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    jaxtyping.config.update("jaxtyping_disable", not item.stash[_CHECKS_SHAPES])
+def pytest_runtest_teardown(item, nextitem):
+    """The cases of one test share its checks."""
+    if nextitem is None or nextitem.function is not item.function:
+        LEFT.clear()
 
 
 def pytest_make_parametrize_id(val):

@@ -90,22 +90,17 @@ def main(folder):
     calls("dicts", lambda: list(pt.evaluate((model, tokenizer), dicts, str(file), **scores).outputs))
     calls("classify", lambda: [p.label for p in classify((model, tokenizer), TEXTS, labels=["yes", "no"])])
 
+    settings = {"max_steps": 2, "prefix_length": 2, "device": "cpu", "dtype": "float32"}
+
     def trained(name, config=None, **options):
         """The losses of a short run, and what it showed on stderr."""
-        settings = {
-            "max_steps": 2,
-            "prefix_length": 2,
-            "device": "cpu",
-            "dtype": "float32",
-            "output": str(folder / name),
-        }
         shown = io.StringIO()
+        given = {**settings, "output": str(folder / name)} if config is None else {}
         with contextlib.redirect_stderr(shown):
-            result = pt.train(config, **({} if config is not None else settings), **options)
+            result = pt.train(config, **given, **options)
         losses = [event["loss"] for event in result.events if event["event"] == "step"]
         return [losses, result.prefix is not None, shown.getvalue()]
 
-    settings = {"max_steps": 2, "prefix_length": 2, "device": "cpu", "dtype": "float32"}
     calls("train", lambda: trained("train", backbone=backbone, examples=examples))
     calls("train: dicts", lambda: trained("dicts", backbone=(model, tokenizer), examples=dicts))
     given = {**settings, "output": str(folder / "dict"), "backbone": str(folder / "model")}

@@ -1,4 +1,4 @@
-"""The first minutes of a new user who installs by pip."""
+"""The first minutes of a new user who installs by pip, and what is said where an extra is missing."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from empty_machine import PLACES, ROOT
 from every_machine import *  # noqa: F403 (its tests are this machine's, too)
-from every_machine import DATA, SCORE
+from every_machine import DATA, EXTRAS, SCORE
 
 pytestmark = pytest.mark.parametrize("machine", ["pip"], indirect=True, scope="session")
 
@@ -45,6 +45,15 @@ def test_commands_on_files(machine, prefix):
     assert (machine.work / "peft" / "adapter_config.json").exists()
     assert (machine.work / "back.safetensors").stat().st_size < 600_000
     assert (machine.work / "exported-llama" / "check.py").exists()
+
+
+def test_a_missing_extra_is_named(machine, prefix):
+    (machine.work / "places.parquet").write_bytes(b"PAR1")
+    commands = [(extra, command) for extra, several in EXTRAS.items() for command in several]
+    words = [[prefix if word == "PREFIX" else word for word in command] for _, command in commands]
+    for (extra, command), said in zip(commands, machine.mistakes(*words), strict=True):
+        assert f"prefixtune[{extra}]" in said, f"{command}: {said}"
+        assert "installed" in said
 
 
 def test_the_python_of_the_readme(machine, first):

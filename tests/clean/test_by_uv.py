@@ -1,4 +1,4 @@
-"""The first minutes of a new user who installs by uv, and what is said where an extra is missing."""
+"""The first minutes of a new user who installs by uv."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 
 from empty_machine import call
 from every_machine import *  # noqa: F403 (its tests are this machine's, too)
-from every_machine import EXTRAS
 
 pytestmark = pytest.mark.parametrize("machine", ["uv"], indirect=True, scope="session")
 
@@ -61,15 +60,6 @@ def test_the_wheel_brings_completion_for_the_shells(machine):
     ask = 'source "$0"; COMP_WORDS=(prefixtune gen); COMP_CWORD=1; _prefixtune; echo "${COMPREPLY[@]}"'
     out, _ = machine.run("bash", "-c", ask, script)
     assert out.split() == ["generate"]
-
-
-def test_a_missing_extra_is_named(machine, prefix):
-    (machine.work / "places.parquet").write_bytes(b"PAR1")
-    commands = [(extra, command) for extra, several in EXTRAS.items() for command in several]
-    words = [[prefix if word == "PREFIX" else word for word in command] for _, command in commands]
-    for (extra, command), said in zip(commands, machine.mistakes(*words), strict=True):
-        assert f"prefixtune[{extra}]" in said, f"{command}: {said}"
-        assert "installed" in said
 
 
 def test_without_pip_and_uv_the_wheel_is_asked_for(machine):
