@@ -105,11 +105,8 @@ def test_a_killed_distillation_goes_on_to_the_same_memory(backbone, unanswered, 
         if event["event"] == "step" and event["step"] == 3:
             raise Killed
 
-    phases = {
-        "questions": (module, "write_questions"),
-        "labels": (Preparation, "label"),
-        "report": (distill_module, "report"),
-    }
+    phases = {"questions": (module, "write_questions"), "labels": (Preparation, "label")}
+    phases["report"] = distill_module, "report"
     for where in (*phases, "training"):
         options = {**unanswered, "output": str(tmp_path / where)}
         with monkeypatch.context() as patch:
@@ -122,7 +119,9 @@ def test_a_killed_distillation_goes_on_to_the_same_memory(backbone, unanswered, 
                 # Neither answers nor labels are computed again.
                 patch.setattr(module, "label_examples", kill)
                 patch.setattr(Preparation, "_make", kill)
-            (resumed,) = distill(output=options["output"], backbone=backbone, resume=True, progress=False)
+            # The same file by another name.
+            again = {"output": options["output"], "questions": f"/.{options['questions']}"}
+            (resumed,) = quiet(backbone, resume=True, **again)
         same(resumed, whole)
 
 

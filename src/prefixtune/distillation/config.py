@@ -70,15 +70,15 @@ class DistillConfig(TrainConfig):
         """Also: what has to be learned, and what goes with it."""
         yield from super().conflicts()
         ignored = {"limit"} if self.questions == SELF else {"num_questions", "kinds"}
+        ignored |= {"init_text"} if self.initialization == "text" and self.subject != "teacher" else set()
+        where = f" with questions {self.questions!r} and initialization {self.initialization!r}"
         for name in sorted((self.unused | ignored) & self.model_fields_set):
             if getattr(self, name) != self.default(name):
-                why = f" where questions is {self.questions!r}" if name in ignored else ""
-                yield (name,), f"{name} is {getattr(self, name)!r}, but distill does not use it{why}"
+                yield (name,), f"{name} is {getattr(self, name)!r}, but is not used here{where * (name in ignored)}"
         if self.document and self.prompt:
             yield ("document", "prompt"), "document and prompt are both given, but one prefix learns one of them"
         if not (self.document or self.prompt or self.teacher):
-            names = "document", "prompt", "teacher"
-            yield names, "there is nothing to learn: document, prompt and teacher are all empty"
+            yield ("document", "prompt", "teacher"), "there is nothing to learn: document, prompt and teacher are empty"
         if self.document and not self.questions:
             yield ("document", "questions"), "document is given, but no questions (a file, or self)"
         name, partner = ("data", "prompt or teacher") if self.document else ("questions", "document")

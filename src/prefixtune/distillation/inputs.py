@@ -122,6 +122,8 @@ def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
             for path in (config.questions, config.test)
         )
         jobs.append(Job(name, folder, str(file), _read_document(file), questions[: config.limit or None], test))
+        if jobs[-1].answered and any(question.answer is None for question in test):
+            raise DataError(f"the test questions of {str(file)!r} lack answers.", hint="give them, as to the others.")
     # Where some have none, the teacher writes these.
     if config.teacher and all(job.answered for job in jobs):
         raise ConfigError(f"teacher is {config.teacher!r}, but the questions have answers.", hint="leave one out.")

@@ -37,8 +37,8 @@ from prefixtune.utils.files import atomic_path, write_text
 
 _QUESTIONS_FILE = "questions.jsonl"
 _DECISIVE = (
-    *("teacher", "questions", "ask", "prompt_format", "target_format", "answer_length", "chunk_length"),
-    *("num_questions", "kinds", "seed"),
+    *("teacher", "ask", "prompt_format", "target_format", "answer_length", "chunk_length", "num_questions", "kinds"),
+    "seed",
 )
 """Options that decide what a teacher makes."""
 
@@ -204,10 +204,10 @@ def _stored(questions: Sequence[Question]) -> list[tuple[str, str]]:
 
 def sources_of(config: DistillConfig, job: Job, student: Backbone) -> list[Any]:
     """What tells a teacher's questions and answers from any other."""
-    settings = [getattr(config, name) for name in _DECISIVE]
+    settings = [config.questions == SELF, *(getattr(config, name) for name in _DECISIVE)]
+    settings += student.fingerprint, student.dtype_name
     asked = [[question.question, question.answer] for question in (*job.questions, *job.test)]
-    model = [student.fingerprint, student.dtype_name]
-    return [settings, job.text, asked, len(job.questions), model, teacher_files(config.teacher)]
+    return [settings, job.text, asked, len(job.questions), teacher_files(config.teacher)]
 
 
 def stage(path: Path, inputs: Any, make: Callable[[Path], None]) -> str:

@@ -241,8 +241,7 @@ class Catalog:
 
     def _describe(self, name: str, file: PrefixFile) -> dict[str, Any]:
         header, task, is_bare = file.header, file.header.get("task"), file is _BACKBONE
-        takes_room = self.store.backbone.kind == "decoder"
-        taken = header.get("prefix_length", {}).get("decoder", 0) if takes_room else 0
+        taken = header.get("prefix_length", {}).get("decoder", 0) if self.store.backbone.kind == "decoder" else 0
         described = {
             # What OpenAI's and vLLM's clients read of a model.
             "id": name,
@@ -258,8 +257,7 @@ class Catalog:
             **{key: header[key] for key in ("prefix_length", "license") if header.get(key)},
         }
         if file.origin is not None and file.signature is not None:
-            job = {"owned_by": file.origin.owner, "job": file.origin.id}
-            described |= {"created": file.signature[0] // 10**9, **job}
+            described |= {"created": file.signature[0] // 10**9, "owned_by": file.origin.owner, "job": file.origin.id}
         return described
 
     # --- changing them ------------------------------------------------------------------------------------------------
@@ -276,14 +274,30 @@ class Catalog:
             raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
         self.check_owner(model, origin, caller)
         # The name itself comes last: if something fails, it can be deleted again.
-        own = set[str]()
-        if origin is not None and origin.step is None:
-            own = {
-                name
-                for name, one in self.store.origins().items()
-                if name.startswith(f"{model}.step-") and one.step is not None and one.id == origin.id
-            }
-        for name in (*own, model):
-            # Somebody else may have deleted it.
-            with contextlib.suppress(RequestError):
-                self.store.delete(name)
+        self._delete_checkpoints(model, origin)
+        self._delete(model)
+
+    def upload(self, name: str, source: Path) -> bool:
+        """Add a file or replace the one of that name, whose checkpoints go if the new one is no result of their job.
+
+        Returns:
+            Whether there was one of that name.
+
+        Raises:
+            PrefixError: As `PrefixFolder.put`.
+        """
+        old = self.store.file(name)
+        self.store.put(name, source)
+        if old is not None and self.store.origins().get(name) != old.origin:
+            self._delete_checkpoints(name, old.origin)
+        return old is not None
+
+    def _delete_checkpoints(self, model: str, origin: JobOrigin | None) -> None:
+        for name, one in self.store.origins().items():
+            if origin is not None and one.id == origin.id and name.startswith(f"{model}.step-"):
+                self._delete(name)
+
+    def _delete(self, name: str) -> None:
+        # Somebody else may have deleted it.
+        with contextlib.suppress(RequestError):
+            self.store.delete(name)

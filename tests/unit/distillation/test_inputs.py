@@ -22,10 +22,8 @@ def documents(tmp_path):
         (tmp_path / "docs").mkdir()
         for name, content in files.items():
             (tmp_path / "docs" / name).write_bytes(content)
-        config = DistillConfig(
-            document=str(tmp_path / "docs"), questions=questions, output=str(tmp_path / "run"), **options
-        )
-        return read_jobs(config, resume=False)
+        given = {"document": str(tmp_path / "docs"), "questions": questions, "output": str(tmp_path / "run")}
+        return read_jobs(DistillConfig(**given, **options), resume=False)
 
     return read
 
@@ -62,14 +60,15 @@ def test_questions_that_are_not_of_each_document(documents, tmp_path, questions)
         documents({"owl.txt": b"The owl.", "fox.txt": b"The fox."}, str(tmp_path / questions))
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [[{"question": ["Who?"]}], [{"question": "Who?", "answers": [["Mira"]]}]],
-    ids=["no text", "an answer is no text"],
-)
+NO_TEXT, NO_ANSWER = [{"question": ["Who?"]}], [{"question": "Who?", "answers": [["Mira"]]}]
+NO_TEST = [{"question": "Who?", "answer": "Mira"}, {"question": "Where?"}]
+
+
+@pytest.mark.parametrize("rows", [NO_TEXT, NO_ANSWER, NO_TEST])
 def test_wrong_questions(documents, write_rows, rows):
+    asked, test = write_rows("questions/owl.jsonl", rows[:1]), write_rows("test/owl.jsonl", rows)
     with pytest.raises(DataError):
-        documents({"owl.txt": b"The owl."}, write_rows("questions/owl.jsonl", rows))
+        documents({"owl.txt": b"The owl."}, asked, test=test)
 
 
 def test_each_of_several_answers_is_learned(documents, write_rows):
@@ -98,7 +97,8 @@ def test_of_a_folder_the_training_set_is_learned_and_the_test_set_held_out(of_pr
 
 
 @pytest.mark.parametrize(
-    ("options", "name"), [({"kinds": ("paraphrase", "list")}, "kinds"), ({"data": "d.jsonl"}, "data")]
+    ("options", "name"),
+    [({"kinds": ("paraphrase", "list")}, "kinds"), ({"data": "d.jsonl"}, "data"), ({"init_text": "a"}, "init_text")],
 )
 def test_what_a_document_does_not_use_is_refused(options, name):
     with pytest.raises(ConfigError, match=name):

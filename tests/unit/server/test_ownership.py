@@ -99,9 +99,11 @@ def test_a_file_that_became_somebody_elses_is_not_used_by_what_was_known_of_it(m
 
 def test_an_upload_over_a_result_is_no_result_any_more(make_server, publish, tmp_path):
     app, _ = make_server(keys=KEYS)
-    publish("hers")
-    body = (tmp_path / "prefixes" / "a.safetensors").read_bytes()
-    assert asyncio.run(send(app, "PUT", "/v1/models/hers", body, headers=bearer("boss"))).status == 200
+    mine, checkpoint, other = publish("hers"), publish("hers.step-4", step=4), publish("hers.step-6", "bob", step=6)
+    for body, left in ((mine, True), (tmp_path / "prefixes" / "a.safetensors", False)):
+        sent = send(app, "PUT", "/v1/models/hers", body.read_bytes(), headers=bearer("boss"))
+        assert asyncio.run(sent).status == 200
+        assert (checkpoint.exists(), other.exists()) == (left, True)
     assert "hers" in listed(app, "bob")
     with pytest.raises(openai.PermissionDeniedError):
         ask(app, "ann", text("hers"))

@@ -72,8 +72,7 @@ async def upload_model(name: str, context: AdminContext) -> Response:
                 file.write(chunk)
             size = context.log_fields["bytes"] = file.tell()
         try:
-            replaced = await run_in_threadpool(state.store.file, name) is not None
-            await run_in_threadpool(state.store.put, name, folder / "received")
+            replaced = await run_in_threadpool(state.catalog.upload, name, folder / "received")
         except CheckpointError as error:
             if is_unread(error):
                 raise
