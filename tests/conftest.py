@@ -80,10 +80,7 @@ FAMILIES = ("gpt2", "llama", "opt", "gpt_neox", "qwen3", "mistral")
 
 ENCODER_DECODERS = ("bart", "mbart", "pegasus", "t5", "t5_gated", "m2m_100")
 """Learned positions, with norms after and before; sinusoidal ones; relative biases, also gated; unpackable rows."""
-_DEEPER_DECODERS = {
-    "bart": {"encoder_layers": 2, "decoder_layers": 3},
-    "t5": {"num_layers": 2, "num_decoder_layers": 3},
-}
+_DEEPER = {"bart": {"encoder_layers": 2, "decoder_layers": 3}, "t5": {"num_layers": 2, "num_decoder_layers": 3}}
 """In the other families' tiny models the encoder is the deeper one."""
 
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert")
@@ -133,7 +130,7 @@ def tiny_models(tiny_tokenizer):
     """
 
     def make(name, *, seed=0, **changes):
-        settings = {**_DEEPER_DECODERS.get(name, {}), **changes}
+        settings = {**_DEEPER.get(name, {}), **changes}
         return make_model(name.replace("t5_gated", "t5-gated"), tiny_tokenizer, seed, **settings)
 
     return make

@@ -72,10 +72,8 @@ def test_a_run_is_evaluated_as_it_was_trained(folder, model, data):
     assert cut == [12, 12]
     _, err = run("evaluate", *shared, "--data", data, "--on-too-long", "error", code=2)
     assert "max_length" in err
-    written = [
-        json.loads(line) for line in run("generate", *shared, "--json", "Aromi", "Aromi is soup")[0].splitlines()
-    ]
-    assert [each["cut"] for each in written] == [False, True]
+    wrote = [json.loads(line) for line in run("generate", *shared, "--json", "Aromi", "Aromi is soup")[0].splitlines()]
+    assert [each["cut"] for each in wrote] == [False, True]
     _, err = run("generate", *shared, "Aromi", "Aromi is soup")
     assert "1 of 2 sources were truncated to fit" in err
     assert "truncated to fit" not in run("generate", *shared, "--max-length", "99", "Aromi is soup")[1]

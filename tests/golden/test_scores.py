@@ -50,9 +50,7 @@ def compute():
     outputs, references = texts(e2e, e2e_items)
     webnlg, webnlg_items = rows("fixtures/webnlg2017_test_bart_large.jsonl.gz"), rows("webnlg2017/test.jsonl.gz")
     dart = rows("fixtures/dart_test_bart_large.jsonl.gz")
-    parts = {
-        word: [n for n, row in enumerate(webnlg) if row["seen"] == (word == "seen")] for word in ("seen", "unseen")
-    }
+    parts = {of: [n for n, row in enumerate(webnlg) if row["seen"] == (of == "seen")] for of in ("seen", "unseen")}
     found = scores("e2e", outputs, references, "e2e", "bleu nist rouge_l cider")
     found |= scores("webnlg", *texts(webnlg, webnlg_items), "webnlg", "bleu bleu_sound", parts)
     found |= scores("dart", *texts(dart, dart), "dart", "bleu bleu_sound")

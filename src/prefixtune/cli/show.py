@@ -62,11 +62,15 @@ def score_tables(title: str, outcome: Evaluation) -> Iterator[Table]:
     rows = [[name, format_score(score), score.implementation] for name, score in outcome.scores.items()]
     yield Table(title, ["metric", "score", "implementation"], rows)
     for grouping, groups in outcome.groups.items():
+        names = list(dict.fromkeys(name for part in groups.values() for name in part.scores))
         rows = [
-            [group, f"{part.num_examples:,}", *map(format_score, part.scores.values())]
+            [
+                group,
+                f"{part.num_examples:,}",
+                *(format_score(s) if (s := part.scores.get(name)) else "" for name in names),
+            ]
             for group, part in groups.items()
         ]
-        names = list(next(iter(groups.values())).scores)
         yield Table(f"by {grouping}", ["", "examples", *names], rows)
 
 

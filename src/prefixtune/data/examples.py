@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
+
+from pydantic_core import from_json
 
 from prefixtune.errors import DataError, describe_value, short_repr
 
@@ -89,8 +90,8 @@ def parse_messages(value: Any, column: str, location: str) -> list[Message]:
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = from_json(value)
+        except ValueError:
             raise DataError(f"{location}: {column!r} is not JSON: {short_repr(value)}.", hint=_HINT) from None
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{location}: {column!r} is {short_repr(value)}; a list of messages is needed.", hint=_HINT)
@@ -167,8 +168,7 @@ class Example:
             what = f"the groups of {short_repr(self.source)} are {short_repr(self.groups)}, not a dict of texts."
             raise DataError(what, hint='write groups={"category": "Food"}.')
         object.__setattr__(self, "targets", targets)
-        if self.messages:
-            object.__setattr__(self, "messages", check_messages(self.messages))
+        object.__setattr__(self, "messages", check_messages(self.messages) if self.messages else ())
 
 
 def chat_example(messages: Any, name: str = "the conversation", **fields: Any) -> Example:

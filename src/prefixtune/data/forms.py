@@ -349,11 +349,10 @@ def _targets(record: Record, names: Sequence[str], needed: bool) -> list[str]:
 
 
 def _pair(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_targets: bool) -> Example:
-    """A source, perhaps with a text that it is about after an empty line, and its targets."""
+    """A source, with the texts that it is about after empty lines, and its targets."""
     source = _text_of(columns[0], record)
     about = [name for name in form.optional if name != "system" and _is_filled(record.values.get(name))]
-    if about:
-        source = f"{source}\n\n{_text_of(about, record)}"
+    source = "\n\n".join([source, *(_text_of((name,), record) for name in about)])
     targets = _targets(record, columns[1], needs_targets)
     if form.task == "summarization":
         # Generation for these tasks bans line breaks.

@@ -106,8 +106,7 @@ def distill(
         with claim_folder(memory.job.output):
             preparation.make_questions(memory)
     results = _train(config, preparation, student, console, on_event, resume=resume)
-    finished: list[DistillResult] = []
-    texts: list[TokenizedExample] = []
+    finished, texts = list[DistillResult](), list[TokenizedExample]()
     for memory, result in zip(preparation.memories, results, strict=True):
         assert result.prefix is not None
         if config.document and config.max_steps and not texts:

@@ -30,6 +30,7 @@ from prefixtune.distillation.teacher import (
 )
 from prefixtune.distillation.wording import check_view, choose_wording, encode_questions, without_ends
 from prefixtune.errors import CheckpointError, DataError
+from prefixtune.prefix.compose import MAX_QUESTIONS
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
 from prefixtune.utils.console import Console, Progress
@@ -43,8 +44,8 @@ _DECISIVE = (
 """Options that decide what a teacher makes."""
 
 
-_MOST_STORED, _MOST_CHARACTERS = 256, 400
-"""Questions that are stored with a memory, and characters of each with its answer."""
+_MOST_CHARACTERS = 400
+"""Of a question with its answer that is stored with a memory."""
 
 
 class Preparation:
@@ -199,7 +200,7 @@ def _stored(questions: Sequence[Question]) -> list[tuple[str, str]]:
     """Some questions with their answers, none of them long, to be stored with a memory."""
     pairs = [(one.question, one.answer or "") for one in questions]
     short = [pair for pair in dict.fromkeys(pairs) if sum(map(len, pair)) <= _MOST_CHARACTERS]
-    return short[:: -(-len(short) // _MOST_STORED) or 1]
+    return short[:: -(-len(short) // MAX_QUESTIONS) or 1]
 
 
 def sources_of(config: DistillConfig, job: Job, student: Backbone) -> list[Any]:

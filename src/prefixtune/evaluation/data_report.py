@@ -149,7 +149,7 @@ def _count_equal(examples: Sequence[Example]) -> tuple[int, int]:
     for example in examples:
         targets.setdefault(_key(example), []).extend(example.targets)
     distinct = sum(len(set(each)) for each in targets.values())
-    return sum(map(len, targets.values())) - distinct, distinct - len(targets)
+    return sum(map(len, targets.values())) - distinct, distinct - sum(map(bool, targets.values()))
 
 
 def _measure(config: TrainConfig, examples: Sequence[Example], kind: TaskKind, backbone: Backbone) -> Measures:

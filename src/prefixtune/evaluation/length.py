@@ -146,7 +146,8 @@ def _measure_run(
             raise KeyboardInterrupt("the run is saved")
 
     # A source's targets are no independent measurements.
-    ends = np.cumsum([example.num_targets for example in dev.examples])
+    owners = dev.origins or range(len(dev.examples))
+    ends = np.cumsum(np.bincount(owners, [example.num_targets for example in dev.examples]).astype(int))
     by_source: dict[int, Array] = {}
     for length in curve_lengths(prefix.prefix_length, lengths):
         on_length(length)
@@ -167,7 +168,7 @@ def _measure_run(
         chosen=chosen.prefix_length,
         file=path.name,
         significance=significance,
-        num_sources=len(dev.examples),
+        num_sources=dev.num_sources,
         num_targets=dev.num_targets,
         lengths=points,
         config=config.to_dict(),

@@ -127,7 +127,7 @@ def score_outputs(
 
 def _score_labels(outputs: Sequence[str], examples: Sequence[Example], kind: str) -> dict[str, Score]:
     """Accuracy and macro F1 of labels; span F1 and accuracy of tags."""
-    predicted, wanted = [output.strip() for output in outputs], [example.targets[0] for example in examples]
+    predicted, wanted = [output.strip() for output in outputs], [example.targets[0].strip() for example in examples]
     if kind == "classification":
         return {"accuracy": accuracy(predicted, wanted), "macro_f1": macro_f1(predicted, wanted)}
     rows, wanted_rows = [line.split() for line in predicted], [line.split() for line in wanted]
@@ -204,9 +204,10 @@ def outputs_of(examples: Sequence[Example], path: Path, *, data: str, limit: int
         if all(type(values.get("number")) is int for _, values in rows):
             # An evaluation may have written `decoded.jsonl` in another order.
             rows.sort(key=lambda row: int(row[1]["number"]))
-            for (_, last), (location, row) in itertools.pairwise(rows):
-                if last["number"] == row["number"]:
-                    raise DataError(f"{location}: the number {row['number']} is there twice.", hint="leave one out.")
+            for number, (location, row) in enumerate(rows, start=rows[0][1]["number"] == 1):
+                if row["number"] != number:
+                    what = f"{location}: the number is {row['number']}, but {number} is missing or there twice."
+                    raise DataError(what, hint="number the outputs one by one; or evaluate to the end.")
     else:
         # Only "\n" ends a line; the one after the last line adds no empty output.
         rows = [("", {"output": line.removesuffix("\r")}) for line in text.removesuffix("\n").split("\n")]

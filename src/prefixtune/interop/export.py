@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,15 +22,16 @@ MANIFEST, README = "export.json", "README.md"
 _HINT = "use `prefixtune generate` or `prefixtune serve` for it."
 
 
-def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that an export would mix with a run, or whose README it would replace.
+def check_folder(folder: str | Path, target: str) -> None:
+    """Refuse a folder that an export would mix with a run, a model or another export, or whose README it would replace.
 
     Raises:
-        ConfigError: It holds such a file, and no export.
+        ConfigError: It holds such a file, and no export to this target.
     """
-    if os.path.exists(Path(folder) / MANIFEST):
-        return
-    for name in (CONFIG_FILE, PREFIX_FILE, README):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))["target"] == target:
+            return
+    for name in (CONFIG_FILE, PREFIX_FILE, MANIFEST, README, "config.json", "model.onnx"):
         if os.path.exists(Path(folder) / name):
             raise ConfigError(f"{str(folder)!r} holds a {name}.", hint="name a folder of its own.")
 

@@ -28,7 +28,7 @@ from prefixtune.prefix.file import read_file
 from prefixtune.prefix.geometry import LayerShape, describe
 from prefixtune.prefix.header import backbone_origin, parse_header
 from prefixtune.prefix.hub import HUB_NAMES
-from prefixtune.prefix.prefix import Prefix, flatten, unflatten
+from prefixtune.prefix.prefix import READABLE, Prefix, flatten, unflatten
 from prefixtune.utils.files import atomic_files
 
 PEFT_TYPES = ("PREFIX_TUNING", "CARTRIDGE")
@@ -118,7 +118,7 @@ def _read_shapes(config: Mapping[str, Any], flat: Tensor, folder: Path) -> tuple
         fits = (
             min(positions, layers, heads) > 0 and width % heads == 0 and flat.shape == (positions, layers * 2 * width)
         )
-        fits &= flat.is_floating_point() and 0 <= int(config.get("num_frozen_tokens", 0)) <= positions
+        fits &= flat.dtype in READABLE and 0 <= int(config.get("num_frozen_tokens", 0)) <= positions
     except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
         fits = False
     if not fits:

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from prefixtune.pages.format import MISSING, Number, count, short, spread_out
 
-NUM_STYLES = 8
-"""Colours that series have before they are repeated."""
 _MOST_POINTS = 12
 """Of a line, in the table of a chart."""
 

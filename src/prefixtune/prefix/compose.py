@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, zip_longest
 from numbers import Real
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from prefixtune.prefix.rotation import Rotation
 MAX_PARTS = 64
 """Most parts of one prefix, those of its parts included."""
 
+MAX_QUESTIONS = 256
+"""Most questions that are stored with a prefix."""
 _TEMPLATES = ("prompt", "target", "separator", "end", "source", "target_template", "chat_template", "system")
 _LIMITS = ("longest_prompt", "longest_target")
 _SHARED = {"positions": "shared"}
@@ -64,8 +66,9 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
     lead = heads[0] if heads else len(prefixes) - 1
     parts = _describe_parts(prefixes, names, "concatenate")
     header = lead_header(prefixes, lead) | {"rotation": rotation.to_header()}
-    trained = [(prefix.header.get("training") or {}).get("beside") for prefix in prefixes]
-    shared = any(map(_is_shared, [*trained, *(prefix.header.get("composition") for prefix in prefixes)]))
+    shared = any(
+        map(_is_shared, [*_trained_beside(prefixes), *(prefix.header.get("composition") for prefix in prefixes)])
+    )
     header["composition"] = {"mode": "concatenate", **(_SHARED if shared else {}), "parts": parts}
     return Prefix(join(prefixes, rotation, shared=shared).layers, header, prefixes[lead].head)
 
@@ -73,6 +76,11 @@ def concatenate(prefixes: Sequence[Prefix], rotation: Rotation | None = None, *,
 def _is_shared(facts: object) -> bool:
     """Whether parts stand at the same positions, as the part of a header on their training or composition says."""
     return isinstance(facts, Mapping) and facts.get("positions") == "shared"
+
+
+def _trained_beside(prefixes: Sequence[Prefix]) -> list[object]:
+    """Beside what each was trained, as its header has it."""
+    return [(prefix.header.get("training") or {}).get("beside") for prefix in prefixes]
 
 
 def join(prefixes: Sequence[Prefix], rotation: Rotation, *, shared: bool) -> Prefix:
@@ -143,6 +151,11 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     if any(prefix.header.get("rotation") for prefix in prefixes) and (rotation := stored_rotation(prefixes)):
         header["rotation"] = rotation.to_header()
     header["composition"] = {"mode": mode, "parts": _describe_parts(prefixes, names, mode, weights)}
+    # It stands where its parts do.
+    if any(_is_shared(prefix.header.get("composition")) for prefix in prefixes):
+        header["composition"] |= _SHARED
+    elif any(map(_is_shared, _trained_beside(prefixes))):
+        header["training"] = {"beside": _SHARED}
     return from_named({key: tensor.sum(0).to(dtype) for key, tensor in mean.items()}, header)
 
 
@@ -271,8 +284,14 @@ def lead_header(prefixes: Sequence[Prefix], lead: int) -> dict[str, Any]:
         formats = [one["text_format"] for one in order if one.get("text_format") is not None]
         alike = [one for one in formats if same_templates(one, header["text_format"])]
         limits = {name: max(one.get(name, 0) for one in alike) for name in _LIMITS if name in header["text_format"]}
+        if all(one.get("max_length") for one in alike):
+            limits["max_length"] = max(one["max_length"] for one in alike)
+        elif "max_length" in header["text_format"]:
+            limits["max_length"] = 0
         header["text_format"] = header["text_format"] | limits
     header["labels"] = order[0].get("labels") or None
+    asked = zip_longest(*(prefix.header.get("questions") or () for prefix in prefixes))
+    header["questions"] = [pair for some in asked for pair in some if pair][:MAX_QUESTIONS] or None
     licenses = {one.get("license") for one in order}
     header["license"] = licenses.pop() if len(licenses) == 1 else None
     return {name: value for name, value in header.items() if value is not None}

@@ -33,7 +33,7 @@ KeyValue = tuple[Float[Tensor, "_H _P _Dk"], Float[Tensor, "_H _P _Dv"]]
 """One layer's keys and values: (H, P, D), where H and D may differ between layers."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_READ = (*DTYPES.values(), torch.float64)
+READABLE = (*DTYPES.values(), torch.float64)
 """Types of a file's tensors; others, such as float8, cannot be computed with."""
 
 _NAME = re.compile(r"(encoder|decoder|cross)\.(\d{1,5})\.(key|value)")
@@ -396,12 +396,14 @@ def read_outline(path: Path) -> Prefix:
 
 def _assemble(tensors: Mapping[str, Tensor], header: Mapping[str, Any], what: str) -> Prefix:
     """The prefix in a file that `what` names; see `read_artifact`."""
-    if foreign := {tensor.dtype for tensor in tensors.values()} - set(_READ):
+    if foreign := {tensor.dtype for tensor in tensors.values()} - set(READABLE):
         raise CheckpointError(f"{what} holds numbers of type {foreign.pop()}.", hint=_AGAIN)
     try:
         prefix = from_named(tensors, header)
     except ConfigError as error:
         raise CheckpointError(f"{what} holds no whole prefix: {error.message}", hint=_AGAIN) from error
+    if not all(prefix.lengths.values()):
+        raise CheckpointError(f"{what} has a site without positions (P = 0).", hint=_AGAIN)
     _check_header(prefix, what)
     if other := [key for key, fact in describe_tensors(prefix).items() if header.get(key, fact) != fact]:
         raise CheckpointError(f"the header of {what} is of other tensors: {', '.join(other)} differ.", hint=_AGAIN)
@@ -438,7 +440,7 @@ def save_prefix(path: str | os.PathLike[str], prefix: Prefix, *, dtype: torch.dt
         what = f"path is {describe_value(path)}, and prefix is {describe_value(prefix)}."
         raise ConfigError(what, hint="write save_prefix(path, prefix).")
     chosen = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if chosen not in _READ:
+    if chosen not in READABLE:
         raise ConfigError(f"dtype is {dtype}, which no prefix is stored in.", hint=f"use {', '.join(DTYPES)}.")
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prefixtune.pages.document import NUM_STYLES, Chart, Section, Series
+from prefixtune.pages.document import Chart, Section, Series
 from prefixtune.pages.format import fixed, metric_name, natural, words
 from prefixtune.report.run import Run, losses_of
 from prefixtune.report.systems import System
@@ -45,7 +45,7 @@ def _group_chart(systems: Sequence[System], main: str, kind: str, sizes: Mapping
         if dots:
             series.append(Series(system.name, dots, system.style, spans, "dots"))
     title = f"{metric_name(main)} by {_title(kind)}"
-    text = f"{metric_name(main)} for each of {len(sizes)} parts, with the number of examples."
+    text = f"{metric_name(main)} for {len(drawn)} of {len(sizes)} parts, with the number of examples."
     rows = [f"{name} ({sizes[name]:,})" for name in drawn]
     return Chart(title, text, series, metric_name(main), words(kind), rows)
 
@@ -61,7 +61,7 @@ def losses_section(systems: Sequence[System]) -> Section | None:
     unit = "loss per token" if key == "loss_per_token" else "loss"
     if len(trained) == 1:
         return Section("Losses", [(_single_chart(trained[0].name, trained[0].run, key, unit),)])
-    charts = tuple(_overlaid(trained[:NUM_STYLES], key, unit))
+    charts = tuple(_overlaid(trained, key, unit))
     return Section("Losses", [charts])
 
 

@@ -88,10 +88,8 @@ def test_scores_agree_with_the_library(references, outputs, capsys):
 def test_outputs_are_lines_or_json_lines_in_any_order(references, outputs, tmp_path, capsys, monkeypatch):
     options = ("--task", "e2e", "--data", references, "--metrics", "bleu", "--outputs")
     wanted = scored(capsys, *options, outputs)
-    rows = [
-        {"number": number, "source": source, "output": text}
-        for number, (source, text) in enumerate(zip(SOURCES, OUTPUTS, strict=True))
-    ]
+    pairs = enumerate(zip(SOURCES, OUTPUTS, strict=True))
+    rows = [{"number": number, "source": source, "output": text} for number, (source, text) in pairs]
     right = write(tmp_path / "outputs.jsonl", as_lines([rows[2], rows[0], rows[1]]))
     assert scored(capsys, *options, right) == wanted
     monkeypatch.setattr(sys, "stdin", io.StringIO(as_lines([{"output": text} for text in OUTPUTS])))
@@ -99,7 +97,8 @@ def test_outputs_are_lines_or_json_lines_in_any_order(references, outputs, tmp_p
     # Outputs of another set name other sources.
     other = write(tmp_path / "other.jsonl", as_lines([rows[0], {**rows[1], "source": SOURCES[2]}, rows[2]]))
     twice = write(tmp_path / "another.jsonl", as_lines({"number": number, "output": "a"} for number in (1, 1, 0)))
-    for arguments in ((other,), (twice,), (right, "--against", other)):
+    gap = write(tmp_path / "a.other.jsonl", as_lines({"number": number, "output": "a"} for number in (0, 3, 1)))
+    for arguments in ((other,), (twice,), (gap,), (right, "--against", other)):
         with pytest.raises(DataError, match=r"other\.jsonl, line 2"):
             call("evaluate", *options, *arguments)
 

@@ -44,8 +44,9 @@ def test_mistakes_exit_with_2(trained, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_written_over(trained, tmp_path, capsys):
-    (tmp_path / "prefix.safetensors").write_text("mine")
+@pytest.mark.parametrize("name", ["prefix.safetensors", "config.json", "export.json"])
+def test_a_run_a_model_or_another_export_is_not_written_over(trained, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"target": "onnx"}')
     assert export(trained, "--to", "llama.cpp", "--output", tmp_path) == 2
     assert "loading" not in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"target": "onnx"}']

@@ -226,11 +226,10 @@ def test_without_targets_there_is_something_to_answer(tmp_path):
 def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning():
     (example,) = as_examples([{"instruction": "Sum up.", "input": "", "context": "Owls hunt.", "output": "Owls."}])
     assert example.source == "Sum up.\n\nOwls hunt."
-    (merged,) = as_examples(
-        [{"instruction": "Sum up.", "input": None, "output": None, "context": "Owls hunt.", "response": "Owls."}],
-        needs_targets=True,
-    )
+    row = {"instruction": "Sum up.", "input": None, "output": None, "context": "Owls hunt.", "response": "Owls."}
+    merged, both = as_examples([row, {**row, "input": "At night."}], needs_targets=True)
     assert (merged.source, merged.targets) == ("Sum up.\n\nOwls hunt.", ("Owls.",))
+    assert both.source == "Sum up.\n\nAt night.\n\nOwls hunt."
 
 
 def test_where_a_chat_is_from_is_no_field_of_an_example():

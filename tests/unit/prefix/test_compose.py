@@ -52,20 +52,26 @@ def test_the_header_keeps_what_each_part_was():
 def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text():
     a, b, other = (
         _prefix(2, seed, text_format={**FORMAT, "longest_prompt": longest, "longest_target": 5, **more})
-        for seed, longest, more in ((1, 30, {}), (2, 20, {}), (3, 90, {"prompt": "Q: {source}"}))
+        for seed, longest, more in (
+            (1, 30, {"max_length": 40}),
+            (2, 20, {"max_length": 60}),
+            (3, 90, {"prompt": "Q: {source}"}),
+        )
     )
-    assert concatenate([a, b]).header["text_format"] == {**FORMAT, "longest_prompt": 30, "longest_target": 5}
+    longest = {"longest_prompt": 30, "longest_target": 5, "max_length": 60}
+    assert concatenate([a, b]).header["text_format"] == {**FORMAT, **longest}
     assert concatenate([other, a, b]).header["text_format"]["longest_prompt"] == 30
     assert concatenate([a, b, other]).header["text_format"] == other.header["text_format"]
 
 
 def test_joined_parts_of_parts_are_one_list_in_order():
-    a, b, c = (_prefix(length, length) for length in (3, 5, 2))
+    a, b, c = (_prefix(length, length, questions=[[f"{length}?", "Yes."]]) for length in (3, 5, 2))
     nested = concatenate([concatenate([a, b]), c])
     flat = concatenate([a, b, c])
-    assert nested.equal(flat) or all(
-        torch.allclose(x, y, atol=1e-6) for x, y in zip(nested.tensors(), flat.tensors(), strict=True)
-    )
+    torch.testing.assert_close(nested.tensors(), flat.tensors(), rtol=0, atol=1e-6)
+    assert sorted(nested.header["questions"]) == sorted(one.header["questions"][0] for one in (a, b, c))
+    beside = _prefix(3, 9, training={"beside": {"positions": "shared"}})
+    assert concatenate([average([beside, beside]), c]).header["composition"]["positions"] == "shared"
     hashes = [part["hash"] for part in nested.header["composition"]["parts"]]
     assert hashes == [content_hash(part) for part in (a, b, c)]
     mean = average([a, _prefix(3, 9)])

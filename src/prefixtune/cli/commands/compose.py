@@ -80,8 +80,10 @@ def compose(options: ComposeOptions) -> None:
     if len(prefixes) > 1:
         check_joinable(prefixes, names)
     joins = options.mode == "concatenate" and len(names) > 1
-    if joins or (options.length and options.cut_from == "start"):
-        rotation = _find_rotation(options, prefixes)
+    turns = joins or (options.length and options.cut_from == "start")
+    if turns or options.backbone:
+        found = _find_rotation(options, prefixes)
+        rotation = found if turns else None
     if joins:
         composed = concatenate(prefixes, rotation, names=names)
     elif len(prefixes) > 1:

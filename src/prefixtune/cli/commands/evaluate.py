@@ -280,8 +280,8 @@ def _overlap(
             try:
                 config = TrainConfig.from_file(path)
                 known, name = [*known, *(training_examples(config) or ())], config.train or config.task
-            except PrefixError as error:
-                options.console.info(f"not compared with the training set: {error.message}")
+            except (PrefixError, OSError) as error:
+                options.console.info(f"not compared with the training set: {getattr(error, 'message', error)}")
     if not known:
         return None
     overlap = find_overlap(examples, known, name)

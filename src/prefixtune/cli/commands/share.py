@@ -153,7 +153,7 @@ def export(options: ExportOptions) -> None:
 
     For example:
         prefixtune export runs/e2e/prefix.safetensors --to llama.cpp --output exported
-        prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported
+        prefixtune export runs/e2e/prefix.safetensors --to onnx --output exported-onnx
     """
     from prefixtune.interop.export import check_folder, check_prefix
     from prefixtune.utils.files import check_writable
@@ -164,7 +164,7 @@ def export(options: ExportOptions) -> None:
         require_onnx()
     folder = Path(options.output)
     check_writable(folder / "any")
-    check_folder(folder)
+    check_folder(folder, options.to)
     trained = read_trained(options, [options.prefix])
     check_prefix(trained.prefixes[0], "ONNX" if options.to == "onnx" else options.to)
     backbone, (prefix,), _ = load_trained(options, trained)

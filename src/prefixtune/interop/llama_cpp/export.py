@@ -53,7 +53,7 @@ def export_llama_cpp(
         ConfigError: An unknown version or type, the prefix is empty, or has a head, or the folder holds a
             run.
     """
-    check_folder(folder)
+    check_folder(folder, "llama.cpp")
     check_exportable(prefix, backbone, "llama.cpp")
     if has_adapter(backbone.model):
         what = f"{backbone.name!r} has a LoRA adapter, and prefixes with one were not tested in llama.cpp."

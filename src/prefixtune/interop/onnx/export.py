@@ -89,7 +89,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path) -> dict[
             or has a head, or the folder holds a run.
     """
     runtime = require_onnx()
-    check_folder(folder)
+    check_folder(folder, "onnx")
     check_exportable(prefix, backbone, "ONNX")
     if backbone.model.dtype != torch.float32:
         what = f"the backbone is in {backbone.model.dtype}, but a graph is written and compared in float32."
