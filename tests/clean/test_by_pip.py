@@ -36,13 +36,13 @@ def test_commands_on_files(machine, prefix):
     scored, tasks, *_ = machine.results(
         (*SCORE, "--metrics", "bleu,chrf", "--json"),
         ("data", "--tasks"),
-        ("convert", prefix, "peft", "--to", "peft"),
-        ("convert", "peft", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m"),
+        ("convert", prefix, "adapter", "--to", "peft"),
+        ("convert", "adapter", "back.safetensors", "--to", "prefixtune", "--backbone", "smollm2-135m"),
         ("export", prefix, "--to", "llama.cpp", "--output", "exported-llama"),
     )
     assert json.loads(scored)["scores"]["bleu"]["score"] == pytest.approx(100)
     assert "webnlg" in tasks
-    assert (machine.work / "peft" / "adapter_config.json").exists()
+    assert (machine.work / "adapter" / "adapter_config.json").exists()
     assert (machine.work / "back.safetensors").stat().st_size < 600_000
     assert (machine.work / "exported-llama" / "check.py").exists()
 
