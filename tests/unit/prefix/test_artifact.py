@@ -137,7 +137,6 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path, path):
         lambda t: {**t, "head.weight": torch.zeros(2, 8)},
         lambda t: {k: v for k, v in t.items() if k != "decoder.1.value"},
         lambda t: {**t, "decoder.0.key": t["decoder.0.key"][:, :2].contiguous()},
-        lambda t: {k: v[:, :0] for k, v in t.items()},
         lambda _: {},
     ],
 )
@@ -148,6 +147,12 @@ def test_foreign_or_missing_tensors_are_refused(change, path):
     assert repr(str(path)) in error.value.message
     with pytest.raises(CheckpointError):
         read_outline(path)
+
+
+def test_a_file_without_positions_is_refused(prefix, path):
+    empty = Prefix({"decoder": [(key[:, :0], value[:, :0]) for key, value in prefix.layers["decoder"]]}, prefix.header)
+    with pytest.raises(CheckpointError):
+        load_prefix(save_prefix(path, empty))
 
 
 @pytest.mark.parametrize("rows", [None, 2])

@@ -50,13 +50,10 @@ def test_the_header_keeps_what_each_part_was():
 
 
 def test_the_longest_prompt_is_that_of_all_parts_that_write_the_same_text():
+    lengths = (1, 30, {"max_length": 60}), (2, 20, {"max_length": 40}), (3, 90, {"prompt": "Q: {source}"})
     a, b, other = (
         _prefix(2, seed, text_format={**FORMAT, "longest_prompt": longest, "longest_target": 5, **more})
-        for seed, longest, more in (
-            (1, 30, {"max_length": 40}),
-            (2, 20, {"max_length": 60}),
-            (3, 90, {"prompt": "Q: {source}"}),
-        )
+        for seed, longest, more in lengths
     )
     longest = {"longest_prompt": 30, "longest_target": 5, "max_length": 60}
     assert concatenate([a, b]).header["text_format"] == {**FORMAT, **longest}

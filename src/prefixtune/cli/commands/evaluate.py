@@ -57,8 +57,11 @@ class EvaluateOptions(DecodingOptions, ReadingOptions):
         decoding = DecodingOptions.model_fields.keys() - OutputOptions.model_fields
         yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", *sorted(decoding))
         yield from self.only_with("outputs", "against", "protocol")
-        if self.limit and self.outputs and Path(self.outputs) == Path(self.output or "", "outputs.jsonl"):
+        written = Path(self.output or "", "outputs.jsonl")
+        if self.limit and self.outputs and Path(self.outputs) == written:
             yield ("output", "outputs"), "--output would shorten the file of --outputs to --limit outputs"
+        if self.output and self.against and Path(self.against) == written:
+            yield ("output", "against"), "--output would write over the file of --against"
         yield from self.only_with("train", "shots")
         yield from self.only_with("shots", "train")
 
