@@ -76,7 +76,7 @@ MISTAKES = [
     ("evaluate --data labels.jsonl --outputs file --device cpu", "--device"),
     ("evaluate --data labels.jsonl --outputs=", "--outputs"),
     ("evaluate --data labels.jsonl --outputs run/outputs.jsonl --output run --limit 1", "--output"),
-    ("evaluate --data labels.jsonl --outputs a.txt --against run/outputs.jsonl --output run", "--against"),
+    ("evaluate --data rows.jsonl --outputs a.txt --against run/outputs.jsonl --output run", "--against"),
     ("train --together nowhere.toml", "nowhere.toml"),
     (TRAIN + "--epochs -1 --seed x", "--epochs is '-1'"),
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
