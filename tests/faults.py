@@ -33,6 +33,7 @@ from prefixtune.server.state import ServerState
 from prefixtune.training.checkpoint import load_state
 
 FAULTS = ctypes.CDLL(None)
+PARSE, PARSED = App.parse_args, {}
 
 
 def snapshot(folder):
@@ -187,9 +188,9 @@ def upload(folder, model, one, other):
     return Operation(folder, act, after)
 
 
-def parse_once(app, words, *, parse=App.parse_args, known={}, **options):  # noqa: B006
+def parse_once(app, words, **options):
     """The words of a command: to read them takes two thirds of a short run, and writes nothing."""
-    return known.get(tuple(words)) or known.setdefault(tuple(words), parse(app, words, **options))
+    return PARSED.get(tuple(words)) or PARSED.setdefault(tuple(words), PARSE(app, words, **options))
 
 
 def run(work):

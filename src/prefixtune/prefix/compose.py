@@ -155,7 +155,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     if any(_is_shared(prefix.header.get("composition")) for prefix in prefixes):
         header["composition"] |= _SHARED
     elif any(map(_is_shared, _trained_beside(prefixes))):
-        header["training"] = {"beside": _SHARED}
+        header["training"] = {"beside": {**_SHARED}}
     return from_named({key: tensor.sum(0).to(dtype) for key, tensor in mean.items()}, header)
 
 
