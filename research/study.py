@@ -273,7 +273,7 @@ def _choose_rate(study: Study, cell: Cell, rates: Sequence[float]) -> float:
                 tried |= {"max_steps": study.try_steps, "eval_every": study.try_steps}
             found: list[float | None] = []
             for number in study.rate_samples or [study.first_sample]:
-                config = _config(study, tried, folder / f"{cell.group}-{rate:g}", seed=number)
+                config = _config(study, tried, folder / f"{cell.group}-{rate:g}-s{number}", seed=number)
                 try:
                     found.append(_train(study, dataclasses.replace(cell, sample=number), config)["dev_loss"])
                 except TrainingError as error:

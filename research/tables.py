@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from prefixtune.data import TASKS
+from prefixtune.errors import PrefixError
 from research.compare import compare, compare_over_sizes, load
 from research.study import Study, read_study
 
@@ -62,9 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="+", help="studies, TOML files")
     parser.add_argument("--metric", default="", help="that is compared (default: the task's first)")
     options = parser.parse_args(arguments)
-    for path in options.files:
-        study = read_study(path)
+    try:
+        studies = {path: read_study(path) for path in options.files}
+    except PrefixError as error:
+        parser.error(str(error))
+    for path, study in studies.items():
         metric = options.metric or TASKS[study.task].metrics[0]
+        if metric not in load(study):
+            parser.error(f"no run of {path} has the score {metric!r}")
         print(f"## {path.stem}\n")
         found = [compare(study, metric)]
         if len(study.sizes) > 1:

@@ -52,7 +52,7 @@ def main(folder):
     model = make_model("qwen2", tokenizer)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    backbone = pt.load_backbone(folder / "model", device="cpu")
+    backbone = pt.load_backbone(folder / "model", device="cpu", dtype="float32")
     generator = torch.Generator().manual_seed(1)
     layers = tuple(
         (torch.randn(s.num_kv_heads, 3, s.key_dim, generator=generator),) * 2 for s in backbone.geometry["decoder"]

@@ -64,7 +64,7 @@ def test_a_study_is_done_once_and_goes_on(study, monkeypatch, capsys, tmp_path):
     assert set(run(study).values()) == {"done"}
     # Two tries of a rate; one run was interrupted, and is the only one that was begun twice.
     assert len(trained) == 2 + 4 + 1
-    assert trained[:3] == ["prefix-n8-0.001", "prefix-n8-0.01", "prefix-n8-s0"]
+    assert trained[:3] == ["prefix-n8-0.001-s0", "prefix-n8-0.01-s0", "prefix-n8-s0"]
     names = {cell.name for cell in cells(study)}
     assert len(names) == 6
     assert {path.parent.name for path in folder.glob("*/evaluation.json")} == names
@@ -127,14 +127,15 @@ def test_rates_are_chosen_on_samples_that_do_not_count(study, monkeypatch):
     tried = []
 
     def train(study, cell, config):
-        tried.append((config.learning_rate, cell.sample, config.seed))
+        tried.append((config.learning_rate, cell.sample, config.seed, config.output))
         assert (cell.size, config.max_steps) == (4, 3), "the size that rates are chosen at"
         return {"dev_loss": losses[config.learning_rate, cell.sample]}
 
     monkeypatch.setattr(module, "_train", train)
     assert [cell.sample for cell in cells(study)] == [100] * 3 + [101] * 3
     assert module._choose_rate(study, cells(study)[0], [1e-3, 1e-2]) == 1e-2
-    assert tried == [(1e-3, 90, 90), (1e-3, 91, 91), (1e-2, 90, 90), (1e-2, 91, 91)]
+    assert [one[:3] for one in tried] == [(1e-3, 90, 90), (1e-3, 91, 91), (1e-2, 90, 90), (1e-2, 91, 91)]
+    assert len({one[3] for one in tried}) == 4, "each goes on by itself"
 
 
 def test_one_sample_is_compared_item_by_item(study):

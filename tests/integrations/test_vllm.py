@@ -56,19 +56,10 @@ LENGTHS = (10, 16, 37, 64, 128, 200)
 PROMPTS = (
     "The Eagle is a cheap pub near",
     "name : Blue Spice | Type : restaurant | food : Chinese",
-    "Once upon a time",
-    "In 1969, the first men on the Moon",
-    "train : Fox | to : Redcliff | time :",
-    "The capital of France is",
-    "Dear customer, thank you for",
-    "To cook rice, first",
-    "She opened the letter and",
-    "The largest planet of the solar system",
-    "A good book about history is",
-    "def add(a, b):",
-    "My favourite colour is",
-    "It was a dark night, and",
-    "The river flows through",
+    *("Once upon a time", "In 1969, the first men on the Moon", "train : Fox | to : Redcliff | time :"),
+    *("The capital of France is", "Dear customer, thank you for", "To cook rice, first", "def add(a, b):"),
+    *("She opened the letter and", "The largest planet of the solar system", "A good book about history is"),
+    *("My favourite colour is", "It was a dark night, and", "The river flows through"),
 )
 MODEL = "SmolLM2-135M (llama)"
 MESSAGES = [{"role": "user", "content": "Where can I eat fish near the river?"}]

@@ -279,4 +279,15 @@ def test_nothing_is_written_where_one_of_several_documents_does_not_fit(tiny_bac
     own = two_documents(options, write_rows, tmp_path, fox=[{"question": "Where?"}], owl=long)
     with pytest.raises(DataError, match="free for a text"):
         quiet(tiny_backbone("llama", max_position_embeddings=256), **own)
+    with pytest.raises(DataError):
+        quiet(tiny_backbone("llama"), **options | {"sites": "decoder=400"})
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16'"):
+        quiet(tiny_backbone("llama"), **options | {"dtype": "bfloat16"})
     assert not Path(options["output"]).exists()
+
+
+def test_long_questions_and_long_answers_find_room_in_the_report(tiny_backbone, options, write_rows):
+    rows = [{"question": "Where? " * 12, "answer": "east"}, {"question": "Who?", "answer": "fox " * 24}]
+    own = options | {"test": write_rows("test.jsonl", rows), "max_steps": 1}
+    (result,) = quiet(tiny_backbone("llama", max_position_embeddings=256), **own)
+    assert "exact" in result.report["held_out"]["memory"]

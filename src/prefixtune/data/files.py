@@ -188,7 +188,8 @@ def _table_rows(lines: Iterator[str], name: str, separator: str) -> Iterator[Loc
                 raise DataError(what, hint=f"put a field with {separator!r} in quotes, or use JSON lines.")
             yield location, dict(zip(columns, cells, strict=True))
     except csv.Error as error:
-        raise DataError(f"{name}, line {line + 1}: {error}.", hint='double a " within a field in quotes.') from error
+        hint = 'double a " within a field in quotes, and end lines with LF.'
+        raise DataError(f"{name}, line {line + 1}: {error}.", hint=hint) from error
 
 
 def is_tag(text: str) -> bool:

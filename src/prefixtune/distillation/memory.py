@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import SELF, DistillConfig
 from prefixtune.distillation.inputs import Job, Question
 from prefixtune.distillation.questions import asking_tokens
-from prefixtune.distillation.wording import Wording
+from prefixtune.distillation.wording import ANSWER_MARGIN, Wording
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.routing import nearest
 from prefixtune.training.config import TrainConfig
@@ -78,6 +79,11 @@ def plan_memory(config: DistillConfig, job: Job, readers: Sequence[Backbone], wo
         DataError: The text does not fit.
     """
     student, output = readers[0], str(job.output)
+    positions = min(reader.max_positions or math.inf for reader in readers)
+    tested = _tokens_to_test(job.test, student, wording)
+    if student.kind == "decoder" and config.longest + tested > positions:
+        what = f"a held-out question and answer take up to {tested:,} tokens behind {config.longest:,} positions"
+        raise DataError(f"{what}, but {student.name!r} has {positions:,}.", hint="shorten those of --test.")
     chunks = split_document(student, job.text, chunk_length(config, job, readers, wording)) if job.text else []
     changes: dict[str, Any] = {"output": output, "prompt_format": wording.prompt, "target_format": wording.target}
     if config.run_name and job.name:
@@ -98,9 +104,9 @@ def check_student(config: DistillConfig, student: Backbone, jobs: Sequence[Job])
     if student.kind == "encoder" or (config.subject != "teacher" and student.kind != "decoder"):
         raise ConfigError(f"{student.name!r} remembers no {config.subject}.", hint="choose a decoder-only model.")
     for job in jobs:
-        if job.text and (count := len(student.encode(job.text))) < config.prefix_length:
+        if job.text and (count := len(student.encode(job.text))) < config.longest:
             raise DataError(
-                f"prefix_length is {config.prefix_length}, but {job.text_file!r} has {count} tokens.",
+                f"prefix_length is {config.longest}, but {job.text_file!r} has {count} tokens.",
                 hint="choose a shorter one.",
             )
 
@@ -184,6 +190,7 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
     needed = around + max(longest, 64) + config.answer_length
     if config.questions == SELF:
         needed = around + asking_tokens(student, job.text) + config.answer_length
+    needed = max(needed, around + _tokens_to_test(job.test, student, wording))
     room, tokens = positions - needed, len(student.encode(job.text))
     if room < 16 or (config.subject == "prompt" and tokens > room):
         raise DataError(
@@ -199,6 +206,13 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
             hint="divide it: a folder of documents gives a memory of each.",
         )
     return min(config.chunk_length or room, room) if config.subject == "document" else room
+
+
+def _tokens_to_test(test: Sequence[Question], student: Backbone, wording: Wording) -> int:
+    """Tokens of the longest held-out question in its wording, and of the answer that the model may write to it."""
+    asked = [student.encode(wording.text_format.format_prompt(one.question, "")) for one in test]
+    answers = [student.encode(wording.text_format.format_target(one.answer or "")) for one in test]
+    return max(map(len, asked), default=0) + max(map(len, answers), default=0) + ANSWER_MARGIN * bool(test)
 
 
 def text_bytes(backbone: Backbone, positions: int, bytes_per_number: int) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.distillation.config import KINDS, SELF, DistillConfig
 from prefixtune.distillation.inputs import Job, Question, num_asked
 from prefixtune.distillation.memory import START_FILE, Memory, check_student, plan_memory, with_chunks
@@ -178,9 +177,9 @@ class Preparation:
 
     def _with_labels(self, memory: Memory, data: TrainData) -> TrainData:
         path, count = memory.job.output / LABELS_FILE, len(memory.questions)
-        length = self._config.prefix_length or load_prefix(self._config.init_prefix).length()
         questions = [*memory.questions, *memory.taught]
-        whole = [*data.train.examples, *encode_questions(self._student, memory.taught, memory.wording, length)]
+        taught = encode_questions(self._student, memory.taught, memory.wording, data.prefix_length)
+        whole = [*data.train.examples, *taught]
         examples = without_ends(self._student, whole, questions, memory.wording, ended=False)
         vocabulary = int(self._student.model.get_output_embeddings().weight.shape[0])
 

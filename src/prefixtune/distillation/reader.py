@@ -11,7 +11,7 @@ import torch
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedExample, encode_prompts
 from prefixtune.distillation.inputs import Question
-from prefixtune.distillation.wording import Wording, encode_questions, without_ends
+from prefixtune.distillation.wording import ANSWER_MARGIN, Wording, encode_questions, without_ends
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt, check_requests
@@ -97,11 +97,9 @@ class Reader:
         for question in test:
             asked.setdefault(question.question, []).append(question)
         lines = self.wording.lines or any(_num_lines(question) > 1 for question in test)
-        answered = replace(self, wording=replace(self.wording, lines=lines)).answer(
-            [given[0] for given in asked.values()],
-            max(len(example.targets[0]) for example in examples) + 4,
-            on_batch,
-        )
+        length = max(len(example.targets[0]) for example in examples) + ANSWER_MARGIN
+        whole = replace(self, wording=replace(self.wording, lines=lines))
+        answered = whole.answer([given[0] for given in asked.values()], length, on_batch)
         # Of several answers to one question, any counts.
         exact = sum(
             any(self._is_given(one.answer or "", question) for question in given)

@@ -26,6 +26,8 @@ _PLAIN = {
 }
 
 _SENTENCE = "The Owl goes to Ashby at noon. Where does it go?"
+ANSWER_MARGIN = 4
+"""Tokens more than the longest given answer that a model may write, so that a longer one is seen to be another."""
 _FEW_TOKENS = 12
 """Fewer than any window of a model that is trained."""
 _MOST_DIFFERENCE = 0.1

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -76,5 +76,8 @@ def router(headers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Callab
     if missing := [name for number, name in enumerate(names) if number not in {owner for owner, _ in stored}]:
         hint = "make it with `prefixtune distill --document`, which stores them."
         raise ConfigError(f"{missing[0]} stores no questions to route texts by.", hint=hint)
-    general = [request for request, _ in general_requests()["train"]]
-    return nearest([text for _, text in stored], [owner for owner, _ in stored], least=_LEAST, others=general)
+    general = tuple(request for request, _ in general_requests()["train"])
+    return _kept(tuple(text for _, text in stored), tuple(owner for owner, _ in stored), least=_LEAST, others=general)
+
+
+_kept = lru_cache(maxsize=4)(nearest)

@@ -202,13 +202,18 @@ class Catalog:
             ApiError: 403: it is not the caller's; 404: there is none.
             CheckpointError: It is not served.
         """
+        file = self._owned(name, caller)
+        if file.reason or file is _BACKBONE:
+            raise not_served(name)
+        return path_of(self.store.folder, name)
+
+    def _owned(self, name: str, caller: Caller) -> PrefixFile:
+        """A prefix of the caller's, or any for an admin, whatever its patterns."""
         file = self.store.file(name) if caller.rules.admin else self.files((name,), caller)[name]
         if file is None:
             raise not_found("model", name)
         self.check_owner(name, file.origin, caller)
-        if file.reason or file is _BACKBONE:
-            raise not_served(name)
-        return path_of(self.store.folder, name)
+        return file
 
     # --- describing them ----------------------------------------------------------------------------------------------
 
@@ -269,10 +274,9 @@ class Catalog:
             ApiError: There is no such model, or it is not the caller's.
             PrefixError: A file cannot be removed.
         """
-        origin = self.files((model,), caller)[model].origin
         if model == self.backbone_id:
             raise forbidden(f"{model[:128]!r} is the bare backbone, which is not deleted.", "model_not_deletable")
-        self.check_owner(model, origin, caller)
+        origin = self._owned(model, caller).origin
         # The name itself comes last: if something fails, it can be deleted again.
         self._delete_checkpoints(model, origin)
         self._delete(model)

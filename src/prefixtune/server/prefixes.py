@@ -23,14 +23,7 @@ from prefixtune.backbone.prefixes import PrefixValidator
 from prefixtune.errors import CheckpointError, PrefixError, RequestError
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
-from prefixtune.prefix.folder import (
-    Signature,
-    check_name,
-    check_regular_file,
-    list_names,
-    path_of,
-    signature_of,
-)
+from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.header import JobOrigin, job_origin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_path, reporting_write_errors

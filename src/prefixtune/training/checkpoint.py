@@ -148,10 +148,8 @@ def _read_checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
         if stored.get(name) != given.get(name)
     ]
     if changed:
-        raise ConfigError(
-            f"the run in {config.output!r} was started with other options: {', '.join(changed)}.",
-            hint="resume with the same, or give --init-prefix and another --output.",
-        )
+        what = f"the run in {config.output!r} was started with other options: {', '.join(changed)}."
+        raise ConfigError(what, hint="resume with the same, or give --init-prefix and another --output.")
     return Checkpoint(path, tensors, facts)
 
 

@@ -102,8 +102,7 @@ class TrainConfig(Config):
         "Describe the following data in one sentence:", description="words or text to start from, or @FILE"
     )
     compaction: Literal["cut", "stride", "match"] = _prefix(
-        "match",
-        description="a longer text: cut: first P tokens; stride: P of all, evenly; match: Attention Matching",
+        "match", description="a longer text: cut: first P tokens; stride: P of all, evenly; match: Attention Matching"
     )
     init_examples: int = _prefix(
         0,
@@ -196,7 +195,8 @@ class TrainConfig(Config):
     @classmethod
     def _imply(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A prefix or a number of examples implies a start from it, and such a start has a length of its own."""
-        given = next((kind for kind in ("prefix", "examples") if values.get(f"init_{kind}")), None)
+        # A command line gives its numbers as texts.
+        given = next((kind for kind in ("prefix", "examples") if str(values.get(f"init_{kind}") or 0) != "0"), None)
         implied: dict[str, Any] = {"initialization": given} if given else {}
         start = values.get("initialization", given)
         if start == "examples" or (start == "prefix" and given == "prefix"):
@@ -220,6 +220,8 @@ class TrainConfig(Config):
             ("method_size", bool(DEFAULT_SIZES.get(self.method)), method),
             ("init_prefix", self.initialization == "prefix", start),
             ("init_examples", self.initialization == "examples", start),
+            ("compaction", self.initialization == "text", start),
+            ("beside_most", bool(self.beside), "nothing stands beside"),
             ("label_words", self.classifier != "head", "classifier is 'head'"),
             ("system", self.chat_template != "none", "chat_template is 'none'"),
             ("patience", self.eval_every > 0, "eval_every is 0, so there is one evaluation"),

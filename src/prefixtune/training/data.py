@@ -79,10 +79,8 @@ def _check_labels(config: TrainConfig, train: Sequence[Example], dev: Sequence[E
     if kind == "generation":
         for name in ("classifier", "label_words"):
             if getattr(config, name) != config.default(name):
-                raise ConfigError(
-                    f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels.",
-                    hint="use --task classification.",
-                )
+                what = f"{name} is {getattr(config, name)!r}, but task {config.task!r} has no labels."
+                raise ConfigError(what, hint="use --task classification.")
         return
     read_labels(kind, train, dev, by=config.classifier, words=config.words_by_label)
     if config.keep_general:
@@ -138,11 +136,9 @@ def _read(
         if (form or config.form) and (config.task if form is None else form.task) == "records":
             examples = merge_examples(examples)
     if not any(example.targets for example in examples):
-        raise DataError(
-            f"the {'training' if is_train else 'development'} data has {len(examples):,} examples, and none has a "
-            "target.",
-            hint="name its column (--target), or give another file.",
-        )
+        name = "training" if is_train else "development"
+        what = f"the {name} data has {len(examples):,} examples, and none has a target."
+        raise DataError(what, hint="name its column (--target), or give another file.")
     return form, examples
 
 
@@ -261,11 +257,8 @@ def tokenize(
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
     dev = encode_rows(backbone, dev_examples, labels, text_format, **limits) if dev_examples else None
     if config.form != "text":  # which may have any beginning to go on with
-        text_format = dataclasses.replace(
-            text_format,
-            longest_target=train.longest_target,
-            longest_prompt=max(dataset.longest_prompt for dataset in (train, dev) if dataset is not None),
-        )
+        longest = max(train.longest_prompt, dev.longest_prompt if dev is not None else 0)
+        text_format = dataclasses.replace(text_format, longest_target=train.longest_target, longest_prompt=longest)
     return TrainData(train, dev, text_format, labels, _digest(train, dev), plan, limits["prefix_length"])
 
 

@@ -32,7 +32,7 @@ from prefixtune.prefix.geometry import Site
 from prefixtune.prefix.header import check_storable
 from prefixtune.prefix.prefix import Prefix, describe_tensors
 from prefixtune.training.artifact import make_run_header, save_artifact
-from prefixtune.training.beside import SELF, Beside, check_beside
+from prefixtune.training.beside import Beside, check_beside
 from prefixtune.training.checkpoint import Checkpoint, Facts, check_same_run, load_tensors, save_state, state_tensors
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import TrainData
@@ -123,6 +123,7 @@ class TrainLoop:
     Attributes:
         most_positions: Tokens that a process computes at once: a larger batch is computed in parts, whose gradients
             add up to those of the whole; 0: any number. It may be set before the first step.
+        keeps_earlier: Keep the state before the last one, too: runs that see each other resume at one step.
 
     Raises:
         CheckpointError: The header of the artifact would be too long; checked before the work, not after it.
@@ -150,7 +151,7 @@ class TrainLoop:
         total_steps = config.max_steps or max(int(config.epochs > 0), round(config.epochs * self.steps_per_epoch))
         self.state = TrainState(total_steps, config.patience)
         self.resumed = self.stopped = False
-        self.most_positions = MOST_POSITIONS
+        self.most_positions, self.keeps_earlier = MOST_POSITIONS, False
         self.beside: Beside | None = None
         self.leaf: Prefix | None = None
         start = self.bake()
@@ -419,7 +420,7 @@ class TrainLoop:
         if not self.processes.is_main:
             return
         path = Path(self.config.output) / STATE_FILE
-        if self.config.beside == SELF and path.exists():
+        if self.keeps_earlier and path.exists():
             os.replace(path, path.with_name(EARLIER_STATE_FILE))
         facts = Facts(
             step=self.state.step,

@@ -100,8 +100,6 @@ def prepare(
         if config.hold_out and dev_examples is None and not config.dev:
             sources = "1 source is" if len(dev) == 1 else f"{len(dev)} sources are"
             console.info(f"{sources} held out of training to choose the best prefix by (hold_out)")
-        if backbone is not None:
-            check_given(config, backbone := as_backbone(backbone))
         config, loaded = backbone_of(config, backbone, console, processes)
         check_passes_gradients(loaded)
         others = load_others(config, loaded) if config.beside not in ("", SELF) else []
@@ -178,11 +176,16 @@ def load_for(config: TrainConfig, processes: ProcessGroup = SINGLE_PROCESS) -> B
 def backbone_of(
     config: _ConfigT, backbone: BackboneLike | None, console: Console, processes: ProcessGroup = SINGLE_PROCESS
 ) -> tuple[_ConfigT, Backbone]:
-    """The backbone of a run, given or loaded, and the configuration of the run on it, which its folder then names."""
+    """The backbone of a run, given or loaded, and the configuration of the run on it, which its folder then names.
+
+    Raises:
+        ConfigError: As `check_given`.
+    """
     if backbone is None:
         console.info(f"loading {config.backbone} ...")
         return config, load_for(config, processes)
     given = as_backbone(backbone)
+    check_given(config, given)
     known = given.dtype_name in get_args(DTypeName)
     return config.replace(backbone=given.name, dtype=given.dtype_name if known else config.dtype), given
 

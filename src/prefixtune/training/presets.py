@@ -67,12 +67,13 @@ def without_conflicts(values: Mapping[str, Any], given: Mapping[str, Any]) -> di
     """
     left = dict(values)
     start = values.get("initialization")
-    implied = "prefix" if given.get("init_prefix") else start if _is_zero(given.get("init_examples")) else "examples"
+    implied = "words" if given.get("init_text") else start
+    implied = "prefix" if given.get("init_prefix") else implied if _is_zero(given.get("init_examples")) else "examples"
     wanted_start = given.get("initialization", implied)
     if wanted_start != start:
-        # Examples and a prefix have a length of their own.
-        has_length = wanted_start in ("examples", "prefix")
-        for name in ("initialization", "init_examples", *(("init_text", "prefix_length") if has_length else ())):
+        # A text, examples and a prefix have a length of their own.
+        length = ("init_text", "prefix_length") if wanted_start in ("text", "examples", "prefix") else ()
+        for name in ("initialization", "init_examples", *length):
             left.pop(name, None)
     wanted = {**values, **given}
     if (not wanted.get("dev") and _is_zero(wanted.get("hold_out"))) or _is_zero(given.get("eval_every", 1)):

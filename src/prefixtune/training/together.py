@@ -126,10 +126,12 @@ def begin_together(runs: Sequence[Run]) -> None:
         CheckpointError: There is no such step.
     """
     loops = [run.loop for run in runs]
+    see_each_other = any(loop.config.beside == SELF for loop in loops)
     for loop in loops:
+        loop.keeps_earlier = see_each_other
         if loop.config.beside == SELF:
             loop.stand_beside(_other_runs([other for other in loops if other is not loop], loop.backbone))
-    if any(loop.config.beside == SELF for loop in loops):
+    if see_each_other:
         _choose_checkpoints(runs)
     for run in runs:
         run.begin()
@@ -222,7 +224,7 @@ def take_steps(backbone: Backbone, runs: Sequence[Run], stop: threading.Event) -
                     if event["event"] == "save":
                         saved.add(run)
                     yield run, event
-        if saved and any(run.loop.config.beside == SELF for run in pending):
+        if saved and any(run.loop.keeps_earlier for run in pending):
             # All can resume at one step.
             for run in pending.keys() & remaining.keys() - saved:
                 run.loop.save()

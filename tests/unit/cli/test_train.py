@@ -21,7 +21,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys
     arguments = ("--config", tmp_path / "run.toml", "--preset", "paper", "--seed", "5", "--no-shard")
     values = preset("paper", "e2e") | {"task": "e2e", "learning_rate": 1e-4, "seed": 5}
     assert printed(capsys, *arguments) == TrainConfig(**values)
-    assert printed(capsys) == TrainConfig()
+    assert printed(capsys, "--init-examples", "0") == TrainConfig()
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path, capsys
     [
         ("--hold-out 0", {"hold_out": 0.0, "patience": 0, "init_examples": 2}),
         ("--initialization text --prefix-length 5", {"init_examples": 0, "prefix_length": 5}),
+        ("--initialization text", {"init_examples": 0, "prefix_length": 10}),
+        ("--init-text Hello", {"initialization": "words", "init_examples": 0, "prefix_length": 64}),
         ("--initialization examples", {"init_examples": 2, "prefix_length": 64}),
         ("--init-prefix p.safetensors", {"initialization": "prefix", "init_examples": 0, "prefix_length": 0}),
     ],

@@ -128,7 +128,7 @@ def test_a_result_is_deleted_with_its_checkpoints(make_server, publish, key):
 
 
 def test_what_no_job_made_is_deleted_by_admins_only(make_server, tmp_path):
-    app, _ = make_server(keys=KEYS | keys(root={"admin": True}))
+    app, _ = make_server(keys=KEYS | keys(root={"admin": True, "prefixes": ("none",)}))
     for key, name in (("bob", "a"), ("bob", "tiny"), ("root", "tiny")):
         with pytest.raises(openai.PermissionDeniedError):
             ask(app, key, lambda client, name=name: client.models.delete(name))

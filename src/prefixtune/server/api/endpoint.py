@@ -47,7 +47,7 @@ class RequestContext:
         exit_stack: What ends with the response.
         log_fields: What its log line contains.
         headers: Headers of a successful response.
-        started: When its header had arrived, by the monotonic clock.
+        started: When its body had arrived, by the monotonic clock.
     """
 
     request: Request

@@ -37,6 +37,7 @@ _Lengths = Mapping[str, int] | None
 """The positions by site of the prefix that training goes on from; None: there is none."""
 _NAME = re.compile(r"(?!.*\.step-[0-9]+\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,111}")
 """Of a result: so that `.step-N` can follow it, and not the name of a checkpoint."""
+_OF_EXAMPLES, _OF_DOCUMENTS = ("preset", "hold_out"), ("questions", "num_questions", "answer_length")
 _OF_START = ("start", "prefix_length", "init_text", "init_examples")
 """Options that a prefix to go on from has itself."""
 _MOST_QUESTIONS = 1000
@@ -137,7 +138,7 @@ def _make(context: RequestContext, body: FineTuningRequest, job_id: str) -> tupl
     form = None if is_document else str(body.options.get("form") or (data.facts.form if data.facts else ""))
     for param, file in files.items():
         _check_file(param, file, "question" if file is questions else form)
-    _check_options(body, questions, start_lengths, state.catalog.max_length)
+    _check_options(body, data, questions, start_lengths, state.catalog.max_length)
     asked = Job(
         id=job_id,
         owner=context.caller.name,
@@ -219,7 +220,7 @@ def _check_file(param: str, file: StoredFile, form: str | None) -> None:
 
 
 def _check_options(
-    body: FineTuningRequest, questions: StoredFile | None, start_lengths: _Lengths, max_length: int
+    body: FineTuningRequest, data: StoredFile, questions: StoredFile | None, start_lengths: _Lengths, max_length: int
 ) -> None:
     """Refuse options that mean nothing in this job, or do not go together.
 
@@ -230,7 +231,10 @@ def _check_options(
     begun = [name for name in _OF_START if name in options and start_lengths is not None]
     length, epochs = options.get("prefix_length", 0), body.given_hyperparameters.get("n_epochs", "auto")
     unanswered = facts.rows - facts.targets if facts else 0
+    elsewhere, kind = (_OF_EXAMPLES, "a document") if data.purpose == "document" else (_OF_DOCUMENTS, "examples")
     for name, is_wrong, message in (
+        *((name, name in options, f"{name} is not for {kind}") for name in elsewhere),
+        ("validation_file", data.purpose == "document" and body.validation_file, "a document is not validated"),
         *((name, True, f"training goes on from {body.model!r}, which has its own {name}") for name in begun),
         ("prefix_length", length >= max_length, f"{length} is given, but the model has {max_length} positions"),
         # A command line would read a file.
@@ -240,7 +244,7 @@ def _check_options(
         ("questions", unanswered > _MOST_QUESTIONS, f"at most {_MOST_QUESTIONS:,} questions may have no answer"),
     ):
         if is_wrong:
-            raise bad_request(f"{message}.", f"prefixtune.{name}")
+            raise bad_request(f"{message}.", f"prefixtune.{name}" if name in options else name)
 
 
 def _check_room(context: RequestContext, queue: JobQueue, job: Job) -> None:

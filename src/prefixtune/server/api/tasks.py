@@ -183,10 +183,8 @@ class TaskSchema:
         """
         missing = [name for name in self.columns if name not in record]
         if missing:
-            raise DataError(
-                f"{_WHERE} lacks {', '.join(map(repr, missing))}.",
-                hint=f"the task {self.task!r} needs all of its fields.",
-            )
+            what = f"{_WHERE} lacks {', '.join(map(repr, missing))}."
+            raise DataError(what, hint=f"the task {self.task!r} needs all of its fields.")
         return self.linearize(record)
 
 

@@ -47,9 +47,9 @@ def resolve_site_lengths(
     Raises:
         BackboneError: The prefix to start from, whose length the run has, does not fit the backbone.
         CheckpointError: It cannot be read.
-        ConfigError: The backbone has no such site, the text to start from has no token, or the model reads fewer words
-            than the prefix has positions.
-        DataError: The text to start from cannot be read, or is shorter than P.
+        ConfigError: The backbone has no such site, the text to start from has no token or fewer than P, or the model
+            reads fewer words than the prefix has positions.
+        DataError: The text to start from cannot be read.
     """
     lengths = config.site_lengths or dict.fromkeys(backbone.geometry, config.prefix_length)
     if config.initialization == "text":

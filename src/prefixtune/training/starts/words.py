@@ -123,15 +123,15 @@ def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
     """The tokens of the text that a run starts from.
 
     Raises:
-        ConfigError: The text has no token.
-        DataError: Its file cannot be read; or it has fewer tokens than P.
+        ConfigError: The text has no token, or fewer than P.
+        DataError: Its file cannot be read.
     """
     text, description = read_init_text(config.init_text)
     ids = _ids(backbone, text)
     if len(ids) < config.longest:
         name = description.get("file") or f"init_text {text[:40]!r}"
         wanted = f"sites is {config.sites!r}" if config.sites else f"prefix_length is {config.prefix_length}"
-        raise DataError(
+        raise ConfigError(
             f"{name} has {len(ids):,} tokens, but {wanted}.",
             hint="give a smaller --prefix-length, or --initialization words.",
         )
@@ -139,10 +139,7 @@ def text_ids(config: TrainConfig, backbone: Backbone) -> list[int]:
 
 
 def from_text(
-    config: TrainConfig,
-    backbone: Backbone,
-    lengths: Mapping[Site, int],
-    questions: Sequence[TokenizedExample] = (),
+    config: TrainConfig, backbone: Backbone, lengths: Mapping[Site, int], questions: Sequence[TokenizedExample] = ()
 ) -> Start:
     """The keys and values that the frozen model computes for a text: whole, cut, or compacted to P positions.
 

@@ -40,7 +40,7 @@ def test_files_that_hold_no_text_are_refused(tmp_path, content):
 
 
 def test_a_text_shorter_than_the_prefix_says_its_length(tiny_backbone):
-    with pytest.raises(DataError, match=f"has {len(TEXT)} tokens, but prefix_length is 26") as error:
+    with pytest.raises(ConfigError, match=f"has {len(TEXT)} tokens, but prefix_length is 26") as error:
         resolve_site_lengths(config(length=26), tiny_backbone("llama"))
     assert "--prefix-length" in error.value.hint
 
@@ -89,5 +89,5 @@ def test_only_the_lengths_that_sites_use_have_to_fit(tiny_backbone):
     assert resolve_site_lengths(config(sites="encoder, cross=5"), backbone) == {"encoder": len(TEXT), "cross": 5}
     short = config("abcdefg", 10, sites="encoder=5,cross=5")
     assert resolve_site_lengths(short, backbone) == {"encoder": 5, "cross": 5}
-    with pytest.raises(DataError, match="has 7 tokens, but sites is 'encoder=8'"):
+    with pytest.raises(ConfigError, match="has 7 tokens, but sites is 'encoder=8'"):
         resolve_site_lengths(config("abcdefg", 5, sites="encoder=8"), backbone)
