@@ -76,8 +76,11 @@ def router(headers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Callab
     if missing := [name for number, name in enumerate(names) if number not in {owner for owner, _ in stored}]:
         hint = "make it with `prefixtune distill --document`, which stores them."
         raise ConfigError(f"{missing[0]} stores no questions to route texts by.", hint=hint)
-    general = tuple(request for request, _ in general_requests()["train"])
-    return _kept(tuple(text for _, text in stored), tuple(owner for owner, _ in stored), least=_LEAST, others=general)
+    return _router(tuple(text for _, text in stored), tuple(owner for owner, _ in stored))
 
 
-_kept = lru_cache(maxsize=4)(nearest)
+@lru_cache(maxsize=4)
+def _router(texts: tuple[str, ...], owners: tuple[int, ...]) -> Callable[[str], int | None]:
+    """Kept, as all stored questions are read for it."""
+    general = [request for request, _ in general_requests()["train"]]
+    return nearest(texts, owners, least=_LEAST, others=general)
