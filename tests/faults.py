@@ -168,7 +168,7 @@ def training(folder, backbone, data):
 def upload(folder, model, one, other):
     folder.mkdir()
     shutil.copyfile(one, folder / "p.safetensors")
-    backbone = load_backbone(model, device="cpu")
+    backbone = load_backbone(model, device="cpu", dtype="float32")
     config = ServeConfig(backbone="tiny", prefixes=str(folder), num_slots=1, keys=keys(boss={"admin": True}))
     store = PrefixFolder(folder, backbone)
     state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
