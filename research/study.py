@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.load import load_backbone
 from prefixtune.data import TASKS, read_task
 from prefixtune.errors import DataError, PrefixError, TrainingError
 from prefixtune.evaluation.evaluate import instruction_format
@@ -34,6 +33,7 @@ from prefixtune.evaluation.scores import write_evaluation
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.results import EVALUATION_FILE
 from prefixtune.training.artifact import load_tuned
+from prefixtune.training.prepare import load_for
 from prefixtune.training.presets import preset, without_conflicts
 from prefixtune.training.run_folder import PREFIX_FILE, STATE_FILE, WEIGHTS_FILE
 from prefixtune.utils.files import write_text
@@ -194,8 +194,7 @@ def _train_and_score(study: Study, cell: Cell, folder: Path) -> None:
     """Train and score a run, or what is left of it."""
     settings = study.settings_of(cell.point, cell.size)
     rates = settings.pop("learning_rates", [])
-    trains = settings.get("method") != "none"
-    if not trains:
+    if not (trains := settings.get("method") != "none"):
         del settings["method"]
     if len(rates) > 1:
         settings["learning_rate"] = _choose_rate(study, cell, rates)
@@ -293,11 +292,12 @@ def _choose_rate(study: Study, cell: Cell, rates: Sequence[float]) -> float:
 def _load(config: pt.TrainConfig, *, trains: bool) -> tuple[Backbone, Path | None, TextFormat | None]:
     """What is scored: a model, its prefix if it has one, and the text format where that is not the prefix's."""
     folder = Path(config.output)
-    placed: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if trains and not config.trains_prefix:
-        backbone, text_format = load_tuned(folder / WEIGHTS_FILE, name_or_path=config.backbone, **placed)
+        backbone, text_format = load_tuned(
+            folder / WEIGHTS_FILE, name_or_path=config.backbone, dtype=config.dtype, device=config.device
+        )
         return backbone, None, text_format
-    backbone = load_backbone(config.backbone, **placed)
+    backbone = load_for(config)
     if trains:
         return backbone, folder / PREFIX_FILE, None
     return backbone, None, instruction_format(backbone, config.init_text)
