@@ -492,6 +492,8 @@ def test_what_cannot_be_served_is_refused_before_any_work(llama, made, random_pr
         lambda: Request((1,), sampling=SamplingParams(max_new_tokens=3, banned=(10_000,))),
         lambda: Request((1,), id=last.id, sampling=few),
         lambda: Request(()),
+        lambda: Request((1,), grammar={"type": "object"}),
+        lambda: Request((1,), tenant=["a"]),
         lambda: Request((1,), n=0),
         lambda: Request((1,), "prefix.safetensors"),
         lambda: Request((1,), sampling=SamplingParams(temperature=-1.0, top_p=0.0, max_new_tokens=0)),

@@ -43,22 +43,24 @@ def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
     return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
 
 
-def check_texts(texts: Sequence[Source]) -> None:
-    """Refuse anything but a list of strings and of conversations.
+def check_texts(texts: Sequence[Source]) -> list[Source]:
+    """The strings and conversations of a list, whose messages may have any form that `check_messages` reads.
 
     Raises:
         RequestError: It is something else.
     """
     if isinstance(texts, str | Mapping) or not (hasattr(texts, "__len__") and hasattr(texts, "__iter__")):
         raise RequestError(f"texts is {short_repr(texts)}, not a list of strings.", hint="write [text], or [messages].")
-    for number, text in enumerate(texts, start=1):
+    checked: list[Source] = list(texts)
+    for number, text in enumerate(checked, start=1):
         if isinstance(text, list | tuple):
             try:
-                check_messages(text, f"conversation {number}")
+                checked[number - 1] = check_messages(text, f"conversation {number}")
             except DataError as error:
                 raise RequestError(error.message, hint=error.hint) from None
         elif not isinstance(text, str):
             raise RequestError(f"text {number} is {describe_value(text)}, not a string.", hint="write a list of texts.")
+    return checked
 
 
 TextFormatLike = TextFormat | Mapping[str, Any]

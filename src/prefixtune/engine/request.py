@@ -106,6 +106,8 @@ class Request:
             ("prompt", isinstance(self.prompt, tuple) and self.prompt, "token ids: `backbone.encode(text)`"),
             ("prefix", isinstance(self.prefix, Prefix | None), "a Prefix, as load_prefix(path, backbone) gives it"),
             ("sampling", isinstance(self.sampling, SamplingParams), "a SamplingParams or a dict"),
+            ("tenant", isinstance(self.tenant, str), "a text"),
+            ("grammar", isinstance(self.grammar, Grammar | None), "what compile_json_schema gives"),
             ("n", type(self.n) is int and self.n >= 1, "a whole number of at least 1"),
         ):
             if not is_right:

@@ -84,12 +84,11 @@ def classify(
         PrefixError: The scores are not finite.
     """
     config = ClassifyConfig.from_arguments(config, options)
-    check_texts(texts)
-    texts = list(texts)
+    sources = check_texts(texts)
     backbone = as_backbone(backbone)
     loaded, form = as_prefix(prefix, backbone), as_text_format(text_format)
     options = {"labels": labels, "text_format": form, "config": config, "on_cut": on_cut}
-    encoded = encode_to_label("classification", backbone, texts, loaded, **options)
+    encoded = encode_to_label("classification", backbone, sources, loaded, **options)
     return [one for (one,) in encoded.predict_all(config, on_batch)]
 
 
@@ -267,7 +266,8 @@ def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] 
     if prefix is None and isinstance(requested, Labels):
         return Labels(kind, "words", requested.names, requested.words)
     if prefix is None and requested and not isinstance(requested, Labels):
-        if isinstance(requested, str) or not all(isinstance(label, str) for label in requested):
+        are_texts = isinstance(requested, Iterable) and all(isinstance(label, str) for label in requested)
+        if isinstance(requested, str) or not are_texts:
             raise ConfigError(f"labels is {short_repr(requested)}, no list of strings.", hint="write [a, b].")
         names = tuple(requested)
         if (label := first_duplicate(names)) is not None:

@@ -16,10 +16,11 @@ from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import Engine as TorchEngine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token, join_outputs
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.beams import search, seed_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
+from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.sampling.detokenizer import Detokenizer
@@ -77,8 +78,7 @@ def generate(
         PrefixError: The model's logits are not finite.
     """
     config = GenerateConfig.from_arguments(config, options)
-    check_texts(texts)
-    texts = list(texts)
+    texts = check_texts(texts)
     backbone = as_backbone(backbone)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
@@ -137,7 +137,7 @@ def stream(
     """
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
-    check_texts([text])
+    (text,) = check_texts([text])
     backbone = as_backbone(backbone)
     prefixes = [as_prefix(prefix, backbone)]
     (prompt,) = prepare_prompts(backbone, [text], prefixes, config, as_text_format(text_format), on_cut=on_cut)
@@ -201,18 +201,21 @@ def write(
     """
     wanted = range(len(prompts)) if numbers is None else numbers
     if engine is not None:
+        if not isinstance(engine, Engine) or not fingerprints_match(engine.backbone.fingerprint, backbone.fingerprint):
+            hint = "open one of this backbone; of a `prefixtune.Engine`, EngineWorker(engine)."
+            raise ConfigError(f"engine is {short_repr(engine)}, no open engine of {backbone.name!r}.", hint=hint)
         if config.num_beams > 1:
             raise ConfigError("only the engine torch has beam search.", hint="set num_beams to 1 (--num-beams 1).")
         yield from _ask(engine, prompts, wanted, config)
         return
     mixed = [number for number in wanted if not prompts[number].passes(backbone.longrope_limit)]
-    worker = _start_torch(backbone, [prompts[number] for number in mixed], config)
-    apart = [number for number in wanted if worker is None or prompts[number].passes(backbone.longrope_limit)]
+    torch_engine = _torch_engine(backbone, [prompts[number] for number in mixed], config)
+    apart = [number for number in wanted if not torch_engine or prompts[number].passes(backbone.longrope_limit)]
     if apart and config.response_schema:
         what = f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here."
         raise ConfigError(what, hint="leave it out.")
-    if worker is not None:
-        with worker:
+    if torch_engine is not None:
+        with EngineWorker(torch_engine) as worker:
             yield from _ask(worker, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = Detokenizer(backbone.decode, config.stop)
@@ -226,7 +229,7 @@ def write(
         yield number, SequenceOutput(str(number), 0, tokens, written, "stop" if ended else "length")
 
 
-def _start_torch(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> EngineWorker | None:
+def _torch_engine(backbone: Backbone, prompts: Sequence[Prompt], config: GenerateConfig) -> TorchEngine | None:
     """Torch's engine for these prompts; None: there is none, they ask for beams, or it cannot run the model."""
     if not prompts or config.num_beams > 1:
         return None
@@ -234,10 +237,9 @@ def _start_torch(backbone: Backbone, prompts: Sequence[Prompt], config: Generate
     longest = max(len(one.ids) + one.new_tokens + length for one, length in zip(prompts, lengths, strict=True))
     num_slots = min(config.batch_size, len(prompts))
     try:
-        engine = TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
+        return TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
     except BackboneError:
         return None
-    return EngineWorker(engine)
 
 
 def _ask(

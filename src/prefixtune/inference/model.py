@@ -130,7 +130,7 @@ class Model:
 
         Args:
             messages: With `role` and `content`; a text is a user's message.
-            **options: As for `generate`; `max_new_tokens` is 512 here, or as many as fit.
+            **options: As for `generate`; `max_new_tokens` is 512 here, or as many as fit, unless `config` is given.
 
         Raises:
             RequestError: It does not fit, or the model has no chat template.
@@ -187,7 +187,7 @@ class Model:
         if not _is_conversation(messages):
             what = f"the messages are {describe_value(messages)}, not a list of dicts."
             raise RequestError(what, hint='write [{"role": "user", "content": "..."}].')
-        check_texts([messages])
+        (messages,) = check_texts([messages])
         text_format = None if self.prefix is None else read_text_format(self.prefix.header)
         if text_format is None:
             if not has_chat_template(self.backbone):
@@ -197,8 +197,8 @@ class Model:
             if len(messages) > 1:
                 what = "the prefix was trained on single texts: it reads the last message only, not those before it"
                 warnings.warn(what, PrefixWarning, stacklevel=3)
-            return messages[-1]["content"]
-        return list(messages)
+            return messages[-1].content
+        return messages
 
     def _answer_options(self, source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of an answer, which has as many tokens as fit where the caller names no number."""

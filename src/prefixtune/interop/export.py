@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.backbone.shapes import check_plain_layers
 from prefixtune.data.chat import literal_format
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.prefix.prefix import Prefix, check_fits
+from prefixtune.prefix.prefix import Prefix
 from prefixtune.training.run_folder import CONFIG_FILE, PREFIX_FILE
 
 MANIFEST, README = "export.json", "README.md"
@@ -47,7 +48,7 @@ def check_exportable(prefix: Prefix, backbone: Backbone, target: str) -> None:
     name = backbone.name
     if backbone.kind != "decoder":
         raise BackboneError(f"{target} takes decoder-only models; {name!r} is an {backbone.kind}.", hint=_HINT)
-    check_fits(prefix, backbone.geometry, name)
+    load_prefix(prefix, backbone)
     check_prefix(prefix, target)
     check_plain_layers(backbone, target)
 

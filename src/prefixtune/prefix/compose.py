@@ -127,7 +127,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     """
     names = check_joinable(prefixes, names)
     mode = "average" if weights is None else "interpolate"
-    weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
+    weights = [1 / len(prefixes)] * len(prefixes) if weights is None else list(weights)
     are_numbers = all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         hint = f"give {len(prefixes)} numbers, each divided by their sum."
@@ -144,7 +144,9 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
         )
     dtype, device = _widest(prefixes), prefixes[0].device
     mean = {
-        key: torch.stack([weight * one[key].to(device).float() for weight, one in zip(weights, named, strict=True)])
+        key: torch.stack(
+            [float(weight) * one[key].to(device).float() for weight, one in zip(weights, named, strict=True)]
+        )
         for key in named[0]
     }
     header = lead_header(prefixes, len(prefixes) - 1)
@@ -183,7 +185,7 @@ def cut(
         CheckpointError: The rotation in the header cannot be used.
         ConfigError: Nothing would be cut, or left; no rotation is known; or an argument is of a wrong type.
     """
-    if end not in ("start", "end") or length not in range(1, prefix.prefix_length):
+    if end not in ("start", "end") or type(length) is not int or length not in range(1, prefix.prefix_length):
         what = f"the prefix has {prefix.prefix_length} positions, and cannot be cut to {length!r} at {end!r}."
         raise ConfigError(what, hint="choose a smaller length, at least 1, and 'start' or 'end'.")
     kept, shared = prefix[:length] if end == "end" else prefix[-length:], _is_shared(prefix.header.get("composition"))
@@ -323,7 +325,7 @@ def _describe_parts(
         entry |= {key: header.get(key) for key in ("task", "license")}
         entry |= {key: (header.get("training") or {}).get(key) for key in ("dev_loss", "backbone_dtype")}
         if weights:
-            entry["weight"] = weights[number]
+            entry["weight"] = float(weights[number])
         if inner:
             entry["composition"] = {"mode": earlier.get("mode"), "hashes": [part.get("hash", "") for part in inner]}
         parts.append({key: value for key, value in entry.items() if value is not None})

@@ -96,10 +96,14 @@ class PrefixReference:
         """The reference to a file NAME.safetensors.
 
         Raises:
-            CheckpointError: It is no complete prefix.
+            CheckpointError: It is no complete prefix, or none of a decoder.
+            RequestError: Its name is not one that requests can have.
             OSError: It cannot be read.
         """
-        return cls(path.stem, hash_file(path), read_outline(path).length())
+        check_name(path.stem)
+        if not (length := read_outline(path).length()):
+            raise CheckpointError(f"{str(path)!r} has no prefix of a decoder.", hint="vLLM takes decoder-only models.")
+        return cls(path.stem, hash_file(path), length)
 
     @property
     def request_fields(self) -> dict[str, Any]:

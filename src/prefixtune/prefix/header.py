@@ -174,9 +174,10 @@ def dump_header(header: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: It could not be read again.
     """
-    text = json.dumps({**header, "format_version": FORMAT_VERSION}, ensure_ascii=False)
     try:
+        text = json.dumps({**header, "format_version": FORMAT_VERSION}, ensure_ascii=False)
         parse_header(text)
-    except ValueError as error:
-        raise CheckpointError(f"the header cannot be stored: {error}.", hint="shorten what it holds.") from error
+    except (ValueError, TypeError) as error:
+        hint = "shorten what it holds, and write plain numbers and texts."
+        raise CheckpointError(f"the header cannot be stored: {error}.", hint=hint) from error
     return text

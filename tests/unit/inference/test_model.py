@@ -9,9 +9,11 @@ import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
 from prefixtune.data.chat import encode_chat
+from prefixtune.engine.engine import Engine
+from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, generate_ids
+from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.inference.model import load
 from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
@@ -167,6 +169,14 @@ def test_conversations_go_through_the_chat_template(backbone, make_prefix):
     assert model.generate([TALK, TALK[:1]], **FEW) == [expected, ids_of(backbone, TALK[:1], prefix)]
     assert "".join(model.stream(TALK, **FEW)).strip() == expected
     assert model.chat("hello", **FEW) == ids_of(backbone, TALK[:1], prefix)
+    # In whatever form they are, as in training.
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": names[one["role"]], "value": one["content"]} for one in TALK]
+    parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in TALK]
+    for talk in (shared, parts, [tuple(one.values()) for one in TALK]):
+        assert generate(backbone, [talk], prefix, **FEW) == [expected]
+        assert "".join(stream(backbone, talk, prefix, **FEW)).strip() == expected
+    assert model.chat(shared, **FEW) == model.chat(parts, **FEW) == expected
 
 
 def test_a_prefix_for_single_texts_reads_the_last_message(backbone, make_prefix):
@@ -206,6 +216,10 @@ def test_what_is_wrong_gets_one_line(backbone, make_prefix, tiny_backbone):
     with pytest.raises(BackboneError):
         load(tiny_backbone("gpt2"), make_prefix())
     other = tiny_backbone("llama")
+    with EngineWorker(Engine(other)) as engine:
+        for wrong in (engine, engine.engine):
+            with pytest.raises(ConfigError):
+                generate(backbone, TEXTS, engine=wrong)
     with pytest.raises(RequestError, match="no chat template"):
         load(other).chat("hello")
     nameless = Prefix(make_prefix().layers)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import check_exportable
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
@@ -68,6 +69,11 @@ def test_prefixes_that_no_runtime_gets(tiny_backbone, random_prefix, tmp_path):
             export_llama_cpp(prefix, backbone, tmp_path / "out")
     with pytest.raises(BackboneError, match="the prefix has"):
         export_llama_cpp(random_prefix(tiny_backbone("qwen3"), 3), backbone, tmp_path / "out")
+    other = make_header(dataclasses.replace(backbone, fingerprint=tiny_backbone("mistral").fingerprint))
+    with pytest.raises(BackboneError):
+        export_llama_cpp(Prefix(good.layers, other), backbone, tmp_path / "out")
+    with pytest.raises(ConfigError):
+        export_llama_cpp(good, backbone, tmp_path / "out", name="../out")
     assert not (tmp_path / "out").exists()
 
 

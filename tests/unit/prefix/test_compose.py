@@ -1,5 +1,6 @@
 """Prefixes of several: what is put where, what the header keeps, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,7 +137,7 @@ def test_a_made_up_composition_in_a_header_does_no_harm():
 
 def test_blends_are_weighted_sums():
     a, b = (_prefix(3, seed) for seed in (1, 2))
-    mean, mixed = average([a, b]), average([a, b], (0.25, 0.75))
+    mean, mixed = average([a, b]), average([a, b], np.array([0.25, 0.75], np.float32))
     for x, y, one, two in zip(*(prefix.tensors() for prefix in (a, b, mean, mixed)), strict=True):
         assert torch.allclose(one, (x + y) / 2, atol=1e-6)
         assert torch.allclose(two, 0.25 * x + 0.75 * y, atol=1e-6)
@@ -196,7 +197,7 @@ def test_cut_at_the_start_undoes_a_join():
 
 
 def test_a_cut_that_cuts_nothing_is_refused():
-    for length in (0, 5, 9):
+    for length in (0, 5, 9, 3.0, True):
         with pytest.raises(ConfigError):
             cut(_prefix(5), length)
     with pytest.raises(ConfigError):

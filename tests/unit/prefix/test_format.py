@@ -147,3 +147,5 @@ def test_every_header_that_is_written_can_be_listed(tmp_path, prefix):
     assert read_outline(path).header["task"] == load_prefix(path).header["task"] == letter * longest
     with pytest.raises(CheckpointError):
         save_prefix(path, Prefix(prefix.layers, {"task": letter * 2**20}))
+    with pytest.raises(CheckpointError):
+        save_prefix(path, Prefix(prefix.layers, {"training": {"dev_loss": torch.tensor(1.5)}}))

@@ -18,7 +18,7 @@ from typing import Any
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.lora import has_adapter
 from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
-from prefixtune.errors import BackboneError
+from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import README, check_exportable, check_folder, describe_origin, write_manifest
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.files import atomic_files
@@ -50,9 +50,11 @@ def export_llama_cpp(
 
     Raises:
         BackboneError: llama.cpp cannot use a prefix of this backbone; the message says why.
-        ConfigError: An unknown version or type, the prefix is empty, or has a head, or the folder holds a
-            run.
+        ConfigError: An unknown version or type, the prefix is empty, or has a head, the folder holds a run, or the
+            name has folders.
     """
+    if Path(name).name != name:
+        raise ConfigError(f"name is {name!r}, which has folders.", hint="name the folder by `folder`.")
     check_folder(folder, "llama.cpp")
     check_exportable(prefix, backbone, "llama.cpp")
     if has_adapter(backbone.model):
