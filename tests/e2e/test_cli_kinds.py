@@ -54,6 +54,10 @@ def test_labels_with_probabilities(models, tmp_path):
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
         scores = json.loads(run("evaluate", "--prefix", prefix, "--data", str(data), "--limit", "8", "--json")[0])
         assert set(scores["scores"]) == {"accuracy", "macro_f1"}
+    # All labels of the file are to choose from, and the metric that is asked for is given.
+    bare = ("--backbone", models["llama"], "--task", "classification", "--data", str(data))
+    out, _ = run("evaluate", *bare, "--limit", "1", "--metrics", "accuracy", "--json")
+    assert set(json.loads(out)["scores"]) == {"accuracy"}
 
 
 def test_tags(models, tmp_path):

@@ -61,8 +61,12 @@ def test_groups_patterns_formats_and_files_of_tasks(folder, arguments):
 
 
 def test_mistakes(folder, arguments, tmp_path):
+    task = (folder / "tasks" / "made_rolling.yaml").read_text()
+    (tmp_path / "lost.yaml").write_text(task.replace("made_rolling.jsonl", "nowhere.jsonl"))
     for options in (
         ["--tasks", "made_choises"],
+        ["--tasks", str(tmp_path / "lost.yaml")],
+        ["--tasks", "made_texts", "--num-fewshot", "99"],
         ["--tasks", "made_texts", "--prefix", f"{tmp_path / 'none.safetensors'}"],
         ["--tasks", "made_texts", "--format", "prefix"],
     ):

@@ -231,7 +231,7 @@ def _messages(as_json: bool) -> Iterator[None]:
         def show_plainly(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
             if issubclass(category, PrefixWarning):
                 console.warn(str(message))
-            else:
+            elif not as_json:
                 show(message, category, *rest, **options)
 
         warnings.showwarning = show_plainly

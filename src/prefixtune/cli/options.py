@@ -234,7 +234,8 @@ def _parameter(options: type[CommandOptions], name: str, field: FieldInfo) -> in
         # What a file of --config may switch on, the command line can switch off.
         "negative": None if switch and "group" in extra else (),
         "consume_multiple": extra.get("many", False),
-        "allow_repeating": True,
+        # The last one counts, but several prefixes may be meant.
+        "allow_repeating": several or name != "prefix",
         # A lone - is standard input, and weights may be negative.
         "allow_leading_hyphen": name in _WITH_HYPHEN and "many" not in extra,
     }

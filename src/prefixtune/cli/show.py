@@ -78,3 +78,8 @@ def format_score(score: Score) -> str:
     """A score with two digits after the point on a scale of 100, otherwise four; and its interval."""
     text = f"{score.score:.{2 if abs(score.score) >= 10 else 4}f}"
     return f"{text} [{score.interval[0]:.4g}, {score.interval[1]:.4g}]" if score.interval else text
+
+
+def for_stdout(text: str) -> str:
+    """A model's text, without what would steer a terminal that shows it."""
+    return safe_text(text.replace("\r", "")) if sys.stdout.isatty() else text

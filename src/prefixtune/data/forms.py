@@ -388,7 +388,7 @@ def _prompt(record: Record, form: Form, columns: Sequence[Sequence[str]], needs_
     if not any(_holds_messages(record.values.get(column)) for column in ("prompt", answer)):
         return _pair(record, form, columns, needs_targets)
     messages = [*_system(record), *_messages(record, "prompt", "user")]
-    if record.values.get(answer) is not None:
+    if _is_filled(record.values.get(answer)):
         messages += _messages(record, answer, "assistant")
     return _chat(record, messages, needs_targets)
 

@@ -8,6 +8,7 @@ scores, in the hub's model-index format.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import textwrap
@@ -229,8 +230,7 @@ def read_evaluations(given: Any, task: str = "") -> list[Evaluation]:
     try:
         if isinstance(given, str | os.PathLike):
             path = Path(given)
-            text = (path / EVALUATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
-            return [Evaluation.model_validate_json(text)]
+            given = json.loads((path / EVALUATION_FILE if path.is_dir() else path).read_text(encoding="utf-8"))
         found = Evaluation.model_validate(given)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)

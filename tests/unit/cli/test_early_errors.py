@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labels = [{"text": name, "label": name} for name in ("Ann", "Bo")]
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    (tmp_path / "cyrillic.jsonl").write_text(json.dumps({"question": "x", "answer": "\u0434\u0430"}))
     asked = {"question": "Who eats?", "answer": "Ann."}
     (tmp_path / "questions.jsonl").write_text(json.dumps(asked) + "\n")
     (tmp_path / "run.toml").write_text('backbone = "model"\ntrain = "nothere.jsonl"\n')
@@ -75,8 +76,10 @@ MISTAKES = [
     ("evaluate --backbone model --data rows.jsonl --source name --target text --instruction {source}", "{source}"),
     ("evaluate --data labels.jsonl --outputs file --device cpu", "--device"),
     ("evaluate --data labels.jsonl --outputs=", "--outputs"),
-    ("evaluate --data labels.jsonl --outputs run/outputs.jsonl --output run --limit 1", "--output"),
-    ("evaluate --data rows.jsonl --outputs a.txt --against run/outputs.jsonl --output run", "--against"),
+    ("evaluate --data labels.jsonl --outputs run/../run/outputs.jsonl --output run --limit 1", "--output"),
+    ("evaluate --data rows.jsonl --outputs a.txt --against run/../run/outputs.jsonl --output run", "--against"),
+    ("evaluate --prefix p.safetensors --prefix q.safetensors --data rows.jsonl", "--prefix"),
+    ("evaluate --backbone model --data cyrillic.jsonl --metrics rouge_l", "ROUGE"),
     ("train --together nowhere.toml", "nowhere.toml"),
     (TRAIN + "--epochs -1 --seed x", "--epochs is '-1'"),
     ("generate --prefix p.safetensors --prefix q.safetensors x y", "different backbones"),
@@ -101,10 +104,13 @@ MISTAKES = [
     ("serve --backbone model --prefixes nowhere", "nowhere"),
     ("worker --backbone model --prefixes nowhere", "nowhere"),
     ("jobs create nowhere.jsonl --url http://127.0.0.1:9/v1 --model m", "nowhere.jsonl"),
+    ("jobs show ftjob-1 --name x", "--name"),
+    ("jobs list --url http://here:abc/v1", "--url"),
     ("report nowhere", "nowhere"),
     ("env --jsn", "--json"),
     ("data nowhere.jsonl --backbone model", "nowhere.jsonl"),
     ("lm-eval --tsks x", "--tasks"),
+    ("lm-eval --tasks x --prefix=", "--prefix"),
 ]
 
 

@@ -173,6 +173,6 @@ def test_which_key_is_sent(jobs, server, monkeypatch):
     jobs()
     monkeypatch.setenv("PREFIXTUNE_API_KEY", "pt-a")
     jobs()
-    jobs("list", "--key", "pt-b")
+    jobs("list", "--key", "pt-\u00e9")
     sent = [headers.get("Authorization") for _, _, headers, _ in server.asked]
-    assert sent == [None, "Bearer sk-a", "Bearer pt-a", "Bearer pt-b"]
+    assert sent == [None, "Bearer sk-a", "Bearer pt-a", "Bearer pt-\u00c3\u00a9"]

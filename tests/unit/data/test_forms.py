@@ -235,6 +235,7 @@ def test_an_empty_column_gives_way_to_a_filled_one_of_the_same_meaning():
 def test_where_a_chat_is_from_is_no_field_of_an_example():
     chats = [{"messages": [USER, ASSISTANT], "source": "forum"}, {"messages": [USER, ASSISTANT]}]
     assert [example.targets for example in as_examples(chats, needs_targets=True)] == [("Hello. ",)] * 2
+    assert as_examples([{"prompt": [USER], "completion": ""}])[0].targets == ()
     (pair,) = as_examples([{"prompt": "1+1", "completion": "2", "source": "forum"}])
     assert (pair.source, pair.targets) == ("1+1", ("2",))
     assert as_examples([{"messages": [USER], "source": "forum"}])[0].source == "Hi"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from prefixtune.cli.conversation import Conversation
 from prefixtune.cli.decoding import EngineOptions, task_decoding
 from prefixtune.cli.loading import load_trained, read_trained, short_name, started_engine
 from prefixtune.cli.options import PREFIX, Conflicts, command, option
-from prefixtune.cli.show import print_json
+from prefixtune.cli.show import for_stdout, print_json
 from prefixtune.errors import ConfigError, PrefixError, RequestError, did_you_mean
 from prefixtune.sampling.config import SamplingConfig
 from prefixtune.utils.config import TextList
@@ -164,7 +163,7 @@ class _Terminal:
         if conversation.reads_one_message and conversation.messages and not self._said_one_message:
             self._said_one_message = True
             self._console.info(f"the prefix {conversation.name!r} reads your last message only, not those before it")
-        on_piece = (lambda _: None) if self._as_json else partial(print, end="", flush=True)
+        on_piece = (lambda _: None) if self._as_json else lambda piece: print(for_stdout(piece), end="", flush=True)
         answer = conversation.ask(text, on_piece, lambda _: self._console.info("your message was truncated to fit"))
         if self._as_json:
             row = {"text": text, "output": answer.text, "prefix": conversation.name or None}

@@ -82,9 +82,9 @@ def demo(options: DemoOptions) -> None:
     backbone = load_backbone(DEFAULT_BACKBONE, dtype="auto")
     console.info(f"{backbone!r}")
     write_text(folder / _RESULT, "{}\n")
-    for part in ("prefixes", *SKILLS):
+    for part in SKILLS:
         shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / "prefixes").mkdir()
+    (folder / "prefixes").mkdir(exist_ok=True)
     prefixes = {}
     for name, skill in SKILLS.items():
         console.info(f"{name}: {len(skill.rows)} rows")
@@ -148,7 +148,7 @@ def _figures(backbone: Backbone, prefixes: Mapping[str, Prefix], folder: Path) -
         "right_after": count("after"),
         "backbone_parameters": backbone.num_parameters,
         "stored_parameters": next(iter(prefixes.values())).num_parameters,
-        "file_bytes": next((folder / "prefixes").iterdir()).stat().st_size,
+        "file_bytes": (folder / "prefixes" / f"{next(iter(prefixes))}.safetensors").stat().st_size,
         "prefixes": str(folder / "prefixes"),
         "answers": answers,
     }

@@ -57,10 +57,10 @@ class EvaluateOptions(DecodingOptions, ReadingOptions):
         decoding = DecodingOptions.model_fields.keys() - OutputOptions.model_fields
         yield from self.apart("outputs", "prefix", "run_folder", "shots", "instruction", *sorted(decoding))
         yield from self.only_with("outputs", "against", "protocol")
-        written = Path(self.output or "", "outputs.jsonl")
-        if self.limit and self.outputs and Path(self.outputs) == written:
+        written = Path(self.output or "", "outputs.jsonl").resolve()
+        if self.limit and self.outputs and Path(self.outputs).resolve() == written:
             yield ("output", "outputs"), "--output would shorten the file of --outputs to --limit outputs"
-        if self.output and self.against and Path(self.against) == written:
+        if self.output and self.against and Path(self.against).resolve() == written:
             yield ("output", "against"), "--output would write over the file of --against"
         yield from self.only_with("train", "shots")
         yield from self.only_with("shots", "train")
@@ -99,7 +99,7 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.print_config:
             print(config.to_toml().rstrip())
             return
-        outcome = _decode(options, trained, scored, task, config, _read_shots(options, header))
+        outcome = _decode(options, trained, examples, task, config, _read_shots(options, header))
     split = f" ({options.split})" if options.split else ""
     of = options.outputs or options.run_folder or options.prefix or options.backbone or "the bare model"
     outcome = outcome.with_facts(
@@ -179,10 +179,12 @@ def _decode(
 
     console, header = options.console, trained.headers[0]
     labels = labels_in(header) if trained.weights else None
-    _check(options, trained, labels, examples, task, shots)
+    # The bare model chooses among the labels of the whole file.
+    labels = _check(options, trained, labels, examples, task, shots)
+    examples = examples[: options.limit or None]
     if options.metrics and task.kind == "generation":
-        # Any text shows whether a program is missing that a metric needs.
-        word = [Example("a word", ("a word",))]
+        # Whether a program is missing that a metric needs, or a metric cannot read the references.
+        word = [Example("a word", (" ".join(text for one in examples for text in one.targets)[:100_000],))]
         score_outputs(["a word"], word, protocol=task.protocol, metrics=options.metrics, strict=True)
     overlap = _overlap(options, trained, examples, shots)
     backbone, prefixes, text_format = load_trained(options, trained)
@@ -221,7 +223,8 @@ def _decode(
         "protocol": task.protocol,
     }
     method = "few-shot" if shots else header.get("method", "prefix") if header else "zero-shot"
-    facts = {"method": method, "prefix": options.prefix, "overlap": overlap, "settings": settings}
+    scores = {name: one for name, one in outcome.scores.items() if name in (options.metrics or outcome.scores)}
+    facts = {"method": method, "scores": scores, "prefix": options.prefix, "overlap": overlap, "settings": settings}
     return outcome.with_facts(backbone=backbone.name, **facts)
 
 
@@ -232,13 +235,14 @@ def _check(
     examples: Sequence[Example],
     task: Task,
     shots: Sequence[Example],
-) -> None:
-    """Refuse labels, an engine or an instruction that do not go with the rest."""
+) -> Labels | None:
+    """Refuse labels, an engine or an instruction that do not go with the rest; returns the labels to choose from."""
     from prefixtune.evaluation.evaluate import check_literal, labels_to_predict
 
     how: dict[str, Any] = {"intervals": options.intervals, "engine": options.engine}
-    labels_to_predict(labels, next(iter(trained.prefixes), None), task.kind, examples, **how)
+    found = labels_to_predict(labels, next(iter(trained.prefixes), None), task.kind, examples, **how)
     check_literal(options.instruction, shots)
+    return None if trained.prefixes else found
 
 
 def _prompting(options: EvaluateOptions, backbone: Backbone, shots: Sequence[Example]) -> TextFormat | None:

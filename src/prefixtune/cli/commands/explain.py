@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_trained, read_as_trained, read_trained, short_name
-from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, ReadingOptions, command, option
+from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, PathText, ReadingOptions, command, option
 from prefixtune.cli.show import Table
 from prefixtune.errors import PrefixError
 from prefixtune.utils.config import CommaList, TextList
@@ -93,7 +93,7 @@ class ExplainOptions(BackboneOptions, PageOptions, ReadingOptions):
 
     prefix: str = option(description=PREFIX, positional=True)
     data: str = option(description="examples with targets, best not those of the training", metavar="PATH")
-    against: str = option("", "a prefix of another task, to compare with", metavar="FILE")
+    against: PathText = option("", "a prefix of another task, to compare with", metavar="FILE")
     views: CommaList[Literal["attention", "loss", "nearest", "description", "general"]] = option(
         (), "only these, of attention,loss,nearest,description,general", metavar="NAMES"
     )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefixtune.cli.decoding import DecodingOptions
 from prefixtune.cli.loading import Trained, load_trained, read_trained, started_engine
 from prefixtune.cli.options import PREFIX, Conflicts, PathText, command, option
+from prefixtune.cli.show import for_stdout
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.utils.config import TextList
-from prefixtune.utils.console import safe_text
 
 if TYPE_CHECKING:
     from prefixtune.backbone.backbone import Backbone
@@ -112,7 +112,7 @@ def generate(options: GenerateOptions) -> None:
     used = dict(zip(kept, chosen, strict=True))
     for index, line in enumerate(lines):
         row = results.get(index, {"text": line, "output": "", "ended": True, "cut": False, "note": "the line is blank"})
-        text = _for_stdout(row["output"].replace("\n", "\\n").replace("\r", "\\r"))
+        text = for_stdout(row["output"].replace("\n", "\\n").replace("\r", "\\r"))
         number = used.get(index, index % len(names))
         options.show({**row, "prefix": None if number is None else names[number]}, text)
 
@@ -215,7 +215,7 @@ def _stream(work: _Work, engine: Engine | None) -> None:
     from prefixtune.inference.generate import stream
 
     for piece in stream(work.backbone, work.texts[0], work.prefixes[0], engine=engine, **work.how):
-        print(_for_stdout(piece), end="", flush=True)
+        print(for_stdout(piece), end="", flush=True)
     print()
 
 
@@ -274,8 +274,3 @@ def _class_row(text: str, one: Prediction) -> dict[str, Any]:
 
 def _rounded(one: Prediction) -> dict[str, float]:
     return {label: round(share, 6) for label, share in one.probabilities.items()}
-
-
-def _for_stdout(text: str) -> str:
-    """A model's text, without what would steer a terminal that shows it."""
-    return safe_text(text.replace("\r", "")) if sys.stdout.isatty() else text

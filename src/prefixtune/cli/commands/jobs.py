@@ -67,6 +67,9 @@ class JobsOptions(OutputOptions):
             yield ("what",), f"{self.action} {'takes no' if self.what else 'needs a'} file, name or id"
         if wrong := [text for text in self.option if not re.match(r"[a-z_]+=", text)]:
             yield ("option",), f"--option is {wrong[0][:80]!r}, but must be NAME=VALUE"
+        given = [name for name in ("model", "name", "validation", "questions", "option") if self.has(name)]
+        if given and self.action != "create":
+            yield tuple(given), f"{' and '.join(map(self.flag, given))}: for create, not for {self.action}"
 
 
 @command
@@ -209,7 +212,7 @@ class _Client:
     def __init__(self, options: JobsOptions) -> None:
         import httpx2
 
-        if not re.match(r"https?://[^@/?#]+(/[^?#]*)?$", options.url):
+        if not re.match(r"https?://(\[[\da-fA-F:.]+\]|[^@/?#:\[\]]+)(:\d{1,5})?(/[^?#]*)?$", options.url):
             raise ConfigError("--url must be an address of http or https, without a key.", hint="http://here/v1, say.")
         # A key for another server is not sent.
         is_other = os.environ.get(_OTHER_URL, "").rstrip("/") == options.url.rstrip("/")
@@ -217,7 +220,7 @@ class _Client:
         self.url, self._console = options.url.rstrip("/"), options.console
         self._patience = _FOLLOW_SECONDS if options.follow or options.action == "follow" else _ASK_SECONDS
         self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {key}".encode()} if key else {},
             timeout=httpx2.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
             # Proxies of the environment are for other machines.
             trust_env=httpx2.URL(options.url).host not in ("localhost", "127.0.0.1", "::1"),

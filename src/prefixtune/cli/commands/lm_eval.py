@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
 from prefixtune.cli.decoding import BackboneOptions
 from prefixtune.cli.loading import load_trained, read_trained
-from prefixtune.cli.options import PREFIX, Conflicts, command, option
-from prefixtune.errors import ConfigError
+from prefixtune.cli.options import PREFIX, Conflicts, PathText, command, option
+from prefixtune.errors import ConfigError, first_line
 from prefixtune.utils.config import CommaList
 from prefixtune.utils.extras import needs_extra
 
@@ -22,7 +23,7 @@ class LmEvalOptions(BackboneOptions):
         min_length=1,
         metavar="NAMES",
     )
-    prefix: str = option("", f"{PREFIX}; without it: the bare model", metavar="FILE")
+    prefix: PathText = option("", f"{PREFIX}; without it: the bare model", metavar="FILE")
     format: Literal["raw", "prefix"] = option(
         "raw", "how a context is read: raw: as by lm-eval's hf model; prefix: as a source, in the prefix's text format"
     )
@@ -51,7 +52,11 @@ def lm_eval(options: LmEvalOptions) -> None:
         prefixtune lm-eval --tasks lambada_openai --backbone smollm2-135m --json > results.json
         prefixtune lm-eval --prefix runs/mine --tasks my_task --include-path tasks --format prefix
     """
+    if options.console.quiet:
+        os.environ["TQDM_DISABLE"] = "1"
     with needs_extra("lm-eval", "`prefixtune lm-eval`"):
+        import jinja2
+        import yaml
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
@@ -77,18 +82,22 @@ def lm_eval(options: LmEvalOptions) -> None:
     )
     if options.apply_chat_template and not model.chat_template(True):
         raise ConfigError(f"{backbone.name!r} has no chat template.", hint="leave --apply-chat-template out.")
-    results = simple_evaluate(
-        model=model,
-        model_args={"model": backbone.name, "prefix": options.prefix},
-        tasks=list(dict.fromkeys(task for found in matched.values() for task in found)),
-        task_manager=manager,
-        batch_size=model.batch_size,
-        device=str(model.device),
-        log_samples=False,
-        limit=options.limit or None,
-        num_fewshot=options.num_fewshot,
-        apply_chat_template=options.apply_chat_template,
-    )
+    try:
+        results = simple_evaluate(
+            model=model,
+            model_args={"model": backbone.name, "prefix": options.prefix},
+            tasks=list(dict.fromkeys(task for found in matched.values() for task in found)),
+            task_manager=manager,
+            batch_size=model.batch_size,
+            device=str(model.device),
+            log_samples=False,
+            limit=options.limit or None,
+            num_fewshot=options.num_fewshot,
+            apply_chat_template=options.apply_chat_template,
+        )
+    except (OSError, ValueError, jinja2.TemplateError, yaml.YAMLError) as error:
+        hint = "check the task's file and its data, --num-fewshot, and the connection."
+        raise ConfigError(f"lm-eval cannot run these tasks: {first_line(error)}", hint=hint) from error
     groups = [make_table(results, "groups")] if results.get("groups") else []
     facts = json.loads(json.dumps(results, default=handle_non_serializable))
     options.show(facts, make_table(results), *groups)
