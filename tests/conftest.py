@@ -229,6 +229,12 @@ def shared_data():
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that the tests of a module share."""
+    return tmp_path_factory.mktemp("module")
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A Chromium with a profile of its own."""
     from browser import Browser

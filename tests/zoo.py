@@ -98,6 +98,10 @@ _PLAIN = {
     "max_position_embeddings": MAX_POSITIONS,
 }
 _GROUPED = {**_PLAIN, "num_key_value_heads": 2}
+_FALCON = {**_PLAIN, "ffn_hidden_size": 48}
+_FALCON_40B = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+_FALCON_RW = {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+_MODERN = {**_PLAIN, "local_attention": 8, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
 _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": MAX_POSITIONS}
 _BERT = {**_PLAIN, "type_vocab_size": 2}
 _ROBERTA = {**_BERT, "max_position_embeddings": MAX_POSITIONS + 128}
@@ -160,6 +164,14 @@ _DELTA = {
     "linear_num_value_heads": 4,
 }
 _FOUR_LAYERS = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+_GEMMA_SHARED = {
+    **_GROUPED,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 4,
+    "hidden_size_per_layer_input": 8,
+}
 _GEMMA_PART = {**_GROUPED, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}
 
 
@@ -204,27 +216,9 @@ _DECODERS = (
     _decoder("gpt_bigcode", "StarCoder, SantaCoder", _GPT2, multi_query=True),
     _decoder("opt", "OPT, Galactica", _PLAIN, ffn_dim=48, word_embed_proj_dim=32),
     _decoder("bloom", "BLOOM, BLOOMZ", hidden_size=32, n_layer=3, n_head=4),
-    _decoder("falcon", "Falcon", _PLAIN, ffn_hidden_size=48),
-    _decoder(
-        "falcon-grouped",
-        "Falcon-40B, Falcon 2",
-        _PLAIN,
-        ffn_hidden_size=48,
-        new_decoder_architecture=True,
-        num_kv_heads=2,
-        model_type="falcon",
-    ),
-    _decoder(
-        "falcon-alibi",
-        "Falcon-RW",
-        _PLAIN,
-        ffn_hidden_size=48,
-        alibi=True,
-        multi_query=False,
-        parallel_attn=False,
-        bias=True,
-        model_type="falcon",
-    ),
+    _decoder("falcon", "Falcon", _FALCON),
+    _decoder("falcon-grouped", "Falcon-40B, Falcon 2", _FALCON_40B, model_type="falcon"),
+    _decoder("falcon-alibi", "Falcon-RW", _FALCON_RW, model_type="falcon"),
     _decoder("mpt", "MPT", d_model=32, n_heads=4, n_layers=3, max_seq_len=MAX_POSITIONS),
     _decoder("llama", "LLaMA, SmolLM2, TinyLlama, Vicuna", _GROUPED),
     _decoder("mistral", "Mistral 7B", _GROUPED, sliding_window=4),
@@ -244,13 +238,8 @@ _DECODERS = (
     _decoder(
         "gemma3n_text",
         "Gemma 3n (text)",
-        _GROUPED,
+        _GEMMA_SHARED,
         head_dim=16,
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        sliding_window=4,
-        hidden_size_per_layer_input=8,
         altup_num_inputs=2,
         laurel_rank=4,
         activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
@@ -259,13 +248,8 @@ _DECODERS = (
     _decoder(
         "gemma4_text",
         "Gemma 4 (text)",
-        _GROUPED,
+        _GEMMA_SHARED,
         head_dim=8,
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        sliding_window=4,
-        hidden_size_per_layer_input=8,
         per_layer_config={"1": {"head_dim": 16}, "3": {"head_dim": 16}},
         vocabulary=("vocab_size_per_layer_input",),
     ),
@@ -316,13 +300,7 @@ _DECODERS = (
     ),
     _decoder("biogpt", "BioGPT", _PLAIN),
     _decoder("ctrl", "CTRL", _GPT2, dff=48),
-    _decoder(
-        "modernbert-decoder",
-        "Ettin (decoder)",
-        _PLAIN,
-        local_attention=8,
-        layer_types=["full_attention", *["sliding_attention"] * 2],
-    ),
+    _decoder("modernbert-decoder", "Ettin (decoder)", _MODERN),
 )
 
 _HYBRIDS = (
@@ -417,8 +395,7 @@ _HYBRIDS = (
     _hybrid(
         "recurrent_gemma",
         "RecurrentGemma",
-        _PLAIN,
-        num_key_value_heads=2,
+        _GROUPED,
         lru_width=32,
         attention_window_size=4,
         block_types=["recurrent", "recurrent", "attention"],
@@ -542,13 +519,7 @@ _ENCODERS = (
         norm_rel_ebd="layer_norm",
         position_biased_input=False,
     ),
-    _encoder(
-        "modernbert",
-        "ModernBERT, Ettin (encoder)",
-        _PLAIN,
-        local_attention=8,
-        layer_types=["full_attention", *["sliding_attention"] * 2],
-    ),
+    _encoder("modernbert", "ModernBERT, Ettin (encoder)", _MODERN),
     _encoder("eurobert", "EuroBERT", _GROUPED, head_dim=8),
     _encoder("nomic_bert", "nomic-embed-text", _BERT, head_dim=8),
     _encoder("roformer", "RoFormer", _BERT, embedding_size=32),

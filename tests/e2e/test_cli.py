@@ -18,11 +18,6 @@ from zoo import store_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("cli")
-
-
-@pytest.fixture(scope="module")
 def model(folder):
     return store_model(folder / "model", "llama", max_position_embeddings=256)
 

@@ -14,12 +14,6 @@ from training_jobs import wait_until
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the model, the prefixes and the data of the server."""
-    return tmp_path_factory.mktemp("jobs")
-
-
-@pytest.fixture(scope="module")
 def server(folder):
     settings = f'data_folder = "{folder / "data"}"\ntrain_threads = 1'
     fill_folder(folder, settings=settings, keys={"alice": "", "bob": ""})

@@ -34,11 +34,6 @@ MR = "name[The Vaults], eatType[pub], area[riverside]"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("serving")
-
-
-@pytest.fixture(scope="module")
 def backbone(folder):
     framed = {"prompt": "{source}{separator}", "target": "<<{target}>>", "source": "text"}
     prefixes = {

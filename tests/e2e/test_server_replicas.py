@@ -27,11 +27,6 @@ CONFIGURATION = Path(__file__).resolve().parents[2] / "deploy" / "nginx.conf"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("replicas")
-
-
-@pytest.fixture(scope="module")
 def backbone(folder):
     return fill_folder(folder, keys={"me": "admin = true"})
 

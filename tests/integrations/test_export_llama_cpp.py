@@ -169,11 +169,6 @@ class Runtime:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("llama-cpp")
-
-
-@pytest.fixture(scope="module")
 def make(folder, tiny_backbone):
     """A factory: `make(model_type)` gives a backbone and its GGUF file."""
     made = {}

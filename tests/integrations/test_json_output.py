@@ -33,11 +33,6 @@ COMPLEX = [{"type": "object", "properties": {f"p{n}": {"type": "null"} for n in 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("json")
-
-
-@pytest.fixture(scope="module")
 def backbone(folder):
     return fill_folder(folder, {"pubs": {"task": "e2e"}, "facts": {"task": "e2e"}})
 

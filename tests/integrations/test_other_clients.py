@@ -15,11 +15,6 @@ PROMPT = "Two trains to Oldbridge"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clients")
-
-
-@pytest.fixture(scope="module")
 def backbone(folder):
     return fill_folder(folder, {"pubs": {"task": "e2e"}, "facts": {"task": "e2e"}})
 

@@ -192,12 +192,7 @@ REFUSED = {
     "bloom": lambda: transformers.BloomConfig(vocab_size=105, hidden_size=32, n_layer=2, n_head=4),
     # It attends twice with the same keys, to two values.
     "diffllama": lambda: transformers.DiffLlamaConfig(
-        vocab_size=105,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=105, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
     ),
 }
 
