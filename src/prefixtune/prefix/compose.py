@@ -127,11 +127,12 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     """
     names = check_joinable(prefixes, names)
     mode = "average" if weights is None else "interpolate"
-    weights = [1 / len(prefixes)] * len(prefixes) if weights is None else list(weights)
+    weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
     are_numbers = all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         hint = f"give {len(prefixes)} numbers, each divided by their sum."
         raise ConfigError(f"the weights are {short_repr(weights)}, and not one for each, with sum 1.", hint=hint)
+    weights = [float(one) for one in weights]
     named = [prefix.named_tensors() for prefix in prefixes]
     kinds = [
         ({key: tensor.shape for key, tensor in one.items()}, prefix.header.get("labels"))
@@ -144,9 +145,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
         )
     dtype, device = _widest(prefixes), prefixes[0].device
     mean = {
-        key: torch.stack(
-            [float(weight) * one[key].to(device).float() for weight, one in zip(weights, named, strict=True)]
-        )
+        key: torch.stack([weight * one[key].to(device).float() for weight, one in zip(weights, named, strict=True)])
         for key in named[0]
     }
     header = lead_header(prefixes, len(prefixes) - 1)
@@ -325,7 +324,7 @@ def _describe_parts(
         entry |= {key: header.get(key) for key in ("task", "license")}
         entry |= {key: (header.get("training") or {}).get(key) for key in ("dev_loss", "backbone_dtype")}
         if weights:
-            entry["weight"] = float(weights[number])
+            entry["weight"] = weights[number]
         if inner:
             entry["composition"] = {"mode": earlier.get("mode"), "hashes": [part.get("hash", "") for part in inner]}
         parts.append({key: value for key, value in entry.items() if value is not None})
