@@ -2,7 +2,8 @@
 
     python research/results/recompute.py PATH/e2e/test.jsonl.gz [STUDY ...]
 
-PATH is where E2E's test set is, one JSON object with "references" a line. Without names: methods and low-data.
+PATH is where E2E's test set is, one JSON object with "references" a line. Without names: few-rows, methods and
+low-data. The claims of few-rows are tested with scipy.
 """
 
 import gzip
@@ -24,17 +25,19 @@ def main(data, *names):
     with gzip.open(data, "rt", encoding="utf-8") as file:
         entries = [json.loads(line)["references"] for line in file]
     references = {item_key(texts): texts for texts in entries}
-    for name in names or ("methods", "low-data"):
+    for name in names or ("few-rows", "methods", "low-data"):
         path = FOLDER / f"{name}.outputs.json.gz"
         print(f"\n{name}")
         if path.exists():
-            print_scores(json.loads(gzip.decompress(path.read_bytes())), references)
+            scores = print_scores(json.loads(gzip.decompress(path.read_bytes())), references)
+            if name == "few-rows":
+                print_claims(scores)
         else:
             print(f"  {path.name} is not there: the study has not run yet")
 
 
 def print_scores(study, references):
-    """One line for each point: the mean over its runs, the standard deviation, and the range."""
+    """One line for each point: the mean over its runs, the standard deviation, and the range. Returns all scores."""
     items = [references[key] for key in study["items"]]
     scores = {}
     for index, cell in enumerate(study["cells"]):
@@ -45,6 +48,24 @@ def print_scores(study, references):
         if len(values) > 1:
             text += f" ± {stdev(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         print(f"  {point}: {text}")
+    return scores
+
+
+def print_claims(scores):
+    """The prefix less each other method, by the mean over sizes: Student's interval and p over samples."""
+    from scipy.stats import ttest_1samp
+
+    sizes = {}
+    for point, values in scores.items():
+        sizes.setdefault(point.rpartition("-n")[0], []).append(values)
+    means = {method: [mean(sample) for sample in zip(*found, strict=True)] for method, found in sizes.items()}
+    prefix = means.pop("prefix-examples")
+    for method, other in means.items():
+        differences = [one - another for one, another in zip(prefix, other, strict=True)]
+        test = ttest_1samp(differences, 0)
+        low, high = test.confidence_interval()
+        span = f"{mean(differences):+.2f} (95 %: {low:+.2f} to {high:+.2f})"
+        print(f"  prefix-examples less {method}: {span}, p = {test.pvalue:.4f}, not corrected")
 
 
 def bleu(outputs, items):
