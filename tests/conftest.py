@@ -263,7 +263,7 @@ def data(tmp_path):
 
     made = DataFolder(tmp_path / "data")
     made.make()
-    JobQueue(f"sqlite:///{made.database}").close()
+    JobQueue(made.database_url).close()
     return made
 
 
@@ -272,6 +272,6 @@ def queue(data):
     """The queue of jobs of `data` (`jobs.queue.JobQueue`)."""
     from prefixtune.jobs.queue import JobQueue
 
-    made = JobQueue(f"sqlite:///{data.database}")
+    made = JobQueue(data.database_url)
     yield made
     made.close()

@@ -5,9 +5,10 @@
     ├── BackboneError     a model cannot be loaded, or cannot have a prefix
     ├── CheckpointError   an artifact or a training state is broken, foreign or newer
     ├── DataError         an input file, a row or an example is wrong
+    │   └── DevelopmentDataError  it is one of the development data
     ├── TrainingError     a run cannot go on (the loss is not finite, the disk is full)
     └── RequestError      a generation request cannot be served
-        ├── ContextLengthError  it needs more positions than there are (in `engine.request`)
+        ├── ContextLengthError  it needs more positions than there are
         └── EngineFull     it could be another time: too many wait (in `engine.request`)
 
 A message says what failed, the value got, what is allowed, and in `hint` the next step. The command line prints
@@ -21,6 +22,7 @@ that no value forges a second line or fills a log; `short_repr` shortens a singl
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
@@ -74,12 +76,33 @@ class DataError(PrefixError):
     """An input file, one of its rows, or an example is wrong."""
 
 
+class DevelopmentDataError(DataError):
+    """It is one of the development data."""
+
+
+@contextlib.contextmanager
+def reading_development_data() -> Iterator[None]:
+    """Do something with the development data of a run: what is wrong with it is said to be in there.
+
+    Raises:
+        DevelopmentDataError: In place of any `DataError`.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DevelopmentDataError(f"in the development data: {error.message}", hint=error.hint) from error
+
+
 class TrainingError(PrefixError):
     """A training run cannot go on; the last good state is kept."""
 
 
 class RequestError(PrefixError):
     """A generation request cannot be served."""
+
+
+class ContextLengthError(RequestError):
+    """It needs more positions than there are."""
 
 
 _LONGEST_WORD = 1000

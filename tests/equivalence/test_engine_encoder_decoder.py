@@ -12,8 +12,8 @@ from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
-from prefixtune.errors import BackboneError
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import BackboneError, ContextLengthError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from zoo import make_model

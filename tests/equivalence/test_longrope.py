@@ -9,8 +9,8 @@ from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.examples import Example
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import ConfigError, ContextLengthError, RequestError
 from prefixtune.evaluation.evaluate import evaluate
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig

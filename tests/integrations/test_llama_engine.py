@@ -26,8 +26,8 @@ from prefixtune.engine import Engine
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.remote_server import RemoteServer
-from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixError, RequestError
 from prefixtune.inference.generate import generate, stream
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.sampling.grammar import compile_json_schema

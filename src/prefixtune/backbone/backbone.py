@@ -102,6 +102,11 @@ class Backbone:
         return int(getattr(head, "out_features", 0) or head.weight.shape[0])
 
     @property
+    def num_embeddings(self) -> int:
+        """How many tokens it can read."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def max_positions(self) -> int | None:
         """How many positions the model was made for; None when its configuration does not say (T5: any number).
 
@@ -200,10 +205,26 @@ class Backbone:
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def more_end_ids(self) -> tuple[int, ...]:
+        """The special tokens, besides `eos_id`, at which the model's own generation configuration ends a text."""
+        given = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids, known = [given] if isinstance(given, int) else given or (), self.tokenizer.added_tokens_decoder
+        return tuple(one for one in ids if one != self.eos_id and one in known and known[one].special)
+
+    @property
+    def begins_texts(self) -> bool:
+        """Whether the tokenizer puts its beginning-of-sequence token before every text (Gemma, Llama)."""
+        begins: bool | None = self.tokenizer_cache.get("begins_texts")
+        if begins is None:
+            begins = self.tokenizer("", verbose=False)["input_ids"][:1] == [self.tokenizer.bos_token_id]
+            self.tokenizer_cache["begins_texts"] = begins
+        return begins
+
+    @property
     def pad_id(self) -> int:
-        """What padding is filled with; it is masked, so any id does."""
+        """What padding is filled with; it is masked, so any id that the model has does."""
         pad = self.tokenizer.pad_token_id
-        return self.eos_id if pad is None else int(pad)
+        return self.eos_id if pad is None or pad >= self.num_embeddings else int(pad)
 
     @property
     def decoder_start_id(self) -> int:
@@ -303,14 +324,14 @@ class Backbone:
         model.requires_grad_(False)
         model.eval()
         silence_dropout(model)
-        # Decoding follows `GenerateConfig` alone: a penalty or ban that the model's files bring along would apply
-        # silently, and count the padding.
+        # Decoding follows `GenerateConfig` alone, but for where a text begins and ends: a penalty or ban that the
+        # model's files bring along would apply silently, and count the padding.
         from transformers import GenerationConfig
 
         stored = getattr(model, "generation_config", None)
         if stored is not None:
             # How an encoder-decoder's output begins belongs to the model; its generation configuration wins.
-            model.generation_config = GenerationConfig()
+            model.generation_config = GenerationConfig(eos_token_id=getattr(stored, "eos_token_id", None))
             for key in ("decoder_start_token_id", "forced_bos_token_id"):
                 token = getattr(stored, key, None)
                 setattr(model.generation_config, key, getattr(model.config, key, None) if token is None else token)

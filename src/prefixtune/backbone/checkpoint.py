@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.errors import BackboneError, first_line
+from prefixtune.errors import BackboneError, PrefixError, first_line
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, IndexError, struct.error, SafetensorError)
 _SHOWN = 5
 """Most weights that an error names."""
 
@@ -68,7 +65,10 @@ def reading(name: str) -> Iterator[None]:
     with quiet_transformers():
         try:
             yield
-        except _UNREADABLE as error:
+        except PrefixError:
+            raise
+        # Libraries have errors of their own for files that are newer than they are.
+        except Exception as error:
             raise BackboneError(
                 f"cannot load the backbone {name!r}: {first_line(error)}",
                 hint="give a hub id, a .gguf file, a folder with config.json, safetensors weights and a tokenizer, or "

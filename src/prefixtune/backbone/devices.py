@@ -76,7 +76,7 @@ def check_quantization(kind: str) -> None:
         ConfigError: An unknown kind, or torchao is missing.
     """
     if kind not in QUANTIZATIONS:
-        raise ConfigError(f"unknown quantization {kind!r}.", hint=did_you_mean(kind, QUANTIZATIONS))
+        raise ConfigError(f"unknown quantization {kind!r}.", hint=did_you_mean(str(kind), QUANTIZATIONS))
     with needs_extra("quantize", f"quantize = {kind!r}"):
         import torchao  # noqa: F401
 
@@ -124,4 +124,9 @@ def quantize(model: Any, kind: str, device: torch.device) -> None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether `quantize` has rounded some of a model's weights."""
-    return any(type(weight).__module__.partition(".")[0] == "torchao" for weight in model.parameters())
+    return any(map(is_rounded, model.parameters()))
+
+
+def is_rounded(weight: Any) -> bool:
+    """Whether torchao has rounded a weight."""
+    return type(weight).__module__.partition(".")[0] == "torchao"

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prefixtune.attention.layout import setting
+from prefixtune.backbone.devices import is_rounded
 from prefixtune.backbone.lora import ADAPTER_CONFIG
 from prefixtune.backbone.packaged import PRETRAINED
 from prefixtune.errors import BackboneError
@@ -98,7 +99,12 @@ def sample(model: Any) -> str:
     """256 weights spread over all parameters, as a fingerprint has them."""
     named = dict(weights(model))
     sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
-    return sample_weights(sizes, lambda name, place: named[name].detach().reshape(-1)[place])
+    return sample_weights(sizes, lambda name, place: _plain(named[name].detach()).reshape(-1)[place])
+
+
+def _plain(weight: Any) -> Tensor:
+    """A weight's numbers, also of one that torchao has rounded."""
+    return weight.dequantize() if is_rounded(weight) else weight
 
 
 def weights(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -91,7 +91,7 @@ def load_backbone(
     """
     if not isinstance(name_or_path, str | os.PathLike):
         usual = (dtype, str(device)) == ("auto", "auto") and attention == "sdpa"
-        if not usual or quantize or device_map or adapter:
+        if not usual or quantize or device_map or adapter or offload_folder or not self_check:
             what = f"the backbone is {describe_value(name_or_path)}, which is used as it is, without options."
             raise ConfigError(what, hint="give a name or path with them, or set them on the model itself.")
         return as_backbone(name_or_path)

@@ -188,7 +188,8 @@ class RunOptions(ConfigOptions, OutputOptions):
         config = cls.configuration()
         assert issubclass(config, TrainConfig)
         path = config.stored(given.get("output", cls.usual.get("output", cls.default("output"))))
-        return [Layer.from_file(path, config.model_fields)]
+        # Where the folder is now: it may have been moved.
+        return [Layer.from_file(path, config.model_fields), Layer({"output": str(path.parent)})]
 
 
 def command(run: Callable[[Any], int | None]) -> Callable[..., int]:

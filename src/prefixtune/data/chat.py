@@ -257,6 +257,11 @@ def end_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[
     return (ids[0],) if len(ids) == 1 else ()
 
 
+def stop_ids(backbone: Backbone, text_format: TextFormat | None = None) -> tuple[int, ...]:
+    """The tokens, besides the tokenizer's end token, at which generation stops: `end_ids`, and the model's own ones."""
+    return tuple(dict.fromkeys((*end_ids(backbone, text_format), *backbone.more_end_ids)))
+
+
 def end_of_turn(backbone: Backbone) -> str:
     """The token after an answer in the backbone's own chat template; empty: none, or the tokenizer's end token."""
     found: str | None = backbone.tokenizer_cache.get("end_of_turn")

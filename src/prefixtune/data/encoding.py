@@ -26,6 +26,7 @@ TurnsAs = Literal["packed", "separate", "last"]
 turn alone."""
 TEXT_FORMAT = TextFormat("{separator}{source}", "{target}")
 """A text follows the token that begins texts, with nothing else around it; a beginning to go on with is the source."""
+AS_IT_IS = TextFormat("{source}", "{target}")
 DEFAULT_WINDOW = 512
 """Positions of a window, where `max_length` says nothing; a batch of whole contexts would take much memory."""
 _Item = TypeVar("_Item")
@@ -41,6 +42,11 @@ def default_format(backbone: Backbone, *, for_head: bool = False) -> TextFormat:
     if for_head and backbone.kind == "decoder":
         return TextFormat(" {source}", "{target}")
     return TextFormat() if backbone.kind == "decoder" else TextFormat("{source}", "{target}")
+
+
+def plain_format(backbone: Backbone) -> TextFormat:
+    """Of a text that the bare model continues: as it is, behind the token that the tokenizer begins texts with."""
+    return TEXT_FORMAT if backbone.kind == "decoder" and backbone.begins_texts else AS_IT_IS
 
 
 def check_texts(texts: Sequence[Source]) -> list[Source]:

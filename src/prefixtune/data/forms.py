@@ -185,7 +185,6 @@ def as_examples(
     examples: Sequence[ExampleLike],
     source: str | None = None,
     target: str | None = None,
-    what: str = "example",
     *,
     form: str = "",
     needs_targets: bool = False,
@@ -201,7 +200,6 @@ def as_examples(
         examples: `Example`s, or dicts of one form, such as `{"messages": [...]}`; an `Example` alone has groups.
         source: Template of the source; equal sources of dicts are merged then, as in a file.
         target: Template of the target.
-        what: What messages call an example.
         form: The form that rows must have; empty: any that fits.
         needs_targets: A row is refused if it has no target.
 
@@ -209,20 +207,20 @@ def as_examples(
         ConfigError: A template is malformed, or several forms fit.
         DataError: It is not a list of these, or one of them is wrong.
     """
-    one_form = example_form(examples, what, form=form) if source is None else TEMPLATES
+    one_form = example_form(examples, form=form) if source is None else TEMPLATES
     needed = needs_targets if source is None else target is not None
     made: list[Example] = []
     for number, one in enumerate(examples, start=1):
         if isinstance(one, Mapping) and one_form is not None:
-            row = Record(f"{what} {number}", dict(one))
+            row = Record(f"example {number}", dict(one))
             one = make_example(row, one_form, needs_targets=needed, templates=(source, target))
         if not isinstance(one, Example):
-            raise DataError(f"{what} {number} is {describe_value(one)}, but must be a dict or an Example.", hint=_HINT)
+            raise DataError(f"example {number} is {describe_value(one)}, but must be a dict or an Example.", hint=_HINT)
         made.append(one)
     return merge_examples(made) if source is not None and any(isinstance(one, Mapping) for one in examples) else made
 
 
-def example_form(examples: Sequence[Any], what: str = "example", *, form: str = "") -> Form | None:
+def example_form(examples: Sequence[Any], *, form: str = "") -> Form | None:
     """The form of a list's dicts, by the first; None: there is none.
 
     Raises:
@@ -230,10 +228,10 @@ def example_form(examples: Sequence[Any], what: str = "example", *, form: str = 
         DataError: It is no list, or no form fits.
     """
     if isinstance(examples, str | Mapping) or not (hasattr(examples, "__len__") and hasattr(examples, "__iter__")):
-        raise DataError(f"the {what}s are {describe_value(examples)}, not a list of dicts or of Example.", hint=_HINT)
+        raise DataError(f"the examples are {describe_value(examples)}, not a list of dicts or of Example.", hint=_HINT)
     rows = ((number, one) for number, one in enumerate(examples, start=1) if isinstance(one, Mapping))
     number, row = next(rows, (0, None))
-    return None if row is None else detect_form(row, f"{what} {number}", form=form, needs_targets=False)
+    return None if row is None else detect_form(row, f"example {number}", form=form, needs_targets=False)
 
 
 def describe_data(form: Form, examples: Sequence[Example], path: Path | str, columns: Iterable[str] = ()) -> str:

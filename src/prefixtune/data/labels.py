@@ -11,7 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, TurnsAs, encode_examples, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
-from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
+from prefixtune.errors import ConfigError, DataError, did_you_mean, reading_development_data, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded
 
@@ -160,7 +160,8 @@ def read_labels(
         DataError: As for `choose_labels`.
     """
     names = label_names(examples, kind)
-    check_labels(dev_examples, names, kind)
+    with reading_development_data():
+        check_labels(dev_examples, names, kind)
     if by == "words" and kind == "tagging":
         raise ConfigError("classifier is 'words', but tags are too many words.", hint="use classifier = 'head'.")
     return names, _label_words(names, words) if by != "head" else ()

@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data import Example
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.distillation.config import SELF, DistillConfig
@@ -79,11 +81,15 @@ def plan_memory(config: DistillConfig, job: Job, readers: Sequence[Backbone], wo
         DataError: The text does not fit.
     """
     student, output = readers[0], str(job.output)
-    positions = min(reader.max_positions or math.inf for reader in readers)
-    tested = _tokens_to_test(job.test, student, wording)
-    if student.kind == "decoder" and config.longest + tested > positions:
-        what = f"a held-out question and answer take up to {tested:,} tokens behind {config.longest:,} positions"
-        raise DataError(f"{what}, but {student.name!r} has {positions:,}.", hint="shorten those of --test.")
+    tightest = min(readers, key=lambda reader: reader.max_positions or math.inf)
+    tested, length = _tokens_to_test(job.test, student, wording), config.longest
+    if not length and config.init_prefix and Path(config.init_prefix).exists():
+        # A run that goes on has it in its state.
+        length = load_prefix(config.init_prefix).length()
+    if student.kind == "decoder" and tightest.max_positions and length + tested > tightest.max_positions:
+        what = f"a held-out question and answer take up to {tested:,} tokens behind {length:,} positions"
+        what += f", but {tightest.name!r} has {tightest.max_positions:,}."
+        raise DataError(what, hint="shorten those of --test.")
     chunks = split_document(student, job.text, chunk_length(config, job, readers, wording)) if job.text else []
     changes: dict[str, Any] = {"output": output, "prompt_format": wording.prompt, "target_format": wording.target}
     if config.run_name and job.name:
@@ -183,7 +189,8 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
         DataError: Nothing fits, or the keys and values of the text are too large.
     """
     student = readers[0]
-    positions = min(reader.max_positions or _UNBOUNDED for reader in readers)
+    tightest = min(readers, key=lambda reader: reader.max_positions or _UNBOUNDED)
+    positions = tightest.max_positions or _UNBOUNDED
     around = len(student.encode(wording.view(student, ""))) + len(student.encode(wording.prompt)) + 8
     known = [*job.questions, *job.test]
     longest = max((len(student.encode(f"{item.question} {item.answer or ''}")) for item in known), default=64)
@@ -194,7 +201,7 @@ def chunk_length(config: DistillConfig, job: Job, readers: Sequence[Backbone], w
     room, tokens = positions - needed, len(student.encode(job.text))
     if room < 16 or (config.subject == "prompt" and tokens > room):
         raise DataError(
-            f"beside a question and its answer, {max(room, 0):,} of the {positions} positions of {student.name!r} are "
+            f"beside a question and its answer, {max(room, 0):,} of the {positions} positions of {tightest.name!r} are "
             f"free for a text of {tokens:,} tokens.",
             hint="lower --answer-length, or shorten the questions, the prompt, or the document's sentences.",
         )

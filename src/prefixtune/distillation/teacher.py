@@ -23,6 +23,7 @@ from prefixtune.distillation.inputs import Question
 from prefixtune.distillation.reader import Progress, Reader
 from prefixtune.distillation.wording import Wording, count_endings, in_view
 from prefixtune.errors import BackboneError, ConfigError
+from prefixtune.inference.prompts import Prompt, check_positions
 from prefixtune.prefix.file import read_verified, save_verified
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, read_text_format
@@ -151,7 +152,13 @@ def label_examples(
 
     Raises:
         BackboneError: The teacher's numbers are not finite.
+        RequestError: A question does not fit the teacher's positions with what is in view.
     """
+    asked = [
+        Prompt(list(example.prompt), teacher.views[question.chunk], len(example.targets[0]))
+        for example, question in zip(examples, questions, strict=True)
+    ]
+    check_positions(teacher.backbone, asked, "shorten the questions, or choose another teacher.")
     counts = count_endings(teacher.backbone, questions, teacher.wording)
     labelled: dict[int, TokenizedExample] = {}
     for view, indices in teacher.by_view(questions):

@@ -80,9 +80,7 @@ class Wording:
         """A text as it stands in view before a question, behind what the tokenizer begins every text with (Gemma)."""
         if self.chat:
             return _render(backbone, Message("system", text), prompt=False)
-        tokenizer = backbone.tokenizer
-        begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-        return f"{tokenizer.bos_token if begins else ''}{text.strip()}\n\n"
+        return f"{backbone.tokenizer.bos_token if backbone.begins_texts else ''}{text.strip()}\n\n"
 
 
 def choose_wording(config: DistillConfig, backbone: Backbone, teacher_format: TextFormat | None) -> Wording:

@@ -9,8 +9,9 @@ the batch, and the *KV cache* the memory for keys and values. Each step, the *sc
 from prefixtune.engine.base import Snapshot
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
-from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams, SequenceOutput, Token
+from prefixtune.engine.request import EngineFull, Request, SamplingParams, SequenceOutput, Token
 from prefixtune.engine.worker import EngineWorker
+from prefixtune.errors import ContextLengthError
 
 __all__ = [
     "ContextLengthError",

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.engine.request import ContextLengthError, Request, SequenceOutput
-from prefixtune.errors import RequestError
+from prefixtune.engine.request import Request, SequenceOutput
+from prefixtune.errors import ContextLengthError, RequestError
 
 _log = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0

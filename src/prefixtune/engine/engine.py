@@ -35,11 +35,11 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.engine.base import Limits, RunningSequence
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
-from prefixtune.engine.request import ContextLengthError, FinishReason, Request, SequenceOutput, Token, join_outputs
+from prefixtune.engine.request import FinishReason, Request, SequenceOutput, Token, join_outputs
 from prefixtune.engine.sampler import NOT_FINITE, logprobs_of, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
-from prefixtune.errors import BackboneError, PrefixError, RequestError
+from prefixtune.errors import BackboneError, ContextLengthError, PrefixError, RequestError
 
 DEFAULT_MAX_LENGTH = 4096
 """Positions of a slot if the backbone has no limit."""

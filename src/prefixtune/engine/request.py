@@ -33,10 +33,6 @@ class EngineFull(RequestError):
     """The engine accepts no request now; the same one may be accepted later."""
 
 
-class ContextLengthError(RequestError):
-    """A request needs more positions than a slot has."""
-
-
 class SamplingParams(SamplingConfig):
     """How the tokens of a request are sampled.
 

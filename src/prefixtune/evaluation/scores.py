@@ -96,6 +96,7 @@ def score_outputs(
         DataError: The outputs do not fit the examples.
     """
     check_metrics(metrics, kind=kind, protocol=protocol)
+    check_examples(examples, protocol if kind == "generation" else "plain")
     facts: dict[str, Any] = {"num_examples": len(examples), "outputs": tuple(outputs)}
     left_out = dict[str, str]()
     references = [references_of(example, protocol) for example in examples]

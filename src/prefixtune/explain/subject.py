@@ -46,7 +46,7 @@ class View:
 
     Attributes:
         name: Of `TITLES`.
-        numbers: What was found, as JSON; see docs/memories.md.
+        numbers: What was found, as JSON; see docs/explain.md.
         left_out: Why there is nothing; empty: there is.
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -150,10 +151,13 @@ def seed_of(seed: int | None, number: int) -> int | None:
     return seed if seed is None or number == 0 else random.Random(f"{seed}/{number}").getrandbits(62)
 
 
+_RANDOM = threading.Lock()
+
+
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sample from `seed`, then restore torch's random state; None: leave it alone."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
+    """Sample from `seed`, then restore torch's random state, which all threads share; None: leave it alone."""
+    with _RANDOM, torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         yield

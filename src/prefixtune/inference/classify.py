@@ -209,8 +209,10 @@ def encode_to_label(
     else:
         whole = encode_prompts(backbone, form, list(texts), positions=most) if texts else []
         limits: dict[str, Any] = {"prefix_length": length, "new_tokens": longest, "positions": most}
-        named = {f"text {number}": prompt for number, prompt in enumerate(whole, start=1)}
-        prompts = [truncate_prompt(backbone, form, prompt, name=name, **limits) for name, prompt in named.items()]
+        prompts = [
+            truncate_prompt(backbone, form, prompt, name=f"text {number}", source=text, **limits)
+            for number, (text, prompt) in enumerate(zip(texts, whole, strict=True), start=1)
+        ]
         report_truncated(whole, prompts, on_cut)
         # An encoder's first token stands for the text, a decoder's last one.
         places = [] if words else [[0 if backbone.kind == "encoder" else len(prompt) - 1] for prompt in prompts]
@@ -261,6 +263,9 @@ def tag(
 def _labels_for(kind: TaskKind, prefix: Prefix | None, requested: Sequence[str] | Labels | None) -> Labels:
     """The labels that a prefix was trained with, or for the bare model the requested ones."""
     stored = labels_of(prefix)
+    if isinstance(requested, Iterable) and not isinstance(requested, Labels | str):
+        # Of numpy, too.
+        requested = list(requested)
     if stored is not None and stored.kind == kind and requested is None:
         return stored
     if prefix is None and isinstance(requested, Labels):

@@ -37,7 +37,7 @@ class GenerateConfig(ClassifyConfig, SamplingConfig):
     """
 
     num_beams: int = _decoding(1, ge=1, description="beams; 1: no beam search")
-    length_penalty: float = _decoding(1.0, description="of beam search; above 0 favours longer outputs")
+    length_penalty: float = _decoding(1.0, ge=-99, le=99, description="of beam search; above 0 favours longer outputs")
     ban_newlines: bool = _decoding(False, description="never generate a token with a line break")
     response_schema: str = option_group("decoding", flag="schema", metavar="FILE")(
         "",

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.data.chat import Source, chat_format, end_ids, has_chat_template, special_stops
-from prefixtune.data.encoding import encode_prompts, format_of
+from prefixtune.data.chat import Source, chat_format, has_chat_template, special_stops, stop_ids
+from prefixtune.data.encoding import AS_IT_IS, encode_prompts, format_of, plain_format
 from prefixtune.data.truncation import report_truncated, truncate_prompt
-from prefixtune.errors import RequestError
+from prefixtune.errors import ContextLengthError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import MODEL_TEMPLATE, TextFormat
-
-_AS_IT_IS = TextFormat("{source}", "{target}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Prompt:
     prefix: Prefix | None
     new_tokens: int
     ends: tuple[int, ...] = ()
-    text_format: TextFormat = _AS_IT_IS
+    text_format: TextFormat = AS_IT_IS
 
     @property
     def prefix_length(self) -> int:
@@ -90,7 +88,7 @@ def prepare_prompts(
             name=f"text {number}",
             source=text,
         )
-        prompts.append(Prompt(kept, prefix, new_tokens, (*end_ids(backbone, form), *special), form))
+        prompts.append(Prompt(kept, prefix, new_tokens, (*stop_ids(backbone, form), *special), form))
     check_requests(backbone, prompts)
     report_truncated(whole, [prompt.ids for prompt in prompts], on_cut)
     return prompts
@@ -147,7 +145,7 @@ def _formats(
             if not is_text and has_chat_template(backbone):
                 form = chat_format(backbone, MODEL_TEMPLATE)
             elif prefix is None:
-                form = _AS_IT_IS
+                form = plain_format(backbone)
         return format_of(backbone, prefix, form).with_lengths(config.max_total_length, config.on_too_long)
 
     return [format_for(prefix, isinstance(text, str)) for text, prefix in zip(texts, prefixes, strict=True)]
@@ -187,13 +185,17 @@ def check_positions(backbone: Backbone, prompts: Sequence[Prompt], hint: str, *,
             raise RequestError(
                 f"text {number} has no token.", hint="write some text, or a prompt format with a separator."
             )
+        if (last := max(prompt.ids)) >= backbone.num_embeddings:
+            what = f"text {number}: there is no token {last}: the model has {backbone.num_embeddings}."
+            raise RequestError(what, hint="resize the model's embeddings to its tokenizer's.")
         taken = backbone.prefix_positions(prompt.prefix_length)
         # An encoder-decoder's start token takes the position that the last token does not.
         needed = max(count, new) if separate else taken + count + new
         limit = backbone.max_positions_with(prompt.prefix_length)
         if limit is not None and needed > limit:
             wanted = f"{taken} (prefix), {count} (text) and {new} (new)"
-            raise RequestError(f"text {number} needs {wanted} positions, but {backbone.name!r} has {limit}.", hint=hint)
+            what = f"text {number} needs {wanted} positions, but {backbone.name!r} has {limit}."
+            raise ContextLengthError(what, hint=hint)
     passing = [prompt.passes(backbone.longrope_limit) for prompt in prompts]
     if together and len(set(passing)) > 1:
         long, short = passing.index(True) + 1, passing.index(False) + 1

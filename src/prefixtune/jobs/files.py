@@ -61,6 +61,7 @@ class FileFacts(BaseModel, frozen=True):
         rows: Of the file; 0 for a document.
         examples: After equal sources are merged; 0 where the form is not known.
         targets: With earlier answers of conversations; 0: nothing to train on, as in a file of questions.
+        labels: How many different ones; 0: the examples have none, or their tags are not counted.
         characters: Of all examples, or of the document.
     """
 
@@ -71,6 +72,7 @@ class FileFacts(BaseModel, frozen=True):
     rows: int = 0
     examples: int = 0
     targets: int = 0
+    labels: int = 0
     characters: int = 0
 
 
@@ -315,6 +317,7 @@ def _row_facts(path: Path, name: str) -> FileFacts:
     sources = [message.content for message in turns] + [one.source for one in read.examples if not one.messages]
     summary, form = describe_data(read.form, read.examples, name, read.columns), read.form.name
     counts = {"rows": rows, "examples": len(read.examples), "characters": sum(map(len, sources + targets))}
+    counts["labels"] = len({*targets}) if read.task == "classification" else 0
     counts["targets"] = len(targets) + sum(message.role == "assistant" for message in turns)
     return FileFacts(summary=summary, form=form, forms=[form], task=read.task, **counts)
 

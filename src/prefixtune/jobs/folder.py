@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -168,12 +169,17 @@ class DataFolder:
     Attributes:
         files: The folders of uploaded files, and of results.
         jobs: The folders of all jobs.
-        database: The queue, where no other database is named.
+        database: The file of the queue, where no other database is named.
     """
 
     def __init__(self, root: Path) -> None:
         self.root, self.files, self.jobs = root, root / "files", root / "jobs"
         self.database = root / "jobs.sqlite"
+
+    @property
+    def database_url(self) -> str:
+        """Of the queue, where no other is named."""
+        return f"sqlite:///{quote(str(self.database))}"
 
     def make(self) -> None:
         """Make it, if it is missing.

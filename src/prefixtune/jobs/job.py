@@ -132,6 +132,7 @@ def checkpoint_name(name: str, step: int | str) -> str:
 # --- why a job fails or waits -----------------------------------------------------------------------------------------
 
 _CODES: tuple[tuple[type[errors.PrefixError], str, str | None], ...] = (
+    (errors.DevelopmentDataError, "invalid_validation_file", "validation_file"),
     (errors.DataError, "invalid_training_file", "training_file"),
     (errors.ConfigError, "invalid_hyperparameters", None),
     (errors.BackboneError, "unsupported_model", "model"),

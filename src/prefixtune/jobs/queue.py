@@ -137,7 +137,13 @@ class JobQueue:
 
     def unfinished(self) -> list[JobState]:
         """All jobs that have not ended, the oldest first."""
-        return [state for state in self._list(status=[*_ACTIVE, "CANCELLED"]) if state.status not in ENDED]
+        query: dict[str, Any] = {"name": WORKFLOW, "status": [*_ACTIVE, "CANCELLED"]}
+        with _reaching():
+            # Without their inputs: those that were cancelled for good stay, and may be many.
+            found = self._client.list_workflows(**query, load_input=False, load_output=False)
+        ids = [one.workflow_id for one in found if not (one.attributes or {}).get(_CANCELLED)]
+        states = self.states(ids)
+        return [states[one] for one in ids if one in states and states[one].status not in ENDED]
 
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""

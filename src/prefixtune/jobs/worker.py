@@ -65,7 +65,7 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         if not is_alone:
             raise PrefixError(f"another worker is called {name!r}.", hint="give each worker a --name of its own.")
         backbone, identity = _load(config), backbone_identity(config.backbone)
-        url = config.database_url or f"sqlite:///{data.database}"
+        url = config.database_url or data.database_url
         with contextlib.closing(JobQueue(url)) as jobs:
             trainer = Trainer(data, jobs, backbone, prefixes, worker=name, stop=stop, max_bytes=config.cache_mib << 20)
             with launch(url, name, identity, trainer.run):

@@ -9,7 +9,7 @@ The header says what the parts were.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, combinations, zip_longest
 from numbers import Real
 from typing import Any, Literal
@@ -128,7 +128,7 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
     names = check_joinable(prefixes, names)
     mode = "average" if weights is None else "interpolate"
     weights = [1 / len(prefixes)] * len(prefixes) if weights is None else weights
-    are_numbers = all(isinstance(one, Real) for one in weights)
+    are_numbers = isinstance(weights, Iterable) and all(isinstance(one, Real) for one in weights)
     if not are_numbers or len(weights) != len(prefixes) or not abs(sum(weights) - 1) <= 1e-6:
         hint = f"give {len(prefixes)} numbers, each divided by their sum."
         raise ConfigError(f"the weights are {short_repr(weights)}, and not one for each, with sum 1.", hint=hint)

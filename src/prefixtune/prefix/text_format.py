@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from prefixtune.errors import CheckpointError, ConfigError, DataError, RequestError, short_repr
+from prefixtune.errors import CheckpointError, ConfigError, ContextLengthError, DataError, RequestError, short_repr
 
 MAX_TEMPLATE_CHARS = 2**14
 """Longest template that a header may hold."""
@@ -250,13 +250,13 @@ def cut_prompt(
     if len(ids) <= room:
         return list(ids)
     if on_too_long == "error":
-        raise RequestError(
+        raise ContextLengthError(
             f"{name} takes {len(ids)} tokens, but only {max(room, 0)} are left beside the {beside} of its answer.",
             hint="shorten it, raise max_length, or let on_too_long = 'cut' shorten it.",
         )
     before, after = around()
     if room <= before + after:
-        raise RequestError(
+        raise ContextLengthError(
             f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
             f"for {max(room, 0)} besides {beside} of its answer, and a cut would leave nothing of the source.",
             hint="raise max_length, or shorten the target or max_new_tokens; targets are never cut.",

@@ -220,7 +220,8 @@ def grammar_tokenizer(backbone: Backbone) -> Any:
         library = import_llguidance()
         size = max(backbone.vocab_size, len(backbone.tokenizer))
         try:
-            tokenizer = library.hf.from_tokenizer(backbone.tokenizer, n_vocab=size, eos_token=backbone.eos_id)
+            ends = [backbone.eos_id, *backbone.more_end_ids]
+            tokenizer = library.hf.from_tokenizer(backbone.tokenizer, n_vocab=size, eos_token=ends)
         except (KeyboardInterrupt, SystemExit):
             raise
         # A panic of the library's Rust is no Exception.

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from prefixtune.data import TASKS
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
-from prefixtune.prefix.folder import path_of
+from prefixtune.prefix.folder import path_of, signature_of
 from prefixtune.prefix.header import JobOrigin
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.routing import router
 from prefixtune.server.auth import Caller
 from prefixtune.server.prefixes import PrefixFile, PrefixFolder, not_served
-from prefixtune.server.responses import bad_request, forbidden, not_found
+from prefixtune.server.responses import bad_request, forbidden, not_found, unavailable
 from prefixtune.server.settings import ServeConfig
 
 SEPARATOR = "+"
@@ -195,17 +195,25 @@ class Catalog:
             raise not_served(name)
         return file
 
-    def copy(self, name: str, caller: Caller) -> Path:
+    def open(self, name: str, caller: Caller) -> BinaryIO:
         """The file of a prefix, to be read: for the owner of the job that made it, and for admins.
 
         Raises:
-            ApiError: 403: it is not the caller's; 404: there is none.
+            ApiError: 403: it is not the caller's; 404: there is none; 503: it was replaced just now.
             CheckpointError: It is not served.
         """
         file = self._owned(name, caller)
         if file.reason or file is _BACKBONE:
             raise not_served(name)
-        return path_of(self.store.folder, name)
+        try:
+            opened = open(path_of(self.store.folder, name), "rb")  # noqa: SIM115
+        except OSError:
+            raise not_found("model", name) from None
+        # By its path it could be another owner's, as soon as this one is deleted.
+        if signature_of(opened.fileno()) != file.signature:
+            opened.close()
+            raise unavailable(f"the file of {name!r} was replaced; try again.", "busy", retry_after=5)
+        return opened
 
     def _owned(self, name: str, caller: Caller) -> PrefixFile:
         """A prefix of the caller's, or any for an admin, whatever its patterns."""

@@ -54,7 +54,7 @@ class Training:
     def __init__(self, config: ServeConfig) -> None:
         self.config, self.is_open = config, not config.keys
         self.folder = DataFolder(jobs_folder(config.data_folder, config.prefixes))
-        self.database_url = config.database_url or f"sqlite:///{self.folder.database}"
+        self.database_url = config.database_url or self.folder.database_url
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
         self.uploads = Gate(_MOST_UPLOADS, shared=len(config.keys) > 1)
         self.wake: Callable[[], None] = lambda: None

@@ -147,7 +147,7 @@ class TrainConfig(Config):
     shard: bool = _training(False, description="split the backbone's weights among several processes (FSDP)")
     seed: int = _training(0, ge=0, description="seed of the start and of the order of the data")
 
-    output: str = _output("runs/prefix", description="folder of the run")
+    output: str = _output("runs/prefix", min_length=1, description="folder of the run")
     eval_every: int = _output(100, ge=0, description="evaluate on the development data every N steps; 0: at the end")
     patience: int = _output(0, ge=0, description="stop after N evaluations without a better loss; 0: never")
     save_every: int = _output(100, ge=1, description="save the resumable state every N steps")
@@ -185,7 +185,9 @@ class TrainConfig(Config):
             ConfigError: As for `from_arguments`.
         """
         if resume and config is None:
-            return cls.from_file(cls.stored(options.get("output", cls.default("output"))), **options)
+            path = cls.stored(options.get("output", cls.default("output")))
+            # Where the folder is now: it may have been moved.
+            return cls.from_file(path, **{**options, "output": str(path.parent)})
         made = cls.from_arguments(config, options)
         if resume:
             cls.stored(made.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import random
@@ -20,7 +21,7 @@ from prefixtune.data.forms import Form, example_form
 from prefixtune.data.labels import Labels, choose_labels, encode_rows, labels_of_example, read_labels, with_label_words
 from prefixtune.data.streams import read_text
 from prefixtune.data.tokenized import TokenizedDataset, TokenizedExample, hash_tokens
-from prefixtune.errors import ConfigError, DataError
+from prefixtune.errors import ConfigError, DataError, reading_development_data
 from prefixtune.prefix.chat_format import allow_template
 from prefixtune.prefix.text_format import MAX_TEMPLATE_CHARS, MODEL_TEMPLATE, TextFormat
 from prefixtune.training.config import TrainConfig
@@ -59,7 +60,8 @@ def read_data(
     train = limit_targets(train, config.limit)
     dev: Sequence[Example] = []
     if dev_examples is not None or config.dev:
-        dev = limit_targets(_read(config, dev_examples, "dev")[1], config.dev_limit)
+        with reading_development_data():
+            dev = limit_targets(_read(config, dev_examples, "dev")[1], config.dev_limit)
     elif config.hold_out:
         train, dev = _hold_out(config, train)
     if config.patience and not dev:
@@ -130,14 +132,12 @@ def _read(
         wanted, form = {"form": config.form if is_train else ""}, None
         if is_train and config.task == "records" and not (source or target):
             form = example_form(given, **wanted)
-        name = "example" if is_train else "development example"
-        examples = as_examples(given, source, target, name, **wanted, needs_targets=True)
+        examples = as_examples(given, source, target, **wanted, needs_targets=True)
         # Rows as those of a file; where there are none, the caller has grouped the targets.
         if (form or config.form) and (config.task if form is None else form.task) == "records":
             examples = merge_examples(examples)
     if not any(example.targets for example in examples):
-        name = "training" if is_train else "development"
-        what = f"the {name} data has {len(examples):,} examples, and none has a target."
+        what = f"there are {len(examples):,} examples, and none has a target."
         raise DataError(what, hint="name its column (--target), or give another file.")
     return form, examples
 
@@ -255,7 +255,12 @@ def tokenize(
         )
     if plan is not None:
         train = dataclasses.replace(train, examples=hide_own_blocks(train, examples, plan))
-    dev = encode_rows(backbone, dev_examples, labels, text_format, **limits) if dev_examples else None
+    dev = None
+    if dev_examples:
+        # What is held out is of the training data.
+        is_given = config.dev or not config.hold_out
+        with reading_development_data() if is_given else contextlib.nullcontext():
+            dev = encode_rows(backbone, dev_examples, labels, text_format, **limits)
     if config.form != "text":  # which may have any beginning to go on with
         longest = max(train.longest_prompt, dev.longest_prompt if dev is not None else 0)
         text_format = dataclasses.replace(text_format, longest_target=train.longest_target, longest_prompt=longest)

@@ -18,7 +18,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.loss import label_logits
 from prefixtune.data.batching import collate
-from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_prompts
+from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
@@ -30,8 +30,6 @@ __all__ = ["bare_texts", "general_examples", "general_of_step", "measure_silence
 
 _NEW_TOKENS = 32
 _BATCH = 32
-_AROUND = 32
-"""Tokens that are left free for the text around a request and its answer."""
 
 
 @torch.no_grad()
@@ -44,8 +42,9 @@ def general_examples(backbone: Backbone, text_format: TextFormat, prefix_length:
         prefix_length: P; what finds no room behind it is left out.
     """
     room = (backbone.max_positions or 2**20) - backbone.prefix_positions(prefix_length)
-    fits = [pair for pair in general_requests()["train"] if len(backbone.encode(" ".join(pair))) + _AROUND <= room]
-    pairs = [Example(request, (answer,)) for request, answer in fits]
+    pairs = [Example(request, (answer,)) for request, answer in general_requests()["train"]]
+    encoded = encode_pairs(backbone, text_format, pairs)
+    pairs = [pair for pair, (one, other) in zip(pairs, encoded, strict=True) if len(one) + len(other) <= room]
     rows = encode_examples(backbone, pairs, text_format, prefix_length=prefix_length).examples if pairs else []
     taught: list[TokenizedExample] = []
     for first in range(0, len(rows), _BATCH):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.data import Example
 from prefixtune.errors import CheckpointError, ConfigError, TrainingError
 from prefixtune.training.beside import SELF, Beside
@@ -30,7 +31,7 @@ in bfloat16 1.2 MiB a token (research/LOG.md)."""
 def train_together(
     configs: Sequence[TrainConfig | Mapping[str, Any]],
     *,
-    backbone: Backbone | None = None,
+    backbone: BackboneLike | None = None,
     examples: Sequence[Sequence[Example] | None] | None = None,
     dev_examples: Sequence[Sequence[Example] | None] | None = None,
     resume: bool = False,
@@ -46,7 +47,7 @@ def train_together(
 
     Args:
         configs: The runs: `TrainConfig`s, or dicts of its fields. They share the backbone and its dtype.
-        backbone: Already loaded; None: the one that they all name is loaded.
+        backbone: As for `train`; None: the one that they all name is loaded.
         examples: Per run, already read; None: its `train` is read.
         dev_examples: Per run, already read; None: its `dev` is read, if it is set.
         resume: Go on from the states in the folders; a run without a state starts, where there is no artifact yet.
@@ -63,7 +64,11 @@ def train_together(
     """
     planned = [TrainConfig.from_arguments(config, {}) for config in configs]
     check_together(planned)
-    none = [None] * len(planned)
+    backbone, none = None if backbone is None else as_backbone(backbone), [None] * len(planned)
+    for given in (examples, dev_examples):
+        if given is not None and len(given) != len(planned):
+            message = f"there are {len(planned)} runs, but examples of {len(given)}."
+            raise ConfigError(message, hint="give those of each run, or None to read its file.")
     inputs = list(zip(examples or none, dev_examples or none, strict=True))
     with contextlib.ExitStack() as stack:
         processes = stack.enter_context(init_distributed(planned[0].device)) if processes is None else processes

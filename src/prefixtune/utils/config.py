@@ -272,11 +272,18 @@ class Config(Table):
                 item.encode()
                 if "\0" in item:
                     raise ValueError("has a NUL character, which no path or text may have")
-            elif isinstance(item, int) and item.bit_length() > 63:
-                raise ValueError("is a whole number of more than 64 bits")
         if info.field_name in _WRITTEN and isinstance(value, str) and value.startswith("~"):
             return str(expand_home(value))
         return items if several else items[0]
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _bound(cls, value: Any) -> Any:
+        """Libraries take whole numbers of 64 bits."""
+        numbers = [one for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, int)]
+        if any(one.bit_length() > 63 for one in numbers):
+            raise ValueError("is a whole number of more than 64 bits")
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.kv_cache import PAGE, KVCache
-from prefixtune.engine.request import ContextLengthError, Request, SamplingParams
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.engine.request import Request, SamplingParams
+from prefixtune.errors import ConfigError, ContextLengthError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import complete
 from prefixtune.inference.prompts import Prompt

@@ -17,9 +17,9 @@ from command_line import run as run_command
 from engine_runs import submit
 from live_server import make_model, make_prefix
 from prefixtune.backbone.shapes import load_shapes
-from prefixtune.engine.request import ContextLengthError, EngineFull, Request, SamplingParams
+from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
-from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, RequestError
 from prefixtune.prefix.folder import PrefixReference, path_of
 
 NEW = 6

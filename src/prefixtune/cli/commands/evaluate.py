@@ -121,6 +121,8 @@ def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple
     """
     from prefixtune.data.forms import describe_data
 
+    if options.split and Path(options.data).is_file():
+        raise ConfigError(f"--split is for folders and sets, but {options.data!r} is a file.", hint="leave it out.")
     read = read_as_trained(options, header, options.data, options.split or None, needs_targets=True)
     if read.form is not None:
         options.console.info(describe_data(read.form, read.examples, options.data, read.columns))

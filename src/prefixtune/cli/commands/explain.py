@@ -11,7 +11,7 @@ from prefixtune.cli.loading import load_trained, read_as_trained, read_trained, 
 from prefixtune.cli.options import PREFIX, Conflicts, OutputOptions, PathText, ReadingOptions, command, option
 from prefixtune.cli.show import Table
 from prefixtune.errors import PrefixError
-from prefixtune.utils.config import CommaList, TextList
+from prefixtune.utils.config import CommaList
 from prefixtune.utils.folders import data_folder
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class PageOptions(OutputOptions):
 class ReportOptions(PageOptions):
     """The options of `prefixtune report`."""
 
-    runs: TextList = option(description="folders of training runs or evaluations, which are compared", positional=True)
+    runs: tuple[PathText, ...] = option(
+        description="folders of training runs or evaluations, which are compared", positional=True
+    )
     title: str = option("", "(default: from the folders)")
 
 

@@ -29,7 +29,7 @@ _ENDED = ("succeeded", "failed", "cancelled", "paused")
 _JOBS, _PAGE = "/fine_tuning/jobs", 100
 _LOSSES = {"train_loss": "loss", "valid_loss": "validation_loss"}
 _HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")
-_FILE_ID = re.compile(r"file-[A-Za-z0-9]+")
+_FILE_ID = re.compile(r"file-[0-9a-f]{24}")
 
 
 class JobsOptions(OutputOptions):

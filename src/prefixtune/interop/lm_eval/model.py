@@ -20,7 +20,7 @@ from tqdm import tqdm
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.backbone.prefixes import PrefixLike, load_prefix, trained_adapter
-from prefixtune.data.chat import end_ids, special_stops
+from prefixtune.data.chat import special_stops, stop_ids
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
 from prefixtune.data.examples import Example
 from prefixtune.data.truncation import template_lengths
@@ -108,7 +108,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         self.prompt_format = prompt_format
         is_raw = self.prefix is None or prompt_format == "raw"
         self.text_format = None if is_raw else format_of(self.backbone, self.prefix)
-        self._ends = end_ids(self.backbone, self.text_format or self.chat_format)
+        self._ends = stop_ids(self.backbone, self.text_format or self.chat_format)
         size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         super().__init__(
             self.backbone.model,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from prefixtune.attention.layout import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.quiet import quiet_transformers
-from prefixtune.data.chat import end_ids
+from prefixtune.data.chat import stop_ids
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError, first_line
 from prefixtune.interop.export import check_exportable, check_folder, describe_origin, write_manifest
@@ -123,7 +123,7 @@ def _list_facts(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
         "num_layers": len(shapes),
         "num_kv_heads": shapes[0].num_kv_heads,
         "head_dim": shapes[0].key_dim,
-        "end_ids": [*end_ids(backbone, format_of(backbone, prefix)), backbone.eos_id],
+        "end_ids": [*stop_ids(backbone, format_of(backbone, prefix)), backbone.eos_id],
         "pad_id": backbone.pad_id,
     }
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import labels_of
-from prefixtune.engine.request import ContextLengthError, EngineFull
+from prefixtune.engine.request import EngineFull
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.errors import ConfigError, PrefixError, RequestError, short_repr
+from prefixtune.errors import ConfigError, ContextLengthError, PrefixError, RequestError, short_repr
 from prefixtune.inference.classify import EncodedTexts, encode_to_label, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
 from prefixtune.server.api.endpoint import GenerationContext, RequestContext, key_router

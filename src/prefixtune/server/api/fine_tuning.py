@@ -50,7 +50,7 @@ async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingConte
     With a header `Idempotency-Key`, a request that is sent again gets the same job.
     """
     # With a key, a request that is sent again gets the same job.
-    changes = "idempotency-key" not in context.request.headers
+    changes = not context.request.headers.get("idempotency-key")
     create = partial(create_job, context, body=body)
     job = await context.training.ask(lambda queue: _view(context, queue, create(queue)), changes=changes)
     context.log_fields |= {"job": job["id"], "model": job["model"]}
@@ -162,6 +162,7 @@ def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:
     if all(state.status != "queued" for state in states):
         return {}
     with contextlib.suppress(QueueUnavailableError):
-        waiting = [state.job.id for state in queue.unfinished() if state.status == "queued"]
-        return {job_id: number for number, job_id in enumerate(waiting)}
+        waiting = [state.job for state in queue.unfinished() if state.status == "queued"]
+        # Other backbones have workers of their own.
+        return {job.id: sum(one.backbone == job.backbone for one in waiting[:at]) for at, job in enumerate(waiting)}
     return {}

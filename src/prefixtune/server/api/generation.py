@@ -20,18 +20,17 @@ from fastapi.sse import format_sse_event
 
 from prefixtune.data import TASKS
 from prefixtune.data.chat import Source, as_conversation, encode_chat, end_ids, has_chat_template, special_stops
-from prefixtune.data.encoding import encode_prompts
+from prefixtune.data.encoding import AS_IT_IS, encode_prompts, plain_format
 from prefixtune.data.labels import labels_of
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.engine.request import (
-    ContextLengthError,
     EngineFull,
     Request,
     SamplingParams,
     SequenceOutput,
     join_outputs,
 )
-from prefixtune.errors import ConfigError, RequestError
+from prefixtune.errors import ConfigError, ContextLengthError, RequestError
 from prefixtune.inference.prompts import newline_tokens
 from prefixtune.prefix.text_format import TextFormat
 from prefixtune.sampling.grammar import Grammar, compile_json_schema
@@ -51,7 +50,6 @@ _GRACE_SECONDS = 10.0
 _PARAMS = {"min_new_tokens": "min_tokens", "prompt_logprobs": "echo"}
 """Sampling parameters -> their names in requests, where they differ."""
 _MOST_LOGPROBS = 200_000
-_AS_IT_IS = TextFormat("{source}", "{target}")
 _CUT_HEADER = "x-prefixtune-cut-tokens"
 """Tokens of sources that were cut off because they did not fit; of one that is far too long, at least so many."""
 
@@ -203,7 +201,8 @@ async def start_texts(
     defaults = {} if text_format is None else task_decoding(model.header)
     length = request.length
     if length is None:
-        length = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
+        usual = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
+        length = max(usual, request.min_tokens)
     prompts = [await _encode(context, model, text_format, source, length) for source in sources]
     is_chat = isinstance(sources[0], list) or (text_format is not None and text_format.is_chat)
     sampling = await _sampling(context, request, defaults, length, text_format, is_chat=is_chat)
@@ -226,7 +225,8 @@ async def start_texts(
         await generation.submit()
     except ContextLengthError as error:
         hint = f"shorten the prompt or lower max_tokens{', or join fewer prefixes' if len(model.names) > 1 else ''}."
-        raise bad_request(error.message, "prompt", "context_length_exceeded", hint=hint) from None
+        param = "messages" if isinstance(sources[0], list) else "prompt"
+        raise bad_request(error.message, param, "context_length_exceeded", hint=hint) from None
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
     except RequestError as error:
@@ -282,7 +282,7 @@ async def _sampling(
         # Takes a while the first time, and is cached.
         changes["banned"] = tuple(await context.tokenize(partial(newline_tokens, backbone)))
     ends = await context.tokenize(partial(end_ids, backbone, text_format)) if is_chat else ()
-    changes["end_ids"] = (*ends, *special_stops(backbone, sampling.stop))
+    changes["end_ids"] = tuple(dict.fromkeys((*ends, *backbone.more_end_ids, *special_stops(backbone, sampling.stop))))
     sampling = sampling.replace(**changes)
     for name in lacks:
         if getattr(sampling, name) != sampling.default(name):
@@ -298,7 +298,9 @@ async def _encode(
     if isinstance(source, tuple):
         return source
     backbone, positions = context.state.backbone, context.state.worker.max_length
-    form = _AS_IT_IS if text_format is None else text_format.with_lengths(on_too_long=context.state.config.on_too_long)
+    form = AS_IT_IS if model.prefix is not None else plain_format(backbone)
+    if text_format is not None:
+        form = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
 
     def encode() -> tuple[list[int], int]:
         param, code = "prompt" if isinstance(source, str) else "messages", None

@@ -217,6 +217,12 @@ def _check_file(param: str, file: StoredFile, form: str | None) -> None:
         raise bad_request(f"'training_file' can be read as {forms}; say which by this option.", "prefixtune.form")
     if form is not None and (form not in forms or file.purpose != "fine-tune"):
         raise bad_request(f"{file.id} ({file.purpose}) holds {forms}, but must hold {form!r}.", param, code)
+    # Of a file that several forms fit, neither targets nor labels are known.
+    if form and file.facts and file.facts.form and param != _QUESTIONS:
+        if not file.facts.targets:
+            raise bad_request(f"{file.id} has no targets.", param, code)
+        if file.facts.labels == 1 and param == "training_file":
+            raise bad_request(f"all examples of {file.id} have the same label.", param, code)
 
 
 def _check_options(
@@ -230,12 +236,13 @@ def _check_options(
     options, facts = body.options, questions.facts if questions else None
     begun = [name for name in _OF_START if name in options and start_lengths is not None]
     length, epochs = options.get("prefix_length", 0), body.given_hyperparameters.get("n_epochs", "auto")
-    unanswered = facts.rows - facts.targets if facts else 0
+    unanswered, sources = facts.rows - facts.targets if facts else 0, data.facts.examples if data.facts else 0
     elsewhere, kind = (_OF_EXAMPLES, "a document") if data.purpose == "document" else (_OF_DOCUMENTS, "examples")
     for name, is_wrong, message in (
         *((name, name in options, f"{name} is not for {kind}") for name in elsewhere),
         ("validation_file", data.purpose == "document" and body.validation_file, "a document is not validated"),
         *((name, True, f"training goes on from {body.model!r}, which has its own {name}") for name in begun),
+        ("init_examples", 0 < sources < options.get("init_examples", 0), f"{data.id} has {sources} sources alone"),
         ("prefix_length", length >= max_length, f"{length} is given, but the model has {max_length} positions"),
         # A command line would read a file.
         ("init_text", str(options.get("init_text")).startswith("@"), "init_text must not begin with '@'"),

@@ -6,14 +6,18 @@ Readers see the old prefix or the new one.
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from typing import Any
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
 
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.file import is_unread
+from prefixtune.prefix.folder import ENDING
 from prefixtune.server.api.endpoint import AdminContext, GenerationContext, KeyContext, key_router
 from prefixtune.server.responses import JsonAnswer, bad_request
 from prefixtune.utils.files import reporting_write_errors, work_folder
@@ -22,6 +26,8 @@ router = key_router()
 _UPLOAD_FOLDER = "upload"
 """Name of the hidden folders that receive uploads."""
 _PATH = "/v1/models/{name:path}"
+_PART = 1 << 20
+"""Bytes of a file that are sent at once."""
 _BYTES_BODY = {"requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {}}}}}
 
 
@@ -36,14 +42,18 @@ def list_models(context: KeyContext) -> dict[str, Any]:
 
 
 # Before the route of any name, which takes this path too.
-@router.get(f"{_PATH}/file", response_class=FileResponse)
+@router.get(f"{_PATH}/file", response_class=StreamingResponse)
 def download_model(name: str, context: GenerationContext) -> Response:
     """The file of a prefix that a job of the key's owner trained.
 
     An admin key gets the file of any prefix.
     """
-    path = context.state.catalog.copy(name, context.caller)
-    return FileResponse(path, filename=path.name, media_type="application/octet-stream")
+    file = context.state.catalog.open(name, context.caller)
+    headers = {"content-length": str(os.fstat(file.fileno()).st_size)}
+    headers["content-disposition"] = f'attachment; filename="{name}{ENDING}"'
+    parts = iter(partial(file.read, _PART), b"")
+    closing = BackgroundTask(file.close)
+    return StreamingResponse(parts, headers=headers, media_type="application/octet-stream", background=closing)
 
 
 @router.get(_PATH)

@@ -71,6 +71,7 @@ def resolve_site_lengths(
     return lengths
 
 
+@torch.random.fork_rng(devices=[])
 def build_encoder(
     config: TrainConfig,
     backbone: Backbone,
