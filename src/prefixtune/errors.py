@@ -82,7 +82,7 @@ class DevelopmentDataError(DataError):
 
 @contextlib.contextmanager
 def reading_development_data() -> Iterator[None]:
-    """Do something with the development data of a run: what is wrong with it is said to be in there.
+    """While the block reads a run's development data, a mistake in it is told from one in the training data.
 
     Raises:
         DevelopmentDataError: In place of any `DataError`.

@@ -102,7 +102,7 @@ def sample(model: Any) -> str:
     return sample_weights(sizes, lambda name, place: _plain(named[name].detach()).reshape(-1)[place])
 
 
-def _plain(weight: Any) -> Tensor:
+def _plain(weight: Tensor) -> Tensor:
     """A weight's numbers, also of one that torchao has rounded."""
     return weight.dequantize() if is_rounded(weight) else weight
 
