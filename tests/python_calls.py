@@ -116,9 +116,14 @@ def main(folder):
     calls("train: silent", lambda: trained("silent", backbone=backbone, examples=examples, progress=False))
     calls("train: go on", lambda: pt.train(resume=True, output=str(folder / "name"), examples=dicts).steps)
     calls("train: go on, by Path", lambda: pt.train(resume=True, output=folder / "name", examples=dicts).steps)
+    (folder / "name").rename(folder / "moved")
+    calls("train: go on, moved", lambda: pt.train(resume=True, output=folder / "moved", examples=dicts).path.parts[-2])
     calls("train: no dev examples", lambda: trained("no", backbone=backbone, examples=dicts, dev_examples=[]))
-    together = {**settings, "output": folder / "together", "task": "toy"}
+    together, other = ({**settings, "output": folder / name, "task": "toy"} for name in ("together", "other"))
     calls("train_together", lambda: train_together([together], backbone=backbone, examples=[examples])[0].steps)
+    calls(
+        "train_together: of one", lambda: train_together([together, other], backbone=(model, tokenizer), examples=[[]])
+    )
     calls("PrefixModel: a pair", lambda: PrefixModel((model, tokenizer), prefix_length=2).settings.prefix_length)
     calls("PrefixModel: a name", lambda: PrefixModel(folder / "model", {"prefix_length": 2}).settings.prefix_length)
     calls("PrefixModel: a mistyped option", lambda: PrefixModel(backbone, prefix_lenth=2).settings.prefix_length)

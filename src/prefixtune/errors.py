@@ -5,7 +5,6 @@
     ├── BackboneError     a model cannot be loaded, or cannot have a prefix
     ├── CheckpointError   an artifact or a training state is broken, foreign or newer
     ├── DataError         an input file, a row or an example is wrong
-    │   └── DevelopmentDataError  it is one of the development data
     ├── TrainingError     a run cannot go on (the loss is not finite, the disk is full)
     └── RequestError      a generation request cannot be served
         ├── ContextLengthError  it needs more positions than there are
@@ -73,11 +72,13 @@ class CheckpointError(PrefixError):
 
 
 class DataError(PrefixError):
-    """An input file, one of its rows, or an example is wrong."""
+    """An input file, one of its rows, or an example is wrong.
 
+    Attributes:
+        of_development: It is one of the development data of a run.
+    """
 
-class DevelopmentDataError(DataError):
-    """It is one of the development data."""
+    of_development = False
 
 
 @contextlib.contextmanager
@@ -85,12 +86,14 @@ def reading_development_data() -> Iterator[None]:
     """While the block reads a run's development data, a mistake in it is told from one in the training data.
 
     Raises:
-        DevelopmentDataError: In place of any `DataError`.
+        DataError: With `of_development`, in place of any other.
     """
     try:
         yield
     except DataError as error:
-        raise DevelopmentDataError(f"in the development data: {error.message}", hint=error.hint) from error
+        told = DataError(f"in the development data: {error.message}", hint=error.hint)
+        told.of_development = True
+        raise told from error
 
 
 class TrainingError(PrefixError):

@@ -9,6 +9,7 @@ from prefixtune.data.encoding import encode_prompts, format_of
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.text_format import TextFormat
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import tokenize
 from prefixtune.training.silence import bare_texts, general_examples, general_of_step, measure_silence
@@ -32,6 +33,11 @@ def run(backbone, output, **options):
     result = train(backbone=backbone, examples=EXAMPLES, output=str(output), progress=False, **common, **options)
     assert result.prefix is not None
     return result.prefix
+
+
+def test_requests_without_room_are_left_out(backbone):
+    assert general_examples(backbone, TextFormat(" {source} ="), 4)
+    assert general_examples(backbone, TextFormat(f"{'x' * 150} {{source}} ="), 4) == []
 
 
 def test_unchanged_texts_are_those_that_greedy_decoding_leaves(backbone, tmp_path):

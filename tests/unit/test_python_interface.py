@@ -81,6 +81,7 @@ def test_training_shows_its_progress_unless_it_is_switched_off(calls):
 
 def test_a_run_goes_on_with_its_own_configuration(calls):
     assert calls["train: go on"] == calls["train: go on, by Path"] == {"value": 2}
+    assert calls["train: go on, moved"] == {"value": "moved"}
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -94,6 +95,7 @@ MESSAGES = {
     "PrefixModel: a mistyped option": ("ConfigError", "prefix_length"),
     "train: a number as config": ("ConfigError", ""),
     "train: nothing to resume": ("CheckpointError", ""),
+    "train_together: of one": ("ConfigError", "2"),
     "a bare model": ("ConfigError", ""),
     "no backbone": ("ConfigError", ""),
     "a missing folder": ("BackboneError", "./no/such/model"),
@@ -127,5 +129,6 @@ def test_what_is_wrong_gets_one_line(calls, name):
 def test_every_call_is_checked(calls):
     shown = {"generate", "bare", "stream", "load_prefix", "load_backbone", "classify", "engine"}
     shown |= {"several prefixes", "several prefixes, ready-made", "train: go on", "train: go on, by Path"}
+    shown |= {"train: go on, moved"}
     shown |= {"Example: one target", "a text format", "a text format as a dict", "train", *TRAININGS, *OBJECTS}
     assert calls.keys() == shown | set(ALIKE) | MESSAGES.keys()

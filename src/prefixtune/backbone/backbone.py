@@ -214,11 +214,8 @@ class Backbone:
     @property
     def begins_texts(self) -> bool:
         """Whether the tokenizer puts its beginning-of-sequence token before every text (Gemma, Llama)."""
-        begins: bool | None = self.tokenizer_cache.get("begins_texts")
-        if begins is None:
-            begins = self.tokenizer("", verbose=False)["input_ids"][:1] == [self.tokenizer.bos_token_id]
-            self.tokenizer_cache["begins_texts"] = begins
-        return begins
+        ids: list[int] = self.tokenizer("", verbose=False)["input_ids"]
+        return ids[:1] == [self.tokenizer.bos_token_id]
 
     @property
     def pad_id(self) -> int:

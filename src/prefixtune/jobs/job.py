@@ -132,7 +132,6 @@ def checkpoint_name(name: str, step: int | str) -> str:
 # --- why a job fails or waits -----------------------------------------------------------------------------------------
 
 _CODES: tuple[tuple[type[errors.PrefixError], str, str | None], ...] = (
-    (errors.DevelopmentDataError, "invalid_validation_file", "validation_file"),
     (errors.DataError, "invalid_training_file", "training_file"),
     (errors.ConfigError, "invalid_hyperparameters", None),
     (errors.BackboneError, "unsupported_model", "model"),
@@ -162,6 +161,8 @@ def failure_of(error: Exception) -> JobError:
         return JobError(code="out_of_memory", message=message, param="hyperparameters.batch_size")
     for kind, code, param in _CODES:
         if isinstance(error, kind):
+            if isinstance(error, errors.DataError) and error.of_development:
+                code, param = "invalid_validation_file", "validation_file"
             # A hint may name an option of a command line, which is not the reader's.
             message = _FOLDERS.sub("", error.message if "--" in error.hint else str(error))
             return JobError(code=code, message=message[:1000], param=param)

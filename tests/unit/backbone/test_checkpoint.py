@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefixtune.backbone.checkpoint import checkpoint_folder
+from prefixtune.backbone.checkpoint import checkpoint_folder, reading
 from prefixtune.errors import BackboneError
 
 
@@ -18,3 +18,9 @@ def test_a_model_of_the_hub_is_brought_to_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(BackboneError):
         checkpoint_folder("owner/name")
+
+
+def test_any_error_of_a_library_is_one_of_the_backbone():
+    # tokenizers, of a file that is newer than itself.
+    with pytest.raises(BackboneError), reading("x"):
+        raise Exception("data did not match any variant")

@@ -16,7 +16,7 @@ from prefixtune.distillation.questions import hold_out, make_questions
 from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher, check_same_tokens, label_examples, read_labels, write_labels
 from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_ends
-from prefixtune.errors import BackboneError, CheckpointError
+from prefixtune.errors import BackboneError, CheckpointError, RequestError
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
 
@@ -166,6 +166,14 @@ def test_a_teacher_whose_numbers_are_not_finite_is_refused(tiny_backbone):
         broken.model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(BackboneError, match="not finite"):
         labelled(Reader(broken, WORDING, [None], 1), [Question("Who?", "Mira")])
+
+
+def test_a_question_that_the_teacher_cannot_read_is_refused(backbone, tiny_backbone):
+    short = Reader(tiny_backbone("llama", max_position_embeddings=8), WORDING, [None], 1)
+    with pytest.raises(RequestError):
+        label_examples(
+            short, encode_questions(backbone, ASKED[:1], WORDING, 0), [dataclasses.replace(ASKED[0], chunk=0)], 105
+        )
 
 
 def test_a_teacher_with_other_tokens_or_of_another_kind_is_refused(backbone, tiny_backbone):

@@ -8,16 +8,18 @@ import torch
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header, named_backbone
-from prefixtune.data.chat import encode_chat
+from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
-from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixError, RequestError
+from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.inference.model import load
 from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
+from zoo import make_model
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -75,6 +77,33 @@ def test_the_bare_model_continues_a_text_as_it_is(backbone, make_prefix):
     with_prefix, bare = generate(backbone, ["some text"] * 2, [make_prefix(), None], **FEW)
     assert (bare, with_prefix == expected) == (expected, False)
     assert generate(backbone, ["some text"], text_format=TextFormat(), **FEW) != [expected]
+
+
+def test_a_text_begins_and_ends_as_the_models_files_say(tiny_tokenizer, enclosing_tokenizer):
+    model, end = make_model("llama", enclosing_tokenizer), enclosing_tokenizer.convert_tokens_to_ids("<pad>")
+    model.generation_config.eos_token_id = [enclosing_tokenizer.eos_token_id, end, 5]
+    backbone = Backbone.from_model(model, enclosing_tokenizer, "tiny")
+    (prompt,) = prepare_prompts(backbone, ["some text"], [None], GenerateConfig())
+    # 5 is an ordinary token, which a wrong configuration may name.
+    assert (prompt.ids, prompt.ends) == (enclosing_tokenizer("some text")["input_ids"][:-1], (end,))
+    plain = Backbone.from_model(model, tiny_tokenizer, "tiny")
+    assert prepare_prompts(plain, ["some text"], [None], GenerateConfig())[0].ids == plain.encode("some text")
+
+
+def test_tokens_that_the_model_lacks_are_neither_read_nor_padded_with(tiny_models, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    backbone = Backbone.from_model(tiny_models("llama"), tokenizer, "tiny")
+    assert backbone.pad_id == backbone.eos_id
+    with pytest.raises(RequestError):
+        generate(backbone, ["a[PAD]b"], num_beams=2)
+
+
+def test_a_conversation_that_is_too_long_keeps_its_template(backbone):
+    talk = [{"role": "system", "content": "S" * 120}, {"role": "user", "content": "The question"}]
+    options = {"text_format": chat_format(backbone, "model"), "on_too_long": "cut", "max_total_length": 80}
+    with pytest.raises(ContextLengthError):
+        classify(backbone, [talk], labels=["a", "b"], **options)
 
 
 def test_an_answer_has_as_many_tokens_as_fit(backbone):

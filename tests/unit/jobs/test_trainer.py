@@ -89,7 +89,8 @@ def backbone(tiny_backbone):
 
 @pytest.fixture
 def data(tmp_path):
-    return DataFolder(tmp_path / "data")
+    # The path is part of the database's address.
+    return DataFolder(tmp_path / "data 9%25?#")
 
 
 @pytest.fixture
@@ -125,6 +126,9 @@ def failure(future):
 
 
 def test_jobs_train_one_after_the_other_and_one_that_fails_stops_no_other(service, data, backbone, tmp_path):
+    long = make_job(data, "long", dev=[{**ROWS[0], "completion": "x" * 600}])
+    error = failure(service.submit(long))
+    assert (error.code, error.param) == ("invalid_validation_file", "validation_file")
     other = service.submit(make_job(data, "other", fingerprint="x:AAAA"))
     job = make_job(data, "one", dev=ROWS[:2], config={"eval_every": 3}, fingerprint=backbone.fingerprint)
     assert service.submit(job).result(60) == 6

@@ -191,8 +191,12 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server):
     assert ask(app, lambda client: listed(client, limit=1)) == made[::-1]
     assert ask(app, lambda client: listed(client, limit=2, after=made[2])) == made[1::-1]
     assert ask(app, lambda client: listed(client, metadata={"n": "1", "all": "yes"})) == [made[1]]
-    last = ask(app, lambda client: client.fine_tuning.jobs.retrieve(made[2]))
-    assert last.prefixtune["position"] == 2
+    training = state.training
+    other = JobQueue(training.database_url)
+    other.add(Job(id=f"ftjob-{'0' * 24}", owner="x", created=1, model="m", name="o", backbone="other"))
+    last = create(app, file)
+    other.close()
+    assert last.prefixtune["position"] == 3
 
 
 def test_a_job_is_paused_resumed_and_cancelled(make_server):
@@ -341,6 +345,8 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
         (metrics, {}, "training_file", "invalid_training_file"),
         (two, {}, "prefixtune.form", None),
         (rows, {"own": {"form": "label"}}, "training_file", "invalid_training_file"),
+        *((file, {}, "training_file", "invalid_training_file") for file in (label, open_questions)),
+        (rows, {"own": {"start": "examples", "init_examples": 64}}, "prefixtune.init_examples", None),
         *((file, as_document, "training_file", "invalid_training_file") for file in (rows, metrics)),
         (summaries, {"validation_file": label}, "validation_file", "invalid_validation_file"),
         (summaries, {"validation_file": document}, "validation_file", "invalid_validation_file"),

@@ -114,6 +114,16 @@ def test_lengths_fit_the_positions(make_server):
     for more in ({"max_tokens": 22}, {"model": "tiny", "max_tokens": 26}, {"max_tokens": None, "min_tokens": 22}):
         assert (outcome(**more).status, outcome(**more).code) == (400, "context_length_exceeded")
     assert texts_when_done(state) == 0
+    body = {"model": "a", "messages": [{"role": "user", "content": "x" * 80}], "max_tokens": 2}
+    refused = asyncio.run(send(app, "POST", "/v1/chat/completions", body))
+    assert (refused.json["error"]["param"], refused.code) == ("messages", "context_length_exceeded")
+
+
+def test_more_tokens_may_be_asked_for_than_are_usual(make_server):
+    app, _ = make_server()
+    # Those of its task are 100.
+    answer = asyncio.run(send(app, "POST", "/v1/completions", completion(max_tokens=None, min_tokens=105)))
+    assert answer.json["usage"]["completion_tokens"] == 105
 
 
 def test_the_log_probabilities_of_a_response_are_bounded(make_server, monkeypatch):

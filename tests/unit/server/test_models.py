@@ -10,7 +10,7 @@ def download(app, name, key=""):
     return asyncio.run(send(app, "GET", f"/v1/models/{name}/file", headers=headers))
 
 
-def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, tmp_path, save_random_prefix):
+def test_a_result_is_downloaded_by_its_owner(make_server, backbone, tmp_path, save_random_prefix, monkeypatch):
     app, _ = make_server(keys=keys(ann={}, bob={}, boss={"admin": True}))
     hers = {"id": "ftjob-1", "owner": "ann"}
     path = save_random_prefix(tmp_path / "prefixes" / "hers.safetensors", backbone, seed=3, job=hers)
@@ -24,6 +24,10 @@ def test_a_result_is_downloaded_by_its_owner_and_admins(make_server, backbone, t
     assert (download(app, "a", "ann").status, download(app, "nothing", "ann").status) == (403, 404)
     assert download(app, "hers", "bob").status in (403, 404)
     assert download(app, "nothing", "boss").status == 404
+    with monkeypatch.context() as patched:
+        # By its path, another file is opened than was asked for.
+        patched.setattr("prefixtune.server.catalog.signature_of", lambda _: (1, 2, 3))
+        assert download(app, "hers", "ann").code == "busy"
     path.write_bytes(b"broken")
     assert download(app, "hers", "boss").status == 503
     path.unlink()

@@ -115,9 +115,9 @@ def test_the_files_of_the_start_are_not_read_again(
 
 def test_data_without_a_target_is_refused_before_the_backbone_loads(train, tmp_path, no_backbone_loads):
     bare = [pt.Example("a", ()), pt.Example("b", ())]
-    with pytest.raises(DataError, match="the training data has 2 examples, and none has a target"):
+    with pytest.raises(DataError, match="2 examples"):
         train(examples=bare)
-    with pytest.raises(DataError, match="the development data has 2 examples, and none has a target"):
+    with pytest.raises(DataError, match="development"):
         train(dev_examples=bare)
     assert not (tmp_path / "run").exists()
 

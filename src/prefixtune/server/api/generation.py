@@ -225,8 +225,7 @@ async def start_texts(
         await generation.submit()
     except ContextLengthError as error:
         hint = f"shorten the prompt or lower max_tokens{', or join fewer prefixes' if len(model.names) > 1 else ''}."
-        param = "messages" if isinstance(sources[0], list) else "prompt"
-        raise bad_request(error.message, param, "context_length_exceeded", hint=hint) from None
+        raise bad_request(error.message, _source_field(context), "context_length_exceeded", hint=hint) from None
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
     except RequestError as error:
@@ -235,6 +234,12 @@ async def start_texts(
     for prompt in prompts:
         context.state.metrics.prompt(model.names, len(prompt))
     return generation
+
+
+def _source_field(context: RequestContext) -> str | None:
+    """The field of a request that its text is in; None: a task has others."""
+    path = context.request.url.path
+    return "messages" if path.endswith("/chat/completions") else "prompt" if path.endswith("/completions") else None
 
 
 def _check_logprobs(requests: Sequence[Request]) -> None:
@@ -303,7 +308,7 @@ async def _encode(
         form = text_format.with_lengths(on_too_long=context.state.config.on_too_long)
 
     def encode() -> tuple[list[int], int]:
-        param, code = "prompt" if isinstance(source, str) else "messages", None
+        param, code = _source_field(context), None
         try:
             if text_format is None and not isinstance(source, str):
                 if not has_chat_template(backbone):
