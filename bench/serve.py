@@ -33,8 +33,7 @@ from bench.models import make_backbone, model_folder
 from bench.results import ROOT, DifferenceError, Figure, Log, Results, make_parser, run_benchmark
 from bench.server import Done, Server
 from bench.turns import ratio_figures, speed_ratios, take_turns
-from prefixtune.attention.injection import prefilled_cache
-from prefixtune.attention.layout import cache_argument
+from prefixtune.attention.layout import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine import Engine, Request
@@ -217,7 +216,9 @@ def by_transformers(backbone: Backbone, prefix: Prefix, new: int) -> Side:
 
     def answer(prompts: Sequence[list[int]], index: int) -> Done:
         began = time.perf_counter()
-        cache, _ = prefilled_cache(backbone.model, backbone.layout, [prefix] * len(prompts))
+        cache = growing_cache(backbone.model)
+        for index, pair in enumerate(prefix.layers["decoder"]):
+            cache.update(*(part.expand(len(prompts), *part.shape) for part in pair), index)
         # Any tokens stand for the prefix.
         ids = torch.tensor([[end] * prefix.length() + prompt for prompt in prompts])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_argument(backbone.model): cache}

@@ -38,8 +38,8 @@ KINDS = {
 INTRODUCTION = """# Models
 
 Which types of model carry a prefix. Each row is a tiny model of that type with random weights. It generates, and
-is examined with the five comparisons of `prefixtune doctor`: a gradient reaches every layer's prefix; injected =
-prefilled; padded = alone; packed = alone; cached = recomputed.
+is examined with the four comparisons of `prefixtune doctor`: a gradient reaches every layer's prefix; padded = alone;
+packed = alone; cached = recomputed.
 
 | verdict | meaning |
 |---|---|
@@ -59,7 +59,7 @@ than the model's original length, 4,096 positions. A prefix is used with texts u
 included, and this is also the limit of the engine and of `prefixtune serve`, with and without a prefix. The bare
 model takes longer texts in `generate`; elsewhere texts on both sides of the limit are refused.
 
-The same five comparisons are made when a type of model is first loaded, on a few tokens and in float32. Some models
+The same four comparisons are made when a type of model is first loaded, on a few tokens and in float32. Some models
 are compared in their own dtype, with a wider tolerance: those of more than two billion parameters in half precision,
 quantized ones, and those that are spread over devices. A pass is stored in the cache folder (`$PREFIXTUNE_HOME`) for
 this type, configuration, device, attention kernel and these versions; a model that fails is refused with the

@@ -1,11 +1,7 @@
 """Run a frozen model with prefixes in front of its attention.
 
-Two routes, which must agree (see `tests/equivalence`):
-
-- *injected*: the attention function in transformers' registry finds the prefixes in a context variable, puts each row's
-  own keys and values in front and widens the mask. Gradients flow through it, under checkpointing too.
-- *prefilled* (`cache`): the prefix is a cache that is already filled. The doctor compares it with the first, as other
-  engines are given such caches.
+The attention function in transformers' registry finds the prefixes in a context variable, puts each row's own keys and
+values in front and widens the mask. Gradients flow through it, under checkpointing too.
 
 Positions: a decoder-only model's text starts at position P of its row's prefix; in encoders and encoder-decoders the
 text's positions are not shifted, and the prefix has no relative position bias. Sliding windows count text positions

@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from prefixtune.attention.kernels import ScoreOptions
-from prefixtune.attention.layout import Layout, growing_cache, main_device, using
+from prefixtune.attention.layout import Layout, using
 from prefixtune.attention.masks import causal_mask, extend_mask
 from prefixtune.attention.packing import Packing
 from prefixtune.prefix.geometry import Site
@@ -209,24 +209,6 @@ def _stack(rows: Sequence[Float[Tensor, "H _P D"]]) -> Float[Tensor, "B H P D"]:
         return rows[0][None]
     longest = max(row.shape[1] for row in rows)
     return torch.stack([nn.functional.pad(row, (0, 0, longest - row.shape[1], 0)) for row in rows])
-
-
-def prefilled_cache(model: Any, layout: Layout, prefixes: Sequence[Prefix | None]) -> tuple[Any, Bool[Tensor, "B P"]]:
-    """A cache that already holds every row's prefix, shorter ones padded in front; and which of its slots are real.
-
-    Args:
-        model: The frozen model.
-        layout: What `probe` found.
-        prefixes: One per row; None: that row has no prefix.
-    """
-    injection = batch_prefixes(prefixes, layout, model.dtype, main_device(model))
-    cache, rows, pairs = growing_cache(model), len(prefixes), injection.layers.get("decoder", ())
-    for index, (key, value) in zip(layout.cache_layers or (), pairs, strict=bool(pairs)):
-        cache.update(to_rows(key, rows), to_rows(value, rows), index)
-    mask = injection.prefix_mask.get("decoder")
-    if mask is None:
-        mask = torch.ones(rows, pairs[0][0].shape[2] if pairs else 0, dtype=torch.bool, device=main_device(model))
-    return cache, mask
 
 
 @dataclass(eq=False)

@@ -24,8 +24,8 @@ class Layout:
         layer_of: Attention module -> its (site, index); layers that share keys and values have the same.
         kind: `decoder`, `encoder` or `encoder-decoder`.
         packable: Whether rows may be packed: only attention mixes positions, and positions can be set from outside.
-        cache_layers: Index of each decoder layer's keys and values in the model's cache; None: they cannot be put there
-            beforehand, so that generation injects them.
+        cache_layers: Index of each decoder layer's keys and values in the model's cache; None: programs that put a
+            prefix into it cannot have one of this model.
         notes: What a user should know, such as sites that are not available and why.
         repeats: Whether a layer is run several times in one pass, each time with keys and values of its own.
     """

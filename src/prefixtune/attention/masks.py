@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from prefixtune.attention.layout import setting, using
-
-_num_cached_prefix_slots: contextvars.ContextVar[int] = contextvars.ContextVar("cached_prefix_slots", default=0)
+from prefixtune.attention.layout import setting
 
 
-def cached_prefix_slots(count: int) -> contextlib.AbstractContextManager[None]:
-    """While the block runs, the first `count` cache slots are prefix slots: no sliding window hides them."""
-    return using(_num_cached_prefix_slots, count)
-
-
-def make_mask(*args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any) -> Any:
-    """The mask of scaled-dot-product attention; in a window or chunk, cached prefix slots stay visible."""
+def make_mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask of scaled-dot-product attention."""
     from transformers.masking_utils import sdpa_mask
 
     if setting(kwargs.get("config"), "num_kv_shared_layers"):
         # Of such a model only the last queries may reach a layer, which without a mask count as the first ones.
         kwargs["allow_is_causal_skip"] = False
-    slots = _num_cached_prefix_slots.get()
-    if slots and local_size is not None:
-        kwargs["allow_is_causal_skip"] = False
-    mask = sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
-    if not slots or local_size is None:
-        return mask
-    mask = mask.clone()
-    mask[..., :slots] = True if attention_mask is None else attention_mask[:, None, None, :slots].bool()
-    return mask
+    return sdpa_mask(*args, **kwargs)
 
 
 def make_additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Does a model carry prefixes correctly? Five comparisons, made when a type of model is first loaded."""
+"""Does a model carry prefixes correctly? Four comparisons, made when a type of model is first loaded."""

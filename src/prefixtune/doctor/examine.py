@@ -1,4 +1,4 @@
-"""Does a model carry prefixes correctly? Five comparisons on a few tokens.
+"""Does a model carry prefixes correctly? Four comparisons on a few tokens.
 
 A prefix that is ignored raises no error: training goes on, text comes out. So every way in which prefixes are used is
 run on the model itself with random prefixes, and compared with the plainest one: a row alone, computed in full.
@@ -80,7 +80,6 @@ def examine(model: Any, layout: Layout) -> list[Comparison]:
             return [_failed(_GRADIENT, 0.0, error)]
         ways: Mapping[str, tuple[bool, Callable[[], float], float]] = {
             _GRADIENT: (passes_gradients(model), rows.without_gradient, 0.0),
-            "injected = prefilled": (layout.cache_layers is not None, rows.prefilled, tolerance),
             "padded = alone": (True, rows.padded, tolerance),
             "packed = alone": (layout.packable, rows.packed, tolerance),
             "cached = recomputed": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from prefixtune.attention.forward import forward_with_prefixes
-from prefixtune.attention.injection import batch_prefixes, injecting, prefilled_cache
+from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import Layout, cache_argument, main_device
-from prefixtune.attention.masks import cached_prefix_slots, positions_from_mask
+from prefixtune.attention.masks import positions_from_mask
 from prefixtune.attention.packing import Group, Packing
 from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.prefix.prefix import Prefix
@@ -88,10 +87,6 @@ class Rows:
             shares.append(1 - float(((slots > 0) & slots.isfinite()).float().mean()))
         return max(shares)
 
-    def prefilled(self) -> float:
-        """A cache that holds the prefixes against prefixes injected into the attention."""
-        return _apart(self._stepped[0], [row[: len(s)] for row, s in zip(self.alone, self.sources, strict=True)])
-
     def padded(self) -> float:
         """A padded batch; texts of decoder-only models are also padded in front."""
         sides = ("right", "left") if self.layout.kind == "decoder" else ("right",)
@@ -104,7 +99,7 @@ class Rows:
     def cached(self) -> float:
         """Steps with a cache in a padded batch, along the targets, against everything computed again."""
         pairs = zip(self.alone, self.targets, strict=True)
-        return _apart(self._stepped[1], [row[-len(target) :] for row, target in pairs])
+        return _apart(self._stepped(), [row[-len(target) :] for row, target in pairs])
 
     def _pad(self, side: str = "right") -> list[Tensor]:
         decoder = self.layout.kind == "decoder"
@@ -138,19 +133,16 @@ class Rows:
         output = self._run(read, prefixes=prefixes, packing=packing, **given)[0]
         return [output[own[row]] for row in range(len(self.sources))]
 
-    @functools.cached_property
-    def _stepped(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Every row's outputs for its source (none in an encoder-decoder), then for its target, token by token."""
-        model, layout, name = self.model, self.layout, cache_argument(self.model)
-        injection = batch_prefixes(self.prefixes, layout, model.dtype, self.device)
-        new, _ = self._padded(self.targets, "right")
-        steps = []
-        if layout.kind == "encoder-decoder":
-            from transformers import DynamicCache, EncoderDecoderCache
+    def _stepped(self) -> list[Tensor]:
+        """Every row's outputs for its target, token by token, with the prefixes in front as in generation."""
+        model, new = self.model, self._padded(self.targets, "right")[0]
+        name, steps = cache_argument(model), []
+        with injecting(batch_prefixes(self.prefixes, self.layout, model.dtype, self.device)):
+            if self.layout.kind == "encoder-decoder":
+                from transformers import DynamicCache, EncoderDecoderCache
 
-            ids, mask = self._padded(self.sources, "right")
-            cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            with injecting(injection):
+                ids, mask = self._padded(self.sources, "right")
+                cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
                 # What an encoder makes of its text is computed once, as generation does.
                 encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
                 given = {"encoder_outputs": encoded, "attention_mask": mask, "use_cache": True}
@@ -158,27 +150,17 @@ class Rows:
                     output = model(**given, decoder_input_ids=token, **{name: cache})
                     cache = output[name]
                     steps.append(output.logits)
-            return [], self._targets_of(steps)
-        ids, mask = self._padded(self.sources, "left")
-        shift = torch.tensor([[0 if one is None else one.length()] for one in self.prefixes], device=ids.device)
-        positions = positions_from_mask(mask) + shift
-        given, shown = {}, mask
-        ours: contextlib.AbstractContextManager[None] = injecting(injection)
-        if layout.cache_layers is not None:
-            given[name], slots = prefilled_cache(model, layout, self.prefixes)
-            ours, shown = cached_prefix_slots(slots.shape[1]), torch.cat([slots.long(), mask], dim=1)
-        with ours:
-            output = model(input_ids=ids, attention_mask=shown, position_ids=positions, use_cache=True, **given)
-            sources = [row[real.bool()] for row, real in zip(output.logits, mask, strict=True)]
-            for token in new.split(1, dim=1):
-                shown, positions = torch.cat([shown, torch.ones_like(token)], dim=1), positions[:, -1:] + 1
-                given = {name: output[name], "attention_mask": shown, "position_ids": positions, "use_cache": True}
-                output = model(input_ids=token, **given)
-                steps.append(output.logits)
-        return sources, self._targets_of(steps)
-
-    def _targets_of(self, steps: Sequence[Tensor]) -> list[Tensor]:
-        return [row[: len(target)] for row, target in zip(torch.cat(list(steps), dim=1), self.targets, strict=True)]
+            else:
+                ids, mask = self._padded(self.sources, "left")
+                shift = torch.tensor([[0 if one is None else one.length()] for one in self.prefixes], device=ids.device)
+                positions = positions_from_mask(mask) + shift
+                output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+                for token in new.split(1, dim=1):
+                    mask, positions = torch.cat([mask, torch.ones_like(token)], dim=1), positions[:, -1:] + 1
+                    given = {name: output[name], "attention_mask": mask, "position_ids": positions, "use_cache": True}
+                    output = model(input_ids=token, **given)
+                    steps.append(output.logits)
+        return [row[: len(target)] for row, target in zip(torch.cat(steps, dim=1), self.targets, strict=True)]
 
     def _run(self, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
         """Logits, or an encoder's hidden states."""

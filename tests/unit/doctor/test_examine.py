@@ -1,32 +1,28 @@
-"""The five comparisons: sound models pass all that apply to them, and faults are found by those that should."""
+"""The four comparisons: sound models pass all that apply to them, and faults are found by those that should."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from transformers import AttentionInterface
 
 from patching import replace_everywhere
-from prefixtune.attention.injection import Injection, batch_prefixes, current_injection, prefilled_cache
-from prefixtune.attention.layout import using
-from prefixtune.attention.masks import cached_prefix_slots, extend_mask
+from prefixtune.attention.injection import Injection, batch_prefixes, current_injection
+from prefixtune.attention.layout import cache_argument, using
+from prefixtune.attention.masks import extend_mask
 from prefixtune.attention.packed import packed_attention
 from prefixtune.attention.packing import Packing, sees
 from prefixtune.attention.registry import ATTENTION, attend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor.examine import examine
-from tiny_config import tiny_config
-from zoo import make_model, random_model
+from zoo import make_model
 
 GRADIENT = "a gradient reaches every layer's prefix"
-PREFILLED = "injected = prefilled"
 PADDED = "padded = alone"
 PACKED = "packed = alone"
 CACHED = "cached = recomputed"
-ALL = [GRADIENT, PREFILLED, PADDED, PACKED, CACHED]
+ALL = [GRADIENT, PADDED, PACKED, CACHED]
 
 
 def failed(backbone):
@@ -72,15 +68,15 @@ def see_everything(arguments):
     [
         ("llama", set()),
         ("mistral", set()),
-        ("deepseek_v3", {PREFILLED}),  # generation injects
-        ("lfm2", {PREFILLED, PACKED}),  # rows are padded besides
+        ("deepseek_v3", set()),
+        ("lfm2", {PACKED}),  # rows are padded besides
         ("stablelm", set()),  # the prefix travels beside the call
         ("gemma3n_text", set()),  # layers share a prefix
-        ("bart", {PREFILLED}),
-        ("t5", {PREFILLED}),
-        ("longt5-local", {PREFILLED, PACKED}),  # the encoder attends through code of its own
-        ("bert", {PREFILLED, PACKED, CACHED}),
-        ("modernbert", {PREFILLED, PACKED, CACHED}),
+        ("bart", set()),
+        ("t5", set()),
+        ("longt5-local", {PACKED}),  # the encoder attends through code of its own
+        ("bert", {PACKED, CACHED}),
+        ("modernbert", {PACKED, CACHED}),
     ],
 )
 def test_sound_models_pass(name, left_out, tiny_tokenizer):
@@ -137,9 +133,10 @@ def test_an_error_is_a_failed_comparison(tiny_backbone, monkeypatch):
         raise ValueError("no cache today.\nmore of it")
 
     backbone = tiny_backbone("gpt2")
-    replace_everywhere(monkeypatch, prefilled_cache, broken)
-    assert failed(backbone) == {PREFILLED, CACHED}
-    assert examine(backbone.model, backbone.layout)[1].error == "ValueError: no cache today."
+    with monkeypatch.context() as patch:
+        replace_everywhere(patch, cache_argument, broken)
+        assert failed(backbone) == {CACHED}
+        assert examine(backbone.model, backbone.layout)[-1].error == "ValueError: no cache today."
     monkeypatch.setattr(backbone.model, "forward", broken)
     (found,) = examine(backbone.model, backbone.layout)
     assert not found.passed
@@ -197,7 +194,7 @@ def test_attention_that_sees_the_future(tiny_backbone, monkeypatch):
 
     backbone = tiny_backbone("llama")
     patch_attention(monkeypatch, attend_changed_at("decoder", change))
-    assert {PREFILLED, PADDED, PACKED, CACHED} <= failed(backbone)
+    assert {PADDED, PACKED, CACHED} <= failed(backbone)
 
 
 @pytest.mark.parametrize("site", ["encoder", "decoder", "cross"])
@@ -224,7 +221,7 @@ def test_padding_slots_that_are_seen(tiny_backbone, monkeypatch):
         return extend(mask, None, prefix_length, key, queries)
 
     replace_everywhere(monkeypatch, extend_mask, blind)
-    assert failed(tiny_backbone("llama")) == {PADDED}
+    assert failed(tiny_backbone("llama")) == {PADDED, CACHED}
 
 
 @pytest.mark.parametrize(("site", "name"), [("encoder", "bart"), ("cross", "t5")])
@@ -255,37 +252,3 @@ def test_packed_targets_that_look_at_another_source(tiny_backbone, monkeypatch):
 
     monkeypatch.setattr(Packing, "sizes", turned)
     assert failed(tiny_backbone("bart")) == {PACKED}
-
-
-# --- faults of caches ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_cache_with_another_rows_prefix(dtype, tiny_models, monkeypatch):
-    prefilled = prefilled_cache
-
-    def wrong(*args, **options):
-        cache, visible = prefilled(*args, **options)
-        for layer in cache.layers:
-            if layer.is_initialized and layer.values.shape[0] > 1:
-                layer.values[-1] = layer.values[2]
-        return cache, visible
-
-    replace_everywhere(monkeypatch, prefilled_cache, wrong)
-    assert failed(Backbone.from_model(tiny_models("llama").to(dtype), None, "llama")) == {PREFILLED, CACHED}
-
-
-def test_a_window_that_hides_the_prefix_in_the_cache(tiny_backbone, monkeypatch):
-    replace_everywhere(monkeypatch, cached_prefix_slots, lambda count: contextlib.nullcontext())
-    assert failed(tiny_backbone("mistral")) == {PREFILLED, CACHED}
-    assert failed(tiny_backbone("llama")) == set()
-
-
-def test_a_cache_that_keeps_the_values_of_texts_alone(tiny_tokenizer):
-    """DiffLlama attends to each half of the cached values, repeated, as a text's prefix is; a trained one is not."""
-    backbone = Backbone.from_model(make_model("llama", tiny_tokenizer), tiny_tokenizer, "llama")
-    model = random_model(transformers.AutoModelForCausalLM, tiny_config("diffllama", tiny_tokenizer))
-    layers = {layer.self_attn: ("decoder", index) for index, layer in enumerate(model.model.layers)}
-    model.set_attn_implementation(ATTENTION)
-    found = examine(model, replace(backbone.layout, layer_of=layers))
-    assert PREFILLED in {one.name for one in found if not one.passed}

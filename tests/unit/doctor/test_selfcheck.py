@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patching import replace_everywhere
-from prefixtune.attention.injection import prefilled_cache
+from prefixtune.attention.masks import extend_mask
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor import selfcheck
@@ -82,18 +82,11 @@ def test_where_nothing_can_be_written_it_runs_each_time(cache, runs, tiny_models
     assert runs == ["gpt2", "gpt2"]
 
 
-def test_a_cache_that_drops_the_prefix_is_refused_each_time(cache, tiny_models, monkeypatch):
-    prefilled = prefilled_cache
-
-    def wrong(*args, **options):
-        made, visible = prefilled(*args, **options)
-        for layer in made.layers:
-            layer.values.zero_()
-        return made, visible
-
-    replace_everywhere(monkeypatch, prefilled_cache, wrong)
+def test_padding_that_is_seen_is_refused_each_time(cache, tiny_models, monkeypatch):
+    extend = extend_mask
+    replace_everywhere(monkeypatch, extend_mask, lambda mask, visible, *rest: extend(mask, None, *rest))
     for _ in range(2):
-        with pytest.raises(BackboneError, match=r"'llama'.*cached = recomputed") as error:
+        with pytest.raises(BackboneError, match=r"'llama'.*padded = alone") as error:
             Backbone.from_model(tiny_models("llama"), None, "llama")
     assert f"{selfcheck.SWITCH}=0" in error.value.hint
     assert not (cache / "checked").exists()

@@ -36,12 +36,12 @@ def tokenizer():
     return make_tokenizer()
 
 
-# Slow: each model is made and compared five times.
+# Slow: each model is made and compared four times.
 @HERE
 @pytest.mark.parametrize("name", EXAMINED)
 def test_the_verdict_on_a_model_is_current(name, tokenizer, monkeypatch, tmp_path):
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
-    # The doctor's comparisons are the same five: what passes them need not be checked when it is loaded, too.
+    # The doctor's comparisons are the same four: what passes them need not be checked when it is loaded, too.
     if any(row[0] == f"`{name}`" and row[3].startswith("works") for row in ROWS):
         monkeypatch.setenv(SWITCH, "0")
     else:
