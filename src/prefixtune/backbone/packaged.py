@@ -12,8 +12,6 @@ folder appears in one rename, so it is complete or absent, even if the work is i
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -23,7 +21,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,7 +241,7 @@ def convert_gguf(name: str, gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_transformers(), _reading_once():
+    with quiet_transformers():
         options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
@@ -258,24 +256,6 @@ def convert_gguf(name: str, gguf: Path, target: Path) -> None:
         model.config.name_or_path = name
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-
-
-@contextlib.contextmanager
-def _reading_once() -> Iterator[None]:
-    """While the block runs, a GGUF file's header is read once, and the table of its tensors' names is made once.
-
-    transformers reads the header three times, and makes the table for every module of the model.
-    """
-    import gguf
-
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, slow in {**before, "GGUFReader": read_gguf}.items():
-        setattr(gguf, name, functools.cache(slow))
-    try:
-        yield
-    finally:
-        for name, slow in before.items():
-            setattr(gguf, name, slow)
 
 
 def read_gguf(path: Path | str) -> Any:
