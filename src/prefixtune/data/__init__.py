@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prefixtune.data.examples import Example, ExampleLike, limit_targets, references_of
 from prefixtune.data.forms import as_examples
-from prefixtune.data.registry import TASKS, Task, find_form, read_data, read_task
+from prefixtune.data.registry import TASKS, Task, read_data, read_task
 
 __all__ = [
     "TASKS",
@@ -16,7 +16,6 @@ __all__ = [
     "ExampleLike",
     "Task",
     "as_examples",
-    "find_form",
     "limit_targets",
     "read_data",
     "read_task",

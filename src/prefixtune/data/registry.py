@@ -141,17 +141,6 @@ def read_task(task: str, path: Path | str, **options: Any) -> list[Example]:
     return read_data(task, path, **options).examples
 
 
-def find_form(path: Path | str, *, split: str | None = None, form: str = "", needs_targets: bool = True) -> Form:
-    """The form of a file, by its first row; the arguments of `read_data`.
-
-    Raises:
-        PrefixError: As for `read_data`.
-    """
-    with contextlib.closing(_records(_chosen("records", None, None, form), path, split)) as rows:
-        first = next(rows)
-    return detect_form(first.values, first.location, form=form, needs_targets=needs_targets)
-
-
 def _chosen(name: str, source: str | None, target: str | None, form: str) -> Task:
     """The task of that name; what does not go with it is refused.
 

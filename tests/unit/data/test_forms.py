@@ -10,7 +10,7 @@ from prefixtune.data import as_examples, read_task
 from prefixtune.data.examples import Example, Message
 from prefixtune.data.files import iter_file
 from prefixtune.data.forms import FORMS, describe_data, make_example
-from prefixtune.data.registry import TASKS, find_form, read_data
+from prefixtune.data.registry import TASKS, read_data
 from prefixtune.errors import ConfigError, DataError, PrefixError
 from prefixtune.training.config import FormName, TrainConfig
 
@@ -103,7 +103,6 @@ def test_a_form_is_recognized_by_its_columns(form, row, source, targets, message
     path = jsonl(tmp_path / "a.jsonl", row)
     read = read_data("records", path)
     assert (read.task, read.form, read.columns) == (FORMS[form].task, FORMS[form], tuple(row))
-    assert find_form(path) == FORMS[form]
     expected = Example(source, targets, messages=messages)
     assert read_task("records", path, needs_targets=True) == [expected]
     assert read_task("records", path, form=form) == [expected]

@@ -152,23 +152,23 @@ def _read_data(options: GenerateOptions, trained: Trained) -> list[Source]:
 
     Rows that have the columns of the prefix's training are read as it read them, unless --form is given.
     """
-    from prefixtune.data import TASKS, find_form
+    from prefixtune.data import TASKS
     from prefixtune.data.files import FORMATS, iter_file
-    from prefixtune.data.forms import TEMPLATES, check_template, describe_data, make_example
+    from prefixtune.data.forms import TEMPLATES, check_template, describe_data, detect_form, make_example
     from prefixtune.data.sets import locate
 
     path = locate(Path(options.data), None, FORMATS, {})
     sources = {_trained_source(header) for header in trained.headers}
     task, template = sources.pop() if len(sources) == 1 and not options.form else ("", "")
-    first = next(iter_file(path)).values
-    if template and set(check_template(template)) <= first.keys():
+    first = next(iter_file(path))
+    if template and set(check_template(template)) <= first.values.keys():
         form = TASKS[task].form or TEMPLATES
         examples = [make_example(record, form, templates=(template, "")) for record in iter_file(path)]
         options.console.info(f"{options.data}: read as in training, by {template!r}: {len(examples):,} rows")
         return [example.source for example in examples]
-    form = find_form(path, form=options.form, needs_targets=False)
+    form = detect_form(first.values, first.location, form=options.form, needs_targets=False)
     examples = [make_example(record, form) for record in iter_file(path)]
-    options.console.info(describe_data(form, examples, options.data, first))
+    options.console.info(describe_data(form, examples, options.data, first.values))
     return [example.messages or example.source or example.targets[0] for example in examples]
 
 
