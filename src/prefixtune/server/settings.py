@@ -189,26 +189,12 @@ class ServeConfig(Config):
                 yield (name, "engine"), f"{name} is of the engine {engine}, but {self.engine} runs"
         if len({key.hash for key in self.keys.values()}) < len(self.keys):
             yield ("keys",), "two keys have the same hash"
-        if not self.keys and not self.is_loopback:
+        if not self.keys and not is_loopback(self.host):
             yield (
                 ("host", "keys", "engine"),
                 f"host is {self.host!r} and no key is configured, so anybody could use the server: without keys "
                 "only loopback (127.0.0.1) is allowed; `prefixtune serve --new-key` makes a key",
             )
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach the address.
-
-        >>> ServeConfig(host="::1").is_loopback
-        True
-        """
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
     @property
     def takes_jobs(self) -> bool:
@@ -229,3 +215,15 @@ class ServeConfig(Config):
         """A file, and variables `PREFIXTUNE_SERVE_...`, which win over it; flags win over both."""
         files = [Layer.from_file(path, cls.model_fields)] if path else []
         return [*files, Layer.from_environment(ENVIRONMENT, environment)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address: `localhost`, or one that cannot be made to point elsewhere.
+
+    >>> is_loopback("::1"), is_loopback("127.0.0.2"), is_loopback("127.0.0.1.evil.example")
+    (True, True, False)
+    """
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -4,7 +4,7 @@ import pytest
 
 from prefixtune.errors import ConfigError
 from prefixtune.server.auth import hash_key
-from prefixtune.server.settings import KeyConfig, ServeConfig
+from prefixtune.server.settings import KeyConfig, ServeConfig, is_loopback
 from prefixtune.utils.config import Layer
 
 
@@ -24,7 +24,8 @@ def refusal(path=None, environment=None, **flags):
 def test_without_a_key_only_loopback(host):
     assert "--new-key" in refusal(None, None, host=host)
     key = KeyConfig(hash=hash_key("pt-a"))
-    assert not ServeConfig(host=host, keys={"a": key}).is_loopback
+    assert ServeConfig(host=host, keys={"a": key})
+    assert not is_loopback(host)
 
 
 def test_options_of_another_engine_are_refused_by_name():

@@ -8,7 +8,6 @@ are cancelled, even where the client disconnected before the first byte.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from prefixtune.server.auth import Caller
 from prefixtune.server.responses import ApiError, bad_request, forbidden, unavailable
+from prefixtune.server.settings import is_loopback
 from prefixtune.server.state import ServerState
 from prefixtune.server.training import Training
 
@@ -233,17 +233,10 @@ def _check_origin(request: Request, allowed: tuple[str, ...]) -> None:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a `Host` is `localhost` or a loopback address; an address cannot be made to point elsewhere.
+    """Whether a `Host` is `localhost` or a loopback address.
 
     >>> _is_local("127.0.0.2:8000"), _is_local("[::1]"), _is_local("127.0.0.1.evil.example")
     (True, True, False)
     """
     name, colon, port = host.rpartition(":")
-    if not (colon and port.isdigit()):
-        name = host
-    if name.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return False
+    return is_loopback((name if colon and port.isdigit() else host).removeprefix("[").removesuffix("]"))
