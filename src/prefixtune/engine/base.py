@@ -69,11 +69,6 @@ class Limits:
     lacks: Sequence[str] = ()
     remedy = "shorten the text or lower max_new_tokens."
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that the model can read."""
-        return int(self.backbone.model.get_input_embeddings().weight.shape[0])
-
     def available_tokens(self, prompt_tokens: int, prefix_length: int) -> int:
         """Most tokens that can be generated after a prompt; 0 or less: the prompt itself is too long."""
         # An encoder-decoder's start token takes the position that the last token does not.
@@ -111,7 +106,7 @@ class Limits:
         if request.prefix is not None:
             load_prefix(request.prefix, self.backbone)
         self.check_length(len(request.prompt), request.prefix_length, sampling.max_new_tokens)
-        tokens, size = (*request.prompt, *sampling.banned, *sampling.logit_bias), self.vocab_size
+        tokens, size = (*request.prompt, *sampling.banned, *sampling.logit_bias), self.backbone.num_embeddings
         unknown = [token for token in tokens if not 0 <= token < size]
         if unknown:
             what = f"there is no token {unknown[0]}: the model has {size:,}."

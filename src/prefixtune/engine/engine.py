@@ -87,7 +87,7 @@ class Engine(Limits):
             self.remedy = "shorten the text, lower max_new_tokens, or raise kv_cache_mib."
         # The encoder reads the prompt.
         self.lacks = ("prompt_logprobs",) if self.runner.has_encoder else ()
-        max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self.vocab_size))
+        max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * backbone.num_embeddings))
         on_cpu = backbone.device.type == "cpu"
         self.prefill_tokens = self.config.prefill_tokens or (_CPU_PREFILL_TOKENS if on_cpu else _GPU_PREFILL_TOKENS)
         self.scheduler = Scheduler(self.config.num_slots, self.prefill_tokens, max_prompt_logits)

@@ -229,7 +229,7 @@ async def start_texts(
     except EngineFull as error:
         raise unavailable(error.message, "engine_unavailable", retry_after=5) from None
     except RequestError as error:
-        unknown = any(not 0 <= token < worker.vocab_size for prompt in prompts for token in prompt)
+        unknown = any(not 0 <= token < worker.backbone.num_embeddings for prompt in prompts for token in prompt)
         raise bad_request(error.message, "prompt" if unknown else "logit_bias", hint=error.hint) from None
     for prompt in prompts:
         context.state.metrics.prompt(model.names, len(prompt))
