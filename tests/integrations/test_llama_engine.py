@@ -91,13 +91,6 @@ def engine(shapes, gguf):
         yield made
 
 
-def test_shapes_are_those_of_the_loaded_model(shapes, torch_backbone):
-    assert shapes.fingerprint == torch_backbone.fingerprint
-    assert shapes.geometry == torch_backbone.geometry
-    assert shapes.rotation == torch_backbone.rotation
-    assert shapes.max_positions == torch_backbone.max_positions
-
-
 def test_mixed_prefixes_give_the_torch_engines_tokens(engine, torch_backbone, prefixes):
     def requests():
         return [

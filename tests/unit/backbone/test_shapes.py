@@ -13,6 +13,7 @@ def test_shapes_are_those_of_the_loaded_model(save_model, tmp_path):
     assert found.fingerprint == wanted.fingerprint
     assert found.geometry == wanted.geometry
     assert found.rotation == wanted.rotation
+    assert found.max_positions == wanted.max_positions
 
 
 def test_layers_that_attend_in_two_ways_are_refused(save_model, tmp_path):
