@@ -20,6 +20,7 @@ from prefixtune.jobs.config import WORKER_ENVIRONMENT
 from prefixtune.server.logs import log
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
+from prefixtune.utils.machine import num_cores
 
 STOP_SECONDS = 15.0
 """Time for a worker to save and end, a little more than it takes itself."""
@@ -35,8 +36,7 @@ def start_worker(config: ServeConfig, training: Training | None) -> TrainingWork
     """Start the supervisor of this server's worker; None: it is to have none."""
     if training is None or not config.train_workers:
         return None
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = config.train_threads or max(1, num_cores // 2)
+    threads = config.train_threads or max(1, num_cores() // 2)
     same = ("backbone", "backbone_id", "dtype", "quantize", "cache_mib", "log_level")
     options = {name: getattr(config, name) for name in same} | {
         # With vLLM, a GPU's memory is its own.
