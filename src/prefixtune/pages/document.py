@@ -70,9 +70,9 @@ def texts(name: str, values: Iterable[object]) -> Column:
     return Column(name, [Value(str(value)) for value in values], numeric=False)
 
 
-def numbers(name: str, values: Iterable[Number | None], write: Callable[[Any], str], small: str = "") -> Column:
+def numbers(name: str, values: Iterable[Number | None], write: Callable[[Any], str]) -> Column:
     """A column of numbers, as `write` writes them."""
-    return Column(name, [Value(write(value), number=value) for value in values], small)
+    return Column(name, [Value(write(value), number=value) for value in values])
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ def _is_higher_better(systems: Sequence[System], metric: str) -> bool:
     return all(score.higher_is_better for system in systems if (score := system.score(metric)))
 
 
-def best_values(systems: Sequence[System], metric: str, group: Group | None = None) -> list[Value]:
+def best_values(systems: Sequence[System], metric: str) -> list[Value]:
     """A metric of each system with its interval, the best one marked."""
-    scores = [system.score(metric, group) for system in systems]
+    scores = [system.score(metric) for system in systems]
     decimals = decimals_for([score.score for score in scores if score is not None])
     values = []
     for score in scores:
