@@ -217,8 +217,9 @@ def by_transformers(backbone: Backbone, prefix: Prefix, new: int) -> Side:
     def answer(prompts: Sequence[list[int]], index: int) -> Done:
         began = time.perf_counter()
         cache = growing_cache(backbone.model)
-        for index, pair in enumerate(prefix.layers["decoder"]):
-            cache.update(*(part.expand(len(prompts), *part.shape) for part in pair), index)
+        for layer, pair in enumerate(prefix.layers["decoder"]):
+            key, value = (part.to(backbone.model.dtype).expand(len(prompts), *part.shape) for part in pair)
+            cache.update(key, value, layer)
         # Any tokens stand for the prefix.
         ids = torch.tensor([[end] * prefix.length() + prompt for prompt in prompts])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), cache_argument(backbone.model): cache}
