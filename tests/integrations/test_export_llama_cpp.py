@@ -8,20 +8,25 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
 
+from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
+from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.llama_state import KV_TYPES, encode_file, placeholders_for, rows_of
+from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
 from prefixtune.prefix.compose import concatenate, cut
 from prefixtune.prefix.prefix import Prefix, save_prefix
-from zoo import MAX_POSITIONS
+from zoo import MAX_POSITIONS, store_model
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 """Model type -> what llama.cpp calls it."""
@@ -359,3 +364,21 @@ def test_the_server_writes_what_generate_writes(make, serve, random_prefix, tmp_
         assert reply["timings"]["cache_n"] >= 6
         assert reply["tokens_evaluated"] == 6 + len(backbone.encode(f" {text} <s>"))
         assert reply["content"].strip() == output
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_survives_texts_that_are_cancelled_while_it_is_busy(random_prefix, tmp_path):
+    backbone = load_backbone(store_model(tmp_path, "llama", max_position_embeddings=8192, num_hidden_layers=1))
+    gguf = write_gguf(tmp_path / "tiny.gguf", backbone.model, backbone.tokenizer)
+    one, other = (random_prefix(backbone, 40, seed=seed).detach() for seed in (0, 1))
+    ended, options = threading.Event(), SamplingParams(max_new_tokens=4, banned=(backbone.eos_id,))
+    with LlamaCppEngine(backbone, str(gguf), num_slots=1, max_length=8192, threads=1) as engine:
+        for length, prefix, seconds in ((8000, one, 0.3), (5, other, 0.02), (5, one, 0.0)):
+            request = Request((7,) * length, prefix, options)
+            engine.submit(request, lambda output: ended.set() if output.finish_reason == "length" else None)
+            time.sleep(seconds)
+            if seconds:
+                engine.cancel(request.id)
+        assert ended.wait(30)

@@ -42,6 +42,7 @@ class Backbone:
         tokenizer_cache: Facts about the tokenizer that other modules computed and keep here.
         unused_weights: Names of the checkpoint's weights for which the model has no use, such as another task's head.
         known_rotation: How its keys turn, where the weights to find out are not there; None: it is found out.
+        most_positions: What the engine that computes allows; None: as many as the model has.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Backbone:
     tokenizer_cache: dict[str, Any] = field(default_factory=dict, repr=False)
     unused_weights: tuple[str, ...] = field(default=(), repr=False)
     known_rotation: Rotation | None = field(default=None, repr=False)
+    most_positions: int | None = field(default=None, repr=False)
 
     @property
     def geometry(self) -> Geometry:
@@ -108,18 +110,19 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions the model was made for; None when its configuration does not say (T5: any number).
+        """How many positions can be used; None when the model's configuration does not say (T5: any number).
 
         Of an encoder-decoder: on either side.
         """
         config = self.model.config.get_text_config(decoder=True)
         known = [int(limit) for name in _POSITION_LIMITS if (limit := getattr(config, name, None)) is not None]
         if not known:
-            return None
+            return self.most_positions
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         # RoBERTa counts its positions from the padding's id on.
-        return min(known) - (0 if padding is None else int(padding) + 1)
+        own = min(known) - (0 if padding is None else int(padding) + 1)
+        return min(own, self.most_positions or own)
 
     @property
     def longrope_limit(self) -> int | None:

@@ -107,8 +107,9 @@ class Conversation:
         prefix = self.prefixes.get(self.name)
         wanted = self.decoding(prefix)
         source = text if self.reads_one_message else [*self._answered, {"role": "user", "content": text}]
-        config = fit_new_tokens(self.backbone, source, prefix, wanted, None)
-        answer = stream(self.backbone, source, prefix, config=config, engine=self.engine, on_cut=on_cut)
+        backbone = self.engine.backbone if self.engine else self.backbone
+        config = fit_new_tokens(backbone, source, prefix, wanted, None)
+        answer = stream(backbone, source, prefix, config=config, engine=self.engine, on_cut=on_cut)
         return (config.max_new_tokens if config.max_new_tokens < wanted.max_new_tokens else None), answer
 
     @property

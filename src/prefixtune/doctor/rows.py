@@ -185,11 +185,17 @@ class Rows:
 
 
 def _apart(rows: Sequence[Tensor], references: Sequence[Tensor]) -> float:
-    """The largest difference of a row from its reference, relative to that; infinite where a number is not finite."""
+    """The largest difference of a row from its reference, relative to that.
+
+    Raises:
+        ValueError: A number is not finite, or a row has another shape.
+    """
     worst = 0.0
     for one, reference in zip(rows, references, strict=True):
         one, reference = one.float(), reference.float()
-        if one.shape != reference.shape or not bool(one.isfinite().all() and reference.isfinite().all()):
-            return float("inf")
+        if one.shape != reference.shape:
+            raise ValueError(f"an output has the shape {tuple(one.shape)}, not {tuple(reference.shape)}.")
+        if not bool(one.isfinite().all() and reference.isfinite().all()):
+            raise ValueError("the model's outputs are not finite.")
         worst = max(worst, float((one - reference).norm() / reference.norm().clamp(min=1e-30)))
     return worst

@@ -21,7 +21,7 @@ class EngineConfig(Config):
         0,
         ge=0,
         description="most positions of a text, prefix included (encoder-decoder: of the source and of the output each, "
-        "without the prefix); 0: the backbone's limit",
+        "without the prefix); 0: the backbone's limit, with llama.cpp 4,096 at most",
     )
     prefill_tokens: int = _engine(
         0,

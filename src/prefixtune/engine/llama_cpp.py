@@ -7,6 +7,7 @@ placeholders as text.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
@@ -19,7 +20,8 @@ from prefixtune.backbone.shapes import check_plain_layers
 from prefixtune.engine import llama_child
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_state import encode_file, is_interleaved, placeholders_for, rows_of, version_of
-from prefixtune.engine.remote import PENALTIES, SAMPLERS, RemoteEngine, RemoteText
+from prefixtune.engine.prefix_files import PrefixFile
+from prefixtune.engine.remote import PENALTIES, SAMPLERS, PrefixNotUsed, RemoteEngine, RemoteSlot, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import FinishReason, Token
 from prefixtune.errors import ConfigError, RequestError
@@ -85,7 +87,7 @@ class LlamaCppEngine(RemoteEngine):
         Raises:
             ConfigError: It is none that this program writes, or restoring does nothing.
         """
-        tokens = [token for token in range(100, 200) if token != self.backbone.eos_id][:16]
+        tokens = [token for token in range(1, 64) if token != self.backbone.eos_id][:16]
         slot = {"id_slot": 0, "n_predict": 1, "temperature": 0, "cache_prompt": True}
         file, cached, reason = self._files.folder / "probe.bin", 0, "they are not used"
         await server.ask(_COMPLETION, {"prompt": tokens, **slot})
@@ -108,12 +110,20 @@ class LlamaCppEngine(RemoteEngine):
         return placeholders
 
     async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:
-        slot, placeholders = text.slot, [] if text.file is None else text.file.name
-        assert slot is not None
+        assert text.slot is not None
+        try:
+            return await self._complete(server, text, text.slot)
+        except PrefixNotUsed:
+            # A text that was cancelled reached the server late, and had the slot in between.
+            text.slot.file = None
+            return await self._complete(server, text, text.slot)
+
+    async def _complete(self, server: RemoteServer, text: RemoteText, slot: RemoteSlot) -> FinishReason:
+        placeholders = [] if text.file is None else text.file.name
         if slot.file is not text.file:
             slot.file = None
             if text.file is not None:
-                await server.ask(f"/slots/{slot.number}?action=restore", {"filename": text.file.path.name})
+                await self._restore(server, slot.number, text.file)
                 slot.file = text.file
         body = {"prompt": [*placeholders, *text.request.prompt], "id_slot": slot.number, **_options(text)}
         async with contextlib.aclosing(server.stream(_COMPLETION, body)) as events:
@@ -126,6 +136,21 @@ class LlamaCppEngine(RemoteEngine):
                 if self._take(text, tokens):
                     return "stop"
         return "length"
+
+    async def _restore(self, server: RemoteServer, number: int, file: PrefixFile) -> None:
+        """Put a prefix into a slot, and wait for it even where the text is cancelled.
+
+        llama.cpp does this once the slot is free. If it finds nobody who waits, whatever else waits for the slot does
+        so for ever.
+        """
+        body = {"filename": file.path.name}
+        restoring = asyncio.ensure_future(server.ask(f"/slots/{number}?action=restore", body))
+        try:
+            await asyncio.shield(restoring)
+        except asyncio.CancelledError:
+            with contextlib.suppress(RequestError, OSError):
+                await restoring
+            raise
 
     def _tokens_of(self, event: Mapping[str, Any], text: RemoteText) -> list[Token]:
         """An event's tokens."""

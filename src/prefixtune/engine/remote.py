@@ -37,6 +37,10 @@ PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 """Sampling parameters that other programs call as we do."""
 
 
+class PrefixNotUsed(RequestError):
+    """The server read a prefix's placeholders as text."""
+
+
 @dataclass(eq=False)
 class RemoteSlot:
     """A place for one running text, and the prefix that the program may keep there."""
@@ -106,7 +110,7 @@ class RemoteEngine(Engine):
 
     def __init__(self, name: str, backbone: Backbone, num_slots: int, folder: Path | None = None) -> None:
         self.name, self.backbone = name, backbone
-        self._closing = False
+        self._closing, self._trouble = False, ""
         self.restarts = self._tokens = 0
         self._slots = [RemoteSlot(number) for number in range(num_slots)]
         self._queue = FairQueue[RemoteText]()
@@ -118,11 +122,14 @@ class RemoteEngine(Engine):
             self._files = PrefixFiles(folder or made.enter_context(own_folder()), self._write_file)
             made.callback(self._files.close)
             self._loop = asyncio.new_event_loop()
+            # What a library's callbacks find where a text was cancelled is no news for a terminal.
+            self._loop.set_exception_handler(lambda _, context: _log.debug("%s", context["message"]))
             self._working = self._loop.create_task(self._work(started))
             self._thread = threading.Thread(target=self._run, name=f"prefixtune-{name}", daemon=True)
             self._thread.start()
             made.callback(self._stop)
             started.result()
+            self.backbone = replace(backbone, most_positions=self.max_length)
             self._made = made.pop_all()
 
     # --- for subclasses -----------------------------------------------------------------------------------------------
@@ -289,12 +296,12 @@ class RemoteEngine(Engine):
         """Refuse a text whose placeholders were read as text; None: the server does not say how many were not.
 
         Raises:
-            RequestError: It was read so.
+            PrefixNotUsed: It was read so.
         """
         length = text.request.prefix_length
         if cached is not None and cached < length:
             message = f"{self.name} did not use the prefix: {cached} of {length} positions."
-            raise RequestError(message, hint="send the request again.")
+            raise PrefixNotUsed(message, hint="send the request again.")
 
     # --- the server, in the loop --------------------------------------------------------------------------------------
 
@@ -335,9 +342,11 @@ class RemoteEngine(Engine):
             self.restarts += 1
             self._server = await self._start()
         except Exception as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                _log.error("%s", error)
             # One that somebody else runs may come back.
             if is_ours:
-                _log.error("%s", error)
                 self.failed = True
                 self.on_failure()
         for slot in self._slots:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Self
@@ -18,7 +19,8 @@ from prefixtune.errors import BackboneError, RequestError
 
 _SECONDS = httpx2.Timeout(600.0, connect=10.0)
 """Until the server has answered, or written its next token."""
-_POLL_SECONDS = 0.1
+_POLL_SECONDS, _LOOK_SECONDS = 0.1, 5.0
+_MOST_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 _DYING_SECONDS = 2.0
 """Between the end of a process's connections and its own."""
 
@@ -72,6 +74,12 @@ class RemoteServer:
         """
         # In a folder of its own, so that nobody else can use it or take its place.
         folder = tempfile.TemporaryDirectory(prefix="prefixtune-", ignore_cleanup_errors=True)
+        if len(os.fsencode(_socket_in(folder))) > _MOST_SOCKET_BYTES:
+            folder.cleanup()
+            what = (
+                f"the folder for temporary files has a path that is too long for a socket: {tempfile.gettempdir()!r}."
+            )
+            raise BackboneError(what, hint="set TMPDIR to a short one, such as /tmp.")
         try:
             process = subprocess.Popen(
                 [*command, _socket_in(folder)],
@@ -87,7 +95,7 @@ class RemoteServer:
             raise BackboneError(f"cannot run {command[0]!r}: {error.strerror}.", hint=hint) from error
         server = cls(program, "http://localhost", process=process, folder=folder)
         try:
-            while not await server.answers("/health"):
+            while not await server._answers(if_busy=False):
                 if not server.alive:
                     code = f"exit code {process.returncode}; its messages are above"
                     raise BackboneError(f"{program} cannot serve this model ({code}).", hint=hint)
@@ -105,7 +113,7 @@ class RemoteServer:
     async def look(self) -> bool:
         """The same, after a look at a server that somebody else runs."""
         if self.alive and self.process is None:
-            self._is_up = await self.answers("/health")
+            self._is_up = await self._answers(if_busy=True)
         return self.alive
 
     async def is_dying(self) -> bool:
@@ -126,10 +134,12 @@ class RemoteServer:
         if self._folder is not None:
             self._folder.cleanup()
 
-    async def answers(self, path: str) -> bool:
-        """Whether it answers there with 200, in some seconds."""
+    async def _answers(self, *, if_busy: bool) -> bool:
+        """Whether it says that it is well; `if_busy` where it takes it, and says nothing for some seconds."""
         try:
-            return bool((await self._client.get(path, timeout=5.0)).status_code == httpx2.codes.OK)
+            return bool((await self._client.get("/health", timeout=_LOOK_SECONDS)).status_code == httpx2.codes.OK)
+        except httpx2.ReadTimeout:
+            return if_busy
         except httpx2.TransportError:
             return False
 

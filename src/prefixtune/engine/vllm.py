@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.remote import PENALTIES, SAMPLERS, RemoteEngine, RemoteText
 from prefixtune.engine.remote_server import RemoteServer
@@ -72,6 +74,7 @@ class VllmEngine(RemoteEngine):
 
     def __init__(self, backbone: Backbone, config: VllmConfig) -> None:
         self.config, self._placeholder = config, _choose_placeholder(backbone.tokenizer)
+        self._tried: Prefix | None = None
         folder = Path(config.folder) if config.url else None
         if folder is not None and not folder.is_dir():
             what = f"there is no folder {config.folder!r} for vLLM's prefixes."
@@ -85,18 +88,20 @@ class VllmEngine(RemoteEngine):
 
     async def _start(self) -> RemoteServer:
         config = self.config
-        if config.url:
-            server = RemoteServer("vLLM", config.url, os.environ.get("VLLM_API_KEY", ""))
-        else:
-            server = await _start_child(config, self.backbone.name, self._files.folder)
+        server = None
         try:
+            if config.url:
+                server = RemoteServer("vLLM", config.url, os.environ.get("VLLM_API_KEY", ""))
+            else:
+                server = await _start_child(config, self.backbone.name, self._files.folder)
             model = (await server.ask("/v1/models"))["data"][0]
             limits = (int(model["max_model_len"]), config.max_length)
             self._model, self.max_length = str(model["id"]), min(filter(None, limits))
             if config.url:
                 await self._probe(server)
-        except (OSError, LookupError, ValueError, TypeError, RequestError) as error:
-            await server.close()
+        except (OSError, LookupError, ValueError, TypeError, RequestError, httpx2.InvalidURL) as error:
+            if server is not None:
+                await server.close()
             what = f"{config.url or 'the child process'} is no server of vLLM with prefixes: {error}"
             hint = "start vLLM as docs/vllm.md says, and give its address, folder and key (VLLM_API_KEY)."
             raise BackboneError(what, hint=hint) from error
@@ -108,7 +113,8 @@ class VllmEngine(RemoteEngine):
         Raises:
             RequestError: It has not.
         """
-        file = self._files.take(self._zero_prefix(1))
+        self._tried = self._tried or self._zero_prefix(1)
+        file = self._files.take(self._tried)
         body = {"model": self._model, "prompt": [self._placeholder] * 2, "max_tokens": 1}
         try:
             await server.ask(_COMPLETIONS, {**body, **file.name.request_fields})

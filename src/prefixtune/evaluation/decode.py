@@ -67,6 +67,7 @@ def decode(
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
         rows = {row["number"]: row for row in read_decoded(resume_file, digest)}
     # Every length is checked, and every truncated source counted, before any of them is computed.
+    backbone = engine.backbone if engine else backbone
     prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     missing = [number for number in range(len(prompts)) if number not in rows]
     if resume_file is not None and missing:

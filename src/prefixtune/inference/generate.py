@@ -79,7 +79,7 @@ def generate(
     """
     config = GenerateConfig.from_arguments(config, options)
     texts = check_texts(texts)
-    backbone = as_backbone(backbone)
+    backbone = engine.backbone if engine else as_backbone(backbone)
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
     results = [""] * len(texts)
@@ -138,7 +138,7 @@ def stream(
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
     (text,) = check_texts([text])
-    backbone = as_backbone(backbone)
+    backbone = engine.backbone if engine else as_backbone(backbone)
     prefixes = [as_prefix(prefix, backbone)]
     (prompt,) = prepare_prompts(backbone, [text], prefixes, config, as_text_format(text_format), on_cut=on_cut)
     pieces: Iterator[str] = (output.text for _, output in write(backbone, [prompt], config, engine=engine))

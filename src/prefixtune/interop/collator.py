@@ -74,7 +74,13 @@ class Collator:
         mask = [*map(bool, feature.get("attention_mask", [1] * len(ids)))]
         # An encoder-decoder's labels are another text.
         apart = self.backbone.kind == "encoder-decoder"
-        return [*compress(ids, mask)], labels if apart else [*compress(labels, mask)]
+        kept = [*compress(ids, mask)]
+        if not kept or len(mask) != len(ids) or not (apart or len(labels) == len(ids)):
+            what = f"a row has {len(ids)} input_ids, {len(mask)} numbers in attention_mask and {len(labels)} labels."
+            raise DataError(
+                what, hint=f"a decoder-only model has a label for each id, {IGNORED} where none is learned."
+            )
+        return kept, labels if apart else [*compress(labels, mask)]
 
     def _encode(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
         """Ids and labels of the rows of examples, one for each target.

@@ -228,7 +228,8 @@ def _make_config(
         "num_transformer_submodules": 1,
     }
     if peft_type == "CARTRIDGE":
-        frozen = origin.get("num_frozen_tokens", min(1, length)) if frozen is None else frozen
+        # It may have been cut since it was read.
+        frozen = min(origin.get("num_frozen_tokens", 1), length) if frozen is None else frozen
         config["num_frozen_tokens"] = frozen
     else:
         config |= {"prefix_projection": False, "encoder_hidden_size": config["token_dim"]}

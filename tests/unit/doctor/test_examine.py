@@ -137,6 +137,10 @@ def test_an_error_is_a_failed_comparison(tiny_backbone, monkeypatch):
         replace_everywhere(patch, cache_argument, broken)
         assert failed(backbone) == {CACHED}
         assert examine(backbone.model, backbone.layout)[-1].error == "ValueError: no cache today."
+    weight = backbone.model.lm_head.weight
+    with monkeypatch.context() as patch:
+        patch.setattr(weight, "data", torch.full_like(weight, float("nan")))
+        assert all(one.error for one in examine(backbone.model, backbone.layout) if one.name != GRADIENT)
     monkeypatch.setattr(backbone.model, "forward", broken)
     (found,) = examine(backbone.model, backbone.layout)
     assert not found.passed

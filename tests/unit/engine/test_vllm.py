@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ import pytest
 from command_line import run as run_command
 from engine_runs import submit
 from live_server import make_model, make_prefix
+from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.shapes import load_shapes
 from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
-from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, RequestError
+from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixWarning, RequestError
+from prefixtune.inference.generate import generate
 from prefixtune.prefix.folder import PrefixReference, path_of
 
 NEW = 6
@@ -37,6 +40,7 @@ class FakeServer:
         cached: Positions of a prefix that it says it did not compute; None: it does not say.
         error: Sent in place of the third token.
         reason: Why it ends with each token.
+        slow: Seconds until it says how it is.
     """
 
     folder: Path | None
@@ -46,6 +50,7 @@ class FakeServer:
     cached: int | None = None
     error: str = ""
     reason: str | None = None
+    slow: float = 0.0
 
     def __post_init__(self):
         self.start()
@@ -62,6 +67,7 @@ class FakeServer:
 
             def do_GET(self):
                 model = {"id": "served", "max_model_len": 64}
+                time.sleep(fake.slow)
                 self.reply(200, {"data": [model]} if self.path.startswith("/v1") else {})
 
             def do_POST(self):
@@ -231,6 +237,36 @@ def test_a_server_that_goes_away_and_comes_back(engine, fake):
     assert not engine.failed
 
 
+def test_one_that_comes_back_without_the_connector_is_tried_without_leaving_files(engine, fake, tmp_path, caplog):
+    port = fake.server.server_port
+    fake.stop()
+    fake.folder = None
+    fake.start(port)
+    engine._loop.call_soon_threadsafe(setattr, engine._server, "_is_up", False)
+    end = time.monotonic() + 20
+    while engine.restarts < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert (engine.restarts >= 3, engine.healthy) == (True, False)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert len(caplog.records) == 2, "that it has ended, and why it is not taken"
+
+
+def test_a_busy_server_is_no_dead_one(engine, fake, monkeypatch):
+    monkeypatch.setattr("prefixtune.engine.remote_server._LOOK_SECONDS", 0.1)
+    fake.slow, fake.pause = 0.3, 0.3
+    assert ask(engine).text == "abcdef"
+    assert engine.restarts == 0
+
+
+def test_a_long_source_is_cut_to_the_engines_positions(engine, fake, backbone, random_prefix):
+    text_format = {"prompt": "{source}", "target": "{target}", "on_too_long": "cut"}
+    prefix = random_prefix(backbone, 3, header=make_header(backbone, text_format=text_format))
+    assert backbone.max_positions > 64
+    with pytest.warns(PrefixWarning):
+        generate(backbone, ["ab " * 30], prefix, max_new_tokens=NEW, engine=engine)
+    assert len(fake.bodies[0]["prompt"]) == 64 - NEW
+
+
 def test_a_server_without_the_connector_or_the_folder_is_refused(fake, backbone, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for folder, reads, error in (
@@ -246,6 +282,9 @@ def test_a_server_without_the_connector_or_the_folder_is_refused(fake, backbone,
     with pytest.raises(BackboneError):
         VllmEngine(backbone, VllmConfig(url=url, folder=str(tmp_path)))
     fake.start()
+    for wrong in ("http://gpu:port", "http://[::1"):
+        with pytest.raises(BackboneError):
+            VllmEngine(backbone, VllmConfig(url=wrong, folder=str(tmp_path)))
 
 
 _CHILD = """#!{python}
@@ -314,6 +353,12 @@ def test_a_conversation_in_the_terminal(python, tmp_path):
 
 
 def test_a_python_without_vllm_is_refused(backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))
+    Path(tempfile.gettempdir()).mkdir()
+    with pytest.raises(BackboneError, match="TMPDIR"):
+        VllmEngine(backbone, VllmConfig("tiny"))
+    monkeypatch.undo()
     monkeypatch.setenv("PREFIXTUNE_HOME", str(tmp_path))
     with pytest.raises(BackboneError):
         VllmEngine(backbone, VllmConfig("tiny"))

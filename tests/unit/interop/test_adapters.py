@@ -76,6 +76,10 @@ def test_a_cartridge_keeps_its_frozen_positions(prefix, tmp_path):
     assert (second["peft_type"], second["num_frozen_tokens"]) == ("CARTRIDGE", 2)
     assert import_peft(tmp_path / "b").equal(prefix)
     assert facts_of(export_peft(prefix, tmp_path / "c", peft_type="CARTRIDGE"))["num_frozen_tokens"] == 1
+    shorter = Prefix(
+        {"decoder": tuple((key[:, :1], value[:, :1]) for key, value in stored.layers["decoder"])}, stored.header
+    )
+    assert facts_of(export_peft(shorter, tmp_path / "d"))["num_frozen_tokens"] == 1
 
 
 # --- what PEFT cannot hold -------------------------------------------------------------------------------------------

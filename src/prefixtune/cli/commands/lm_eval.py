@@ -62,6 +62,10 @@ def lm_eval(options: LmEvalOptions) -> None:
         from lm_eval.utils import handle_non_serializable, make_table
 
         from prefixtune.interop.lm_eval.model import PrefixLM, check_writes
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise ConfigError(
+            f"--include-path {options.include_path!r} is no folder.", hint="name the folder of the tasks."
+        )
     manager = TaskManager(include_path=options.include_path)
     matched = {name: [name] if Path(name).is_file() else manager.match_tasks([name]) for name in options.tasks}
     if unknown := [name for name, found in matched.items() if not found]:

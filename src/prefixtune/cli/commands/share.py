@@ -176,7 +176,7 @@ def export(options: ExportOptions) -> None:
         from prefixtune.interop.llama_cpp.export import export_llama_cpp
 
         # The name stands in the commands of the README and in requests.
-        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", short_name(options.prefix))
+        name = re.sub(r"[^\w.+-]+", "-", short_name(options.prefix)).lstrip("-.") or "prefix"
         facts = export_llama_cpp(prefix, backbone, folder, name=name, kv_type=options.kv_type)
         note = f"run {folder / 'check.py'} against the server, which also answers if the prefix is not loaded"
     options.show({**facts, "folder": str(folder)}, f"{folder / facts['file']}; {note}")

@@ -9,6 +9,7 @@ It is exported together with export.json, and needs nothing but Python. The expo
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -86,15 +87,15 @@ def check(
 
 def _post(url: str, body: Mapping[str, Any], api_key: str, timeout: float) -> dict[str, Any]:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=timeout) as reply:
             return dict(json.load(reply))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise NotInEffectError("the server wants a key: give --api-key or LLAMA_API_KEY.") from error
         raise NotInEffectError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:300]}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
         raise NotInEffectError(f"{url} cannot be reached: {error}") from error
 
 
@@ -108,7 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--api-key", default=key, metavar="KEY", help="the server's (default: LLAMA_API_KEY)")
     parser.add_argument("--export", default=facts, metavar="FILE", help="export.json (default: beside this file)")
     options = parser.parse_args(arguments)
-    facts = json.loads(Path(options.export).read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(Path(options.export).read_text(encoding="utf-8"))
+        if "placeholders" not in facts:
+            raise ValueError("it is of another kind of export")
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.export} is no export.json for llama.cpp: {error}")
     try:
         lines = check(options.url, facts, slot=options.slot, text=options.text, api_key=options.api_key)
     except NotInEffectError as error:

@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer.no_padding()
     texts = [facts["text_format"]["prompt"].replace("{source}", source) for source in options.sources]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    if [] in prompts:
+        parser.error(f"text {prompts.index([]) + 1} has no token")
     outputs = generate(
         lambda feed: session.run(None, feed), facts, prefix, prompts, max_new_tokens=options.max_new_tokens
     )
