@@ -109,4 +109,4 @@ def test_doctor_passes_on_a_good_backbone(model):
     out, _ = run("doctor", model, "--json")
     report = json.loads(out)
     assert report["passed"] is True
-    assert len(report["checks"]) == 5
+    assert len(report["checks"]) == 4

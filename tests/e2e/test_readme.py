@@ -20,7 +20,7 @@ PAGES = [
         if page.name not in ("LOG.md", *MADE) and page.parent.name != "api"
     ),
 ]
-RUN = [page for page in PAGES if page.stem in ("README", "training", "labels", "evaluation", "metrics")]
+RUN = [page for page in PAGES if page.stem in ("README", "labels", "evaluation", "metrics")]
 """What their Python needs is there: other pages name files of the reader's own."""
 
 

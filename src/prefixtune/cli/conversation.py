@@ -101,13 +101,13 @@ class Conversation:
         self, text: str, on_cut: Callable[[Sequence[int]], None] | None
     ) -> tuple[int | None, Generator[str, None, None]]:
         """The room of the next answer, as in `Answer`, and its stream."""
-        from prefixtune.inference.generate import stream
+        from prefixtune.inference.generate import backbone_of, stream
         from prefixtune.inference.prompts import fit_new_tokens
 
         prefix = self.prefixes.get(self.name)
         wanted = self.decoding(prefix)
         source = text if self.reads_one_message else [*self._answered, {"role": "user", "content": text}]
-        backbone = self.engine.backbone if self.engine else self.backbone
+        backbone = backbone_of(self.engine, self.backbone)
         config = fit_new_tokens(backbone, source, prefix, wanted, None)
         answer = stream(backbone, source, prefix, config=config, engine=self.engine, on_cut=on_cut)
         return (config.max_new_tokens if config.max_new_tokens < wanted.max_new_tokens else None), answer

@@ -21,7 +21,7 @@ from prefixtune.data.examples import Example
 from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import complete
+from prefixtune.inference.generate import backbone_of, complete
 from prefixtune.inference.prompts import prepare_prompts
 from prefixtune.prefix.prefix import Prefix, content_hash
 from prefixtune.prefix.text_format import TextFormat
@@ -67,7 +67,7 @@ def decode(
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
         rows = {row["number"]: row for row in read_decoded(resume_file, digest)}
     # Every length is checked, and every truncated source counted, before any of them is computed.
-    backbone = engine.backbone if engine else backbone
+    backbone = backbone_of(engine, backbone)
     prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     missing = [number for number in range(len(prompts)) if number not in rows]
     if resume_file is not None and missing:

@@ -79,7 +79,7 @@ def generate(
     """
     config = GenerateConfig.from_arguments(config, options)
     texts = check_texts(texts)
-    backbone = engine.backbone if engine else as_backbone(backbone)
+    backbone = backbone_of(engine, as_backbone(backbone))
     prefixes = _per_text(prefix, len(texts), backbone)
     prompts = prepare_prompts(backbone, texts, prefixes, config, as_text_format(text_format), on_cut=on_cut)
     results = [""] * len(texts)
@@ -138,7 +138,7 @@ def stream(
     config = GenerateConfig.from_arguments(config, options)
     check_streams(config)
     (text,) = check_texts([text])
-    backbone = engine.backbone if engine else as_backbone(backbone)
+    backbone = backbone_of(engine, as_backbone(backbone))
     prefixes = [as_prefix(prefix, backbone)]
     (prompt,) = prepare_prompts(backbone, [text], prefixes, config, as_text_format(text_format), on_cut=on_cut)
     pieces: Iterator[str] = (output.text for _, output in write(backbone, [prompt], config, engine=engine))
@@ -146,6 +146,20 @@ def stream(
         # Words around the target can only be removed from the whole output.
         pieces = iter([prompt.text_format.extract_target("".join(pieces))])
     yield from filter(None, pieces)
+
+
+def backbone_of(engine: Engine | None, backbone: Backbone) -> Backbone:
+    """The backbone as an engine computes it, with no more positions than the engine has; None: torch's has them all.
+
+    Raises:
+        ConfigError: It is no open engine, or another backbone's.
+    """
+    if engine is None:
+        return backbone
+    if not isinstance(engine, Engine) or not fingerprints_match(engine.backbone.fingerprint, backbone.fingerprint):
+        hint = "open one of this backbone; of a `prefixtune.Engine`, EngineWorker(engine)."
+        raise ConfigError(f"engine is {short_repr(engine)}, no open engine of {backbone.name!r}.", hint=hint)
+    return engine.backbone
 
 
 def check_streams(config: GenerateConfig) -> None:
@@ -192,7 +206,7 @@ def write(
         config: How to decode. The engine draws a text by the seed and its index; transformers draws a batch
             by the seed and the batch's index among those of all prompts, whichever are wanted.
         numbers: Indices of the prompts that are wanted; None: all.
-        engine: An open one of this backbone; None: torch's, for this call.
+        engine: An open one, whose backbone it is (`backbone_of`); None: torch's, for this call.
 
     Raises:
         RequestError: Memory does not suffice for a text, which the message names; none is computed then.
@@ -201,9 +215,6 @@ def write(
     """
     wanted = range(len(prompts)) if numbers is None else numbers
     if engine is not None:
-        if not isinstance(engine, Engine) or not fingerprints_match(engine.backbone.fingerprint, backbone.fingerprint):
-            hint = "open one of this backbone; of a `prefixtune.Engine`, EngineWorker(engine)."
-            raise ConfigError(f"engine is {short_repr(engine)}, no open engine of {backbone.name!r}.", hint=hint)
         if config.num_beams > 1:
             raise ConfigError("only the engine torch has beam search.", hint="set num_beams to 1 (--num-beams 1).")
         yield from _ask(engine, prompts, wanted, config)

@@ -140,7 +140,7 @@ def _start_other(config: ServeConfig, console: Console) -> Engine:
     console.info(f"connecting to vLLM at {config.vllm_url} ..." if config.vllm_url else f"starting {config.engine} ...")
     engine = start_engine(config.engine, backbone, **given)
     # Callers see this name: it must not be a path.
-    engine.backbone = replace(backbone, name=config.model_id)
+    engine.backbone = replace(engine.backbone, name=config.model_id)
     console.info(f"{engine.name} runs")
     return engine
 
