@@ -20,7 +20,7 @@ from prefixtune.data.encoding import as_text_format, check_texts
 from prefixtune.errors import PrefixWarning, RequestError, describe_value
 from prefixtune.inference.classify import Prediction, classify
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import generate, stream
+from prefixtune.inference.generate import backbone_of, generate, stream
 from prefixtune.inference.prompts import fit_new_tokens
 from prefixtune.prefix.chat_format import allow_named
 from prefixtune.prefix.compose import concatenate
@@ -207,7 +207,8 @@ class Model:
         fields = {name: value for name, value in options.items() if name in GenerateConfig.model_fields}
         config = GenerateConfig(**{"max_new_tokens": _ANSWER_TOKENS, **fields})
         text_format = as_text_format(options.get("text_format"))
-        fitting = fit_new_tokens(self.backbone, source, self.prefix, config, text_format)
+        backbone = backbone_of(options.get("engine"), self.backbone)
+        fitting = fit_new_tokens(backbone, source, self.prefix, config, text_format)
         return {**options, **{name: getattr(fitting, name) for name in ("max_new_tokens", "min_new_tokens")}}
 
     def __repr__(self) -> str:

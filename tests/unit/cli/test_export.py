@@ -1,6 +1,7 @@
 """`prefixtune export`: what it writes and prints, and what it refuses with exit code 2."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -29,6 +30,10 @@ def test_llama_cpp(trained, tmp_path, capsys):
     assert "exporting to llama.cpp" in shown.err
     facts = json.loads((folder / "export.json").read_text())
     assert (facts["kv_type"], facts["task"]) == ("f32", "e2e")
+    named = shutil.copy(trained, tmp_path / "-日本 2.safetensors")
+    assert export(named, "--to", "llama.cpp", "--output", tmp_path / "named") == 0
+    assert (tmp_path / "named" / "日本-2.bin").is_file()
+    capsys.readouterr()
     assert export(trained, "--to", "llama.cpp", "--output", folder, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["kv_type"], result["folder"]) == ("f16", str(folder))
