@@ -46,7 +46,7 @@ def probe(model: Any, attention: str = "sdpa") -> Layout:
     Raises:
         ConfigError: There is no such attention.
         BackboneError: The model attends through code of its own, takes no positions, does more in its attention than is
-            computed here, or fails on a few tokens.
+            computed here, or fails or computes NaN on a few tokens.
     """
     register()
     kernel = next((kernel for kernel in ATTENTIONS if kernel == attention), None)
@@ -111,6 +111,10 @@ def _run(model: Any, name: str, attention: AttentionKernel) -> _Run:
     mask = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
     # A funnel shortens its text.
     before, after = (x[mask].float() if x.shape[:2] == mask.shape else x.float() for x in (before, run.logits))
+    if before.isnan().any():
+        raise BackboneError(
+            f"{name} computes NaN on a few tokens.", hint="its weights are damaged, or too large for their type: float32?"
+        )
     if not float((after - before).norm()) <= 0.05 * float(before.norm()):
         raise BackboneError(
             f"{name} computes something else with another attention function: layers attend by code of their own.",

@@ -203,3 +203,11 @@ def test_a_model_that_cannot_carry_a_prefix_is_refused(name, tiny_tokenizer):
     with pytest.raises(BackboneError) as error:
         Backbone.from_model(model, tiny_tokenizer, name)
     assert error.value.hint
+
+
+def test_weights_that_compute_nan_are_named(tiny_models, tiny_tokenizer):
+    model = tiny_models("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(BackboneError, match="NaN"):
+        Backbone.from_model(model, tiny_tokenizer, "damaged")
