@@ -113,7 +113,8 @@ def _run(model: Any, name: str, attention: AttentionKernel) -> _Run:
     before, after = (x[mask].float() if x.shape[:2] == mask.shape else x.float() for x in (before, run.logits))
     if before.isnan().any():
         raise BackboneError(
-            f"{name} computes NaN on a few tokens.", hint="its weights are damaged, or too large for their type: float32?"
+            f"{name} computes NaN on a few tokens.",
+            hint="its weights are damaged, or too large for their type: float32?",
         )
     if not float((after - before).norm()) <= 0.05 * float(before.norm()):
         raise BackboneError(

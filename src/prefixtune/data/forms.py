@@ -333,11 +333,11 @@ def _targets(record: Record, names: Sequence[str], needed: bool) -> list[str]:
     """The targets of a row: one, or several if the column holds a list."""
     column, row = _present(record, names), dict(record.values)
     value = row.get(column)
-    if not needed and not _is_filled(value):
-        return []
     # Of answers that also say where they begin, as SQuAD's do, the texts.
     if isinstance(value, Mapping):
         value = row[column] = value.get("text")
+    if not needed and not _is_filled(value):
+        return []
     if not isinstance(value, list):
         return [render(column, row, record.location)]
     if not value:

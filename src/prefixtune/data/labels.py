@@ -11,7 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.encoding import TokenizedDataset, TokenizedExample, TurnsAs, encode_examples, encode_prompts
 from prefixtune.data.examples import Example, TaskKind
 from prefixtune.data.truncation import fit_source, named_example, position_limit, template_lengths
-from prefixtune.errors import ConfigError, DataError, did_you_mean, reading_development_data, short_repr
+from prefixtune.errors import ConfigError, DataError, RequestError, did_you_mean, reading_development_data, short_repr
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat, TruncationPolicy, bounded
 
@@ -103,11 +103,13 @@ def labels_of_example(example: Example, number: int, kind: TaskKind) -> Sequence
     Raises:
         DataError: It does not have what it must; `number` is in the message.
     """
+    where = f"example {number} ({short_repr(example.source)})"
     labels = example.fields.get("tags") if kind == "tagging" else example.targets
     if not isinstance(labels, tuple) or (kind == "classification" and len(labels) != 1):
         needed = "one label" if kind == "classification" else "tags"
-        where = f"example {number} ({short_repr(example.source)})"
         raise DataError(f"{where} must have {needed}.", hint="name their column with --target.")
+    if kind == "classification" and len(example.messages) > 1:
+        raise DataError(f"{where} has several messages.", hint="a label is of one text: put all into one.")
     return labels
 
 
@@ -137,6 +139,8 @@ def choose_labels(
     names, chosen = read_labels(kind, examples, dev_examples, by=by, words=words)
     if by == "auto":
         by = "head" if kind == "tagging" or backbone.kind == "encoder" else "words"
+        if by == "head" and words:
+            raise ConfigError("label_words is given, but not used: a head is trained.", hint="leave it out.")
     if backbone.kind == {"head": "encoder-decoder", "words": "encoder"}[by]:
         raise ConfigError(
             f"{backbone.name!r} is an {backbone.kind}, for which classifier = {by!r} is not possible.",
@@ -228,6 +232,9 @@ def encode_labelled(
             positions = [position for position in positions if position < stop]
         elif moved:
             positions = [position if position < stop else position + moved for position in positions]
+        if not positions:
+            with named_example(example, number):
+                raise RequestError("a cut leaves none of its words whole.", hint="raise max_length, or leave it out.")
         targets = tuple(label_ids[name] for name in names[: len(positions)])
         row = TokenizedExample(kept, (targets,), tuple(positions))
         parts.append(TokenizedDataset.of_one(row, prompt_length=len(prompt)))

@@ -84,7 +84,7 @@ def fit_source(
     beside = max(map(len, targets), default=0)
     if beside > limit:
         what = f"a target takes {beside} tokens, but only {limit} positions are there."
-        raise RequestError(what, hint="shorten it or raise max_length; targets are never cut.")
+        raise RequestError(what, hint="shorten it or the prefix, or raise max_length; targets are never cut.")
     room = limit if backbone.kind == "encoder-decoder" else limit - beside
     around = functools.partial(template_lengths, backbone, text_format, source)
     return tuple(cut_prompt(prompt, room, around, on_too_long=on_too_long, name="its source", beside=beside))

@@ -64,7 +64,7 @@ class Measures(BaseModel):
         positions: The limit: `max_length`, or what the model has; None: there is none.
         cut: Examples that lose something at the limit: the end of a source, or the last turns of a conversation; texts
             alone lose nothing.
-        refused: Examples whose target alone does not fit; training would stop with an error.
+        refused: Examples whose target leaves no room for a source; training would stop with an error.
         steps: Optimizer steps of an epoch.
         example: The first example in pieces, as the model reads it: a text, and whether the loss is on it.
     """
@@ -208,7 +208,7 @@ def _measure(config: TrainConfig, examples: Sequence[Example], kind: TaskKind, b
         tokenized=len(chosen),
         chat_template=text_format.is_chat,
         lengths=lengths,
-        positions=config.max_length or backbone.max_positions,
+        positions=min(filter(None, (config.max_length, backbone.max_positions)), default=None),
         cut=cut,
         refused=refused,
         steps=max(1, round(count_steps(config, windows or whole) * len(solved) / len(chosen))),

@@ -259,7 +259,7 @@ def cut_prompt(
         raise ContextLengthError(
             f"{name} takes {len(ids)} tokens, {before + after} of them around its source, but the positions leave room "
             f"for {max(room, 0)} besides {beside} of its answer, and a cut would leave nothing of the source.",
-            hint="raise max_length, or shorten the target or max_new_tokens; targets are never cut.",
+            hint="raise max_length, or shorten the target, max_new_tokens or the prefix; targets are never cut.",
         )
     return [*ids[: room - after], *ids[len(ids) - after :]]
 

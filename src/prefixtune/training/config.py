@@ -77,8 +77,8 @@ class TrainConfig(Config):
         "auto", description="classify by a trained head, or by the model's own words; auto: words, of an encoder a head"
     )
     label_words: str = _data("", description="classify by words: LABEL=WORD,...; others are their own word")
-    limit: int = _data(0, ge=0, description="use only the first N training targets; 0: all")
-    dev_limit: int = _data(0, ge=0, description="use only the first N development targets; 0: all")
+    limit: int = _data(0, ge=0, description="use only the first N training targets, or conversations; 0: all")
+    dev_limit: int = _data(0, ge=0, description="use only the first N development targets, or conversations; 0: all")
     hold_out: float = _data(0.0, ge=0, lt=1, description="without dev: share of the training sources to develop on")
     prompt_format: str = _data("", description="text before the target; empty: ' {source} {separator}' or '{source}'")
     target_format: str = _data("", description="text of the target; empty: ' {target} ', with an encoder '{target}'")
@@ -313,6 +313,8 @@ def _parse_label_words(text: str) -> dict[str, str]:
         label, equals, word = (piece.strip() for piece in part.partition("="))
         if not (label and equals and word):
             raise ValueError(f"has {short_repr(part.strip())}, but LABEL=WORD is needed")
+        if label in pairs:
+            raise ValueError(f"names {short_repr(label)} twice")
         pairs[label] = word
     return pairs
 

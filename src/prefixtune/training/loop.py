@@ -390,7 +390,8 @@ class TrainLoop:
         Raises:
             ConfigError: They do not fit.
         """
-        check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, self.data.train.examples)
+        rows = (*self.data.train.examples, *self.data.general)
+        check_beside(self.config, self.backbone, self.site_lengths, beside.lengths, rows)
         self.beside = beside
 
     def current_prefix(self) -> Prefix:

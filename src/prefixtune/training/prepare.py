@@ -112,6 +112,9 @@ def prepare(
         if config.keep_general and (config.max_steps or config.epochs):
             digest = f"{data.digest}+general {config.keep_general:g}"
             general = general_examples(loaded, data.text_format, data.prefix_length)
+            if not general:
+                what = "keep_general: no general request fits behind the prefix."
+                raise ConfigError(what, hint="choose a shorter one, or set keep_general to 0.")
             data = dataclasses.replace(data, general=general, digest=digest)
         # What a teacher is asked is about the text that the run starts from.
         questions = data.train.examples if teach is not None else ()

@@ -218,6 +218,8 @@ def test_without_targets_there_is_something_to_answer(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"messages": [USER]}, {"messages": [*TURNS, USER]})
     assert [(len(example.messages), example.targets) for example in read_task("records", path)] == [(1, ()), (5, ())]
     assert read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"})) == [Example("Hi", messages=HI)]
+    none = {"question": "q?", "context": "c", "answers": {"text": [], "answer_start": []}}
+    assert read_task("records", jsonl(tmp_path / "c.jsonl", none))[0].targets == ()
     with pytest.raises(DataError, match="line 1 has the columns prompt"):
         read_task("records", jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}), needs_targets=True)
 

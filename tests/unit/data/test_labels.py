@@ -7,6 +7,7 @@ import torch
 
 import prefixtune as pt
 from prefixtune.data import Example
+from prefixtune.data.examples import Message
 from prefixtune.data.forms import tagged
 from prefixtune.data.labels import (
     check_labels,
@@ -136,6 +137,10 @@ def test_a_long_text_is_truncated_and_counted(tiny_backbone):
     assert len(made.examples[0].targets[0]) == 3
     with pytest.raises(DataError):
         encode_labelled(backbone, examples, labels, form, prefix_length=4, max_length=11, on_too_long="error")
+    with pytest.raises(DataError, match="example 2"):
+        encode_labelled(
+            backbone, [examples[1], tagged(["a" * 20], ["O"])], labels, form, prefix_length=4, max_length=11
+        )
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -157,6 +162,11 @@ def test_wrong_labels_and_words_are_reported(tiny_backbone):
     for train, dev in ((LABELLED[:1], []), (LABELLED, [Example("x", ("other",))])):
         with pytest.raises(DataError):
             choose_labels("classification", backbone, train, dev)
+    with pytest.raises(ConfigError):
+        choose_labels("classification", tiny_backbone("bert"), LABELLED, words={"with": "yes"})
+    chat = Example("q", ("with",), messages=(Message("system", "Say it."), Message("user", "q")))
+    with pytest.raises(DataError, match="example 9"):
+        choose_labels("classification", backbone, [*LABELLED, chat])
 
 
 def test_a_prefix_is_used_for_what_it_was_trained_for(tiny_backbone, random_prefix):

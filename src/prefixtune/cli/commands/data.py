@@ -109,7 +109,9 @@ def _length_lines(report: DataReport) -> Iterator[str]:
 
 def _limit_lines(report: DataReport) -> Iterator[str]:
     if report.positions:
-        refused = f", and {report.refused:,} are refused, as a target alone is too long" if report.refused else ""
+        refused = (
+            f", and {report.refused:,} are refused, as a target leaves no room for a source" if report.refused else ""
+        )
         yield f"at {report.positions:,} positions {report.cut:,} of {report.tokenized:,} examples are cut{refused}"
     yield f"optimizer steps of an epoch: {report.steps:,}"
 
