@@ -97,17 +97,12 @@ def task_decoding(
     Raises:
         ConfigError: A setting is wrong.
     """
-    from prefixtune.data import TASKS
-    from prefixtune.prefix.text_format import read_text_format
+    from prefixtune.data.registry import default_decoding
 
     values: dict[str, Any] = {"max_new_tokens": least} if least else {}
-    if isinstance(task, str) and task in TASKS:
-        values |= TASKS[task].decoding
+    values |= default_decoding(task, headers)
     if task == "records":
-        # Texts have no targets.
-        stored = [read_text_format(header) for header in headers if header.get("form") != "text"]
-        longest = [form.longest_target for form in stored if form is not None]
-        values["max_new_tokens"] = max(values["max_new_tokens"], least, *longest)
+        values["max_new_tokens"] = max(values["max_new_tokens"], least)
     if given.get("temperature", 0) > 0 and "num_beams" not in given:
         # --temperature asks for sampling, so the task's beam search is dropped.
         values.pop("num_beams", None)

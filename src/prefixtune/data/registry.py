@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from prefixtune.data.sets import Release, files_in, locate
 from prefixtune.data.streams import shown
 from prefixtune.data.toy import make_toy
 from prefixtune.errors import ConfigError, DataError, did_you_mean, short_repr
+from prefixtune.prefix.text_format import read_text_format
 
 Reader = Callable[[Iterable[Record]], list[Example]]
 """Rows -> examples; a row without a good text has none."""
@@ -233,3 +234,19 @@ TASKS: dict[str, Task] = {
         Task("toy", "a small night-train board, made here to try things on", parts=("train", "held_out")),
     )
 }
+
+
+def default_decoding(task: object, headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The decoding settings of a task by default, as fields of `GenerateConfig`; empty if it is none.
+
+    Args:
+        task: Its name.
+        headers: Of prefixes or trained weights: records get as many tokens as their longest target, if that is more.
+    """
+    values = dict(TASKS[task].decoding) if isinstance(task, str) and task in TASKS else {}
+    if task == "records":
+        # Texts have no targets.
+        stored = [read_text_format(header) for header in headers if header.get("form") != "text"]
+        longest = [form.longest_target for form in stored if form is not None]
+        values["max_new_tokens"] = max([values["max_new_tokens"], *longest])
+    return values

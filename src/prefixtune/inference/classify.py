@@ -7,6 +7,7 @@ encoder needs a head, because it generates no words; tagging always needs one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from prefixtune.backbone.load import BackboneLike, as_backbone
 from prefixtune.backbone.loss import batch_loss, hidden_states_at
 from prefixtune.backbone.prefixes import PrefixLike, as_prefix
 from prefixtune.data.batching import collate
-from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts, encode_prompts, format_of
+from prefixtune.data.encoding import (
+    TextFormatLike,
+    as_text_format,
+    check_texts,
+    encode_prompts,
+    format_of,
+    plain_format,
+)
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import Labels, encode_labelled_prompt, labels_of
 from prefixtune.data.tokenized import TokenizedExample
@@ -190,6 +198,9 @@ def encode_to_label(
     """
     config = config or ClassifyConfig()
     chosen, length = _labels_for(kind, prefix, labels), 0 if prefix is None else prefix.length()
+    if prefix is None and text_format is None and backbone.kind == "decoder":
+        # The bare model continues a text.
+        text_format = dataclasses.replace(plain_format(backbone), target=" {target}")
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
     most = positions or backbone.max_positions_with(length)
     if chosen.by == "words" and backbone.kind == "encoder":

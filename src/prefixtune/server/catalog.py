@@ -202,8 +202,10 @@ class Catalog:
             ApiError: 403: it is not the caller's; 404: there is none; 503: it was replaced just now.
             CheckpointError: It is not served.
         """
+        if name == self.backbone_id:
+            raise bad_request("the bare backbone has no file of a prefix.", "name")
         file = self._owned(name, caller)
-        if file.reason or file is _BACKBONE:
+        if file.reason:
             raise not_served(name)
         try:
             opened = open(path_of(self.store.folder, name), "rb")  # noqa: SIM115

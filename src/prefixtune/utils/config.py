@@ -281,7 +281,7 @@ class Config(Table):
     def _bound(cls, value: Any) -> Any:
         """Libraries take whole numbers of 64 bits."""
         numbers = [one for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, int)]
-        if any(one.bit_length() > 63 for one in numbers):
+        if not all(-(2**63) <= one < 2**63 for one in numbers):
             raise ValueError("is a whole number of more than 64 bits")
         return value
 

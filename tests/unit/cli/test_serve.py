@@ -2,6 +2,8 @@
 
 import tomllib
 
+import pytest
+
 from command_line import run
 from prefixtune.server.auth import hash_key
 from prefixtune.server.settings import ServeConfig
@@ -38,9 +40,10 @@ def test_each_fault_is_named_as_it_was_written_and_no_key_is_repeated(tmp_path, 
     assert "pt-clear" not in err
 
 
-def test_a_new_key_comes_with_its_table(monkeypatch):
+@pytest.mark.parametrize("name", ["a b", '😀"\x7f'])
+def test_a_new_key_comes_with_its_table(name, monkeypatch):
     monkeypatch.setenv("PREFIXTUNE_SERVE_PROT", "80")
-    out, _ = run("serve", "--new-key", "a b")
+    out, _ = run("serve", "--new-key", name)
     key = next(line.strip() for line in out.splitlines() if line.strip().startswith("pt-"))
     config = ServeConfig(**tomllib.loads(out[out.index("[keys") :]))
-    assert config.keys["a b"].hash == hash_key(key)
+    assert config.keys[name].hash == hash_key(key)

@@ -83,7 +83,7 @@ def test_the_words_probabilities_are_the_models_own(tiny_backbone):
     backbone = tiny_backbone("llama")
     texts, words = ["abc", "d"], ["yes", "no", "maybe so"]
     made = classify(backbone, texts, labels=words, batch_size=2)
-    form = TextFormat()
+    form = TextFormat("{source}", " {target}")
     for text, found in zip(texts, made, strict=True):
         scores = []
         for word in words:

@@ -70,6 +70,7 @@ def test_forms_that_are_wrong_leave_nothing(app, tmp_path):
         f"--{BOUNDARY}\r\n\r\nno headers\r\n".encode() + END,
     ):  # fmt: skip
         assert post(app, body).status == 400
+    assert post(app, PURPOSE + FILE + END, f"{BOUNDARY}; charset=undefined").status == 400
     assert stored(tmp_path) == []
 
 

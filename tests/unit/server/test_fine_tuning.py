@@ -191,12 +191,14 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server):
     assert ask(app, lambda client: listed(client, limit=1)) == made[::-1]
     assert ask(app, lambda client: listed(client, limit=2, after=made[2])) == made[1::-1]
     assert ask(app, lambda client: listed(client, metadata={"n": "1", "all": "yes"})) == [made[1]]
+    plain = create(app, file).id
+    assert ask(app, lambda client: listed(client, extra_query={"metadata": "null"})) == [plain]
     training = state.training
     other = JobQueue(training.database_url)
     other.add(Job(id=f"ftjob-{'0' * 24}", owner="x", created=1, model="m", name="o", backbone="other"))
     last = create(app, file)
     other.close()
-    assert last.prefixtune["position"] == 3
+    assert last.prefixtune["position"] == 4
 
 
 def test_a_job_is_paused_resumed_and_cancelled(make_server):
@@ -340,6 +342,7 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
     summaries, as_document = upload(state, '{"document": "a", "summary": "b"}\n'), {"own": {"form": "document"}}
     metrics = state.training.files.put_metrics("local", f"ftjob-{'0' * 24}", b"step\n").id
     open_questions = upload(state, "".join(json.dumps({"question": f"Why {n}?"}) + "\n" for n in range(1001)))
+    twice = {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 2}}}
     for file, more, param, code in (
         (broken, {}, "training_file", "invalid_training_file"),
         (metrics, {}, "training_file", "invalid_training_file"),
@@ -356,7 +359,10 @@ def test_what_is_wrong_with_a_request_is_named(make_server):
         (document, {"own": {"questions": open_questions}}, "prefixtune.questions", None),
         (document, {"own": {"questions": two, "num_questions": 5}}, "prefixtune.num_questions", None),
         *((rows, {"own": {name: 9}}, f"prefixtune.{name}", None) for name in ("num_questions", "answer_length")),
-        (document, {"own": {"preset": "quick"}}, "prefixtune.preset", None),
+        *((document, {"own": own}, f"prefixtune.{min(own)}", None) for own in ({"preset": "quick"}, {"form": "text"})),
+        (rows, {"own": {"document": rows}}, "prefixtune.document", None),
+        (rows, {"validation_file": rows, "own": {"hold_out": 0.5}}, "prefixtune.hold_out", None),
+        (rows, {"hyperparameters": {"n_epochs": 3}, "method": twice}, "hyperparameters", None),
         (document, {"validation_file": upload(state, "Owls.", "b.txt", "document")}, "validation_file", None),
         (rows, {"own": {"init_text": "@/etc/passwd"}}, "prefixtune.init_text", None),
         (rows, {"own": {"prefix_length": 2048}}, "prefixtune.prefix_length", None),

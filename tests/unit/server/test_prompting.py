@@ -50,6 +50,14 @@ def test_long_sources_are_treated_as_in_training(make_server, backbone, text_for
     assert response.json["usage"]["prompt_tokens"] == 40
     task = asyncio.run(send(app, "POST", "/v1/tasks/cuts", {"source": source, **shared}))
     assert (task.json["output"], task.headers["x-prefixtune-cut-tokens"]) == (expected, "53")
+    # A default that nobody asked for takes no room from a source that training left whole.
+    facts["text_format"] = {**cutting, "max_length": 0, "longest_prompt": 93, "longest_target": 110}
+    save_random_prefix(state.store.folder / "whole.safetensors", backbone, **facts)
+    whole = asyncio.run(send(app, "POST", "/v1/completions", {"model": "whole", "prompt": source, "min_tokens": 1}))
+    assert "x-prefixtune-cut-tokens" not in whole.headers
+    assert whole.json["usage"]["prompt_tokens"] == 93
+    # Records may be answered as long as in training.
+    assert asyncio.run(send(app, "GET", "/v1/tasks/whole")).json["max_tokens"] == 110
     # on_too_long of the server decides for all prefixes.
     strict, _ = make_server(on_too_long="error")
     refused = asyncio.run(send(strict, "POST", "/v1/completions", body))

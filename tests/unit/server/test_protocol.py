@@ -1,6 +1,9 @@
 """Bodies of requests for texts: what they ask the engine for, and what is ignored."""
 
+import pytest
+
 from prefixtune.server.api.protocol import ChatRequest, CompletionRequest
+from prefixtune.server.responses import ApiError
 from prefixtune.server.settings import ServeConfig
 
 LIMITS = ServeConfig(max_tokens=100, default_max_tokens=100, max_texts=6)
@@ -64,3 +67,13 @@ def test_messages():
     ]
     assert (request.length, request.sampling(9).logprobs) == (9, 2)
     assert [chat(logprobs=on).sampling(9).logprobs for on in (True, False)] == [0, None]
+
+
+def test_what_changes_a_text_and_is_not_there_is_refused():
+    neutral = {"best_of": 1, "suffix": "", "tools": [], "tool_choice": "auto", "verbosity": "medium", "audio": None}
+    assert completion(**neutral) == completion()
+    for name, value in (("suffix", "none"), ("tools", 1), ("best_of", 2), ("best_of", True), ("prediction", "auto")):
+        with pytest.raises(ApiError) as caught:
+            completion(**{name: value})
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_field")
+    assert completion(seed=-(2**63)).sampling(9).seed == -(2**63)

@@ -69,7 +69,7 @@ def test_a_text_about_none_of_them_is_the_backbones(serve):
         ({"model": f"route:{'*' * 600}"}, 404, "model"),
         ({"model": "route:*", "prompt": ["the owl", "the fox"]}, 400, "prompt"),
         ({"model": "route:*", "prompt": [1, 2]}, 400, "prompt"),
-        ({"model": "route:*", "prompt": "the owl", "prefixes": ["fox"]}, 400, "model"),
+        ({"model": "route:*", "prompt": "the owl", "prefixes": ["fox"]}, 400, "prefixes"),
     ],
 )
 def test_what_cannot_be_routed_is_one_error(serve, body, status, param):

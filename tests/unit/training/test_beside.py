@@ -101,7 +101,7 @@ def test_a_joined_length_beyond_the_positions_is_refused(train, others, tmp_path
     with pytest.raises(ConfigError, match="text of"):
         train(2, **shorter, keep_general=1.0)
     with pytest.raises(ConfigError, match="keep_general"):
-        train(2, output=str(tmp_path / "alone"), prefix_length=150, keep_general=1.0)
+        train(2, output=str(tmp_path / "alone"), prefix_length=136, keep_general=1.0)
 
 
 def test_questions_of_others_are_learned_with_those_in_view(backbone, examples, others, tmp_path):

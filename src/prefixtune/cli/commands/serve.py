@@ -69,8 +69,9 @@ def serve(options: ServeOptions) -> int:
     if options.new_key:
         from prefixtune.server.auth import hash_key, new_key
 
-        key = new_key()
-        print(_KEY.format(key=key, name=json.dumps(options.new_key), hash=hash_key(key)))
+        # As TOML writes it: with no halves of a character, and without the character DEL.
+        key, name = new_key(), json.dumps(options.new_key, ensure_ascii=False).replace("\x7f", "\\u007f")
+        print(_KEY.format(key=key, name=name, hash=hash_key(key)))
         return 0
     config = options.part(ServeConfig)
     if config.engine == "llama.cpp":

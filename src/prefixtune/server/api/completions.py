@@ -93,6 +93,8 @@ async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
     context.admit(len(request.prompts) * request.n)
     catalog, model = context.state.catalog, request.model
     if model.startswith(ROUTE):
+        if request.prefixes:
+            raise bad_request("a model 'route:' and 'prefixes' exclude each other.", "prefixes")
         prompt, *others = request.prompts
         text = prompt[-1]["content"] if isinstance(prompt, list) else prompt
         if others or not isinstance(text, str):

@@ -45,8 +45,11 @@ async def upload_file(context: TrainingContext) -> dict[str, Any]:
     if not context.request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "the content type must be multipart/form-data.", code="unsupported_media_type")
     with context.training.uploads.admit(tenant=context.caller.name):
-        async with context.request.form(max_files=1, max_fields=4) as form:
-            stored = await run_in_threadpool(_store, context, form)
+        try:
+            async with context.request.form(max_files=1, max_fields=4) as form:
+                stored = await run_in_threadpool(_store, context, form)
+        except UnicodeError:
+            raise bad_request("the form is not in its charset.", hint="write UTF-8, and name no charset.") from None
     context.log_fields |= {"file": stored.id, "bytes": stored.bytes}
     return file_object(stored)
 

@@ -61,10 +61,11 @@ async def create_fine_tuning_job(body: FineTuningRequest, context: TrainingConte
 async def list_fine_tuning_jobs(context: TrainingContext, after: After = "", limit: Limit = 20) -> dict[str, Any]:
     """The jobs, the newest first.
 
-    With `metadata[team]=blue` in the query, only those with this metadata.
+    With `metadata[team]=blue` in the query, only those with this metadata; with `metadata=null`, those without any.
     """
     training, query = context.training, context.request.query_params.multi_items()
     metadata = {name[9:-1]: value for name, value in query if name.startswith("metadata[") and name[-1] == "]"}
+    without = ("metadata", "null") in query
     # `/v1/models` may leave it out, by the patterns of the key.
     extension = {"backbone": context.state.config.model_id}
 
@@ -72,7 +73,11 @@ async def list_fine_tuning_jobs(context: TrainingContext, after: After = "", lim
         states = queue.iterate(training.whose(context.caller))
         if after and all(state.job.id != after for state in states):
             raise unknown_after(after)
-        matching = (state for state in states if metadata.items() <= state.job.metadata.items())
+        matching = (
+            state
+            for state in states
+            if metadata.items() <= state.job.metadata.items() and not (without and state.job.metadata)
+        )
         found = list(itertools.islice(matching, limit + 1))
         positions = _positions(queue, found)
         shown = [job_view(state, training.folder, positions) for state in found[:limit]]

@@ -18,10 +18,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
-from prefixtune.data import TASKS
 from prefixtune.data.chat import Source, as_conversation, encode_chat, end_ids, has_chat_template, special_stops
 from prefixtune.data.encoding import AS_IT_IS, encode_prompts, plain_format
 from prefixtune.data.labels import labels_of
+from prefixtune.data.registry import default_decoding
 from prefixtune.data.truncation import truncate_prompt
 from prefixtune.engine.request import (
     EngineFull,
@@ -198,12 +198,13 @@ async def start_texts(
     if labels_of(model.prefix) is not None:
         message = f"the prefix {model.name!r} gives labels and writes no text."
         raise bad_request(message, "model", "not_a_generator", hint="use /classify.")
-    defaults = {} if text_format is None else task_decoding(model.header)
+    defaults = {} if text_format is None else default_decoding(model.header.get("task"), [model.header])
     length = request.length
     if length is None:
         usual = min(defaults.get("max_new_tokens", config.default_max_tokens), config.max_tokens)
         length = max(usual, request.min_tokens)
-    prompts = [await _encode(context, model, text_format, source, length) for source in sources]
+    least = request.min_tokens if request.length is None else length
+    prompts = [await _encode(context, model, text_format, source, least, length) for source in sources]
     is_chat = isinstance(sources[0], list) or (text_format is not None and text_format.is_chat)
     sampling = await _sampling(context, request, defaults, length, text_format, is_chat=is_chat)
     grammar = await _compile_grammar(context, request)
@@ -258,12 +259,6 @@ def _check_logprobs(requests: Sequence[Request]) -> None:
         raise bad_request(message, "logprobs", "too_many_logprobs", hint="ask for fewer, or lower n or max_tokens.")
 
 
-def task_decoding(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The default decoding settings of a header's task; empty if it names none."""
-    task = header.get("task")
-    return TASKS[task].decoding if isinstance(task, str) and task in TASKS else {}
-
-
 async def _sampling(
     context: RequestContext,
     request: GenerationRequest,
@@ -297,9 +292,18 @@ async def _sampling(
 
 
 async def _encode(
-    context: RequestContext, model: ServedModel, text_format: TextFormat | None, source: Source | Ids, length: int
+    context: RequestContext,
+    model: ServedModel,
+    text_format: TextFormat | None,
+    source: Source | Ids,
+    least: int,
+    length: int,
 ) -> Ids:
-    """Token ids of a source; one that is too long for its prefix is treated as in training."""
+    """Token ids of a source; one that is too long for its prefix is treated as in training.
+
+    Behind it there is room for `length` new tokens; for fewer, but no fewer than `least`, where training did not cut a
+    prompt that is as long.
+    """
     if isinstance(source, tuple):
         return source
     backbone, positions = context.state.backbone, context.state.worker.max_length
@@ -319,7 +323,10 @@ async def _encode(
             if text_format is None:
                 return whole, 0
             code = "context_length_exceeded"
-            room = {"prefix_length": model.prefix_length, "new_tokens": length, "positions": positions}
+            left = positions - backbone.prefix_positions(model.prefix_length) - len(whole)
+            uncut = backbone.kind == "decoder" and len(whole) <= form.longest_prompt and left > 0
+            new_tokens = max(least, min(length, left)) if uncut else length
+            room = {"prefix_length": model.prefix_length, "new_tokens": new_tokens, "positions": positions}
             ids = truncate_prompt(backbone, form, whole, **room, name="the prompt", source=source)
         except RequestError as error:
             raise bad_request(error.message, param, code, hint=error.hint) from None

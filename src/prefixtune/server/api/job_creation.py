@@ -37,7 +37,8 @@ _Lengths = Mapping[str, int] | None
 """The positions by site of the prefix that training goes on from; None: there is none."""
 _NAME = re.compile(r"(?!.*\.step-[0-9]+\Z)[A-Za-z0-9_-][A-Za-z0-9._-]{0,111}")
 """Of a result: so that `.step-N` can follow it, and not the name of a checkpoint."""
-_OF_EXAMPLES, _OF_DOCUMENTS = ("preset", "hold_out"), ("questions", "num_questions", "answer_length")
+_OF_EXAMPLES = ("preset", "hold_out", "form")
+_OF_DOCUMENTS = ("document", "questions", "num_questions", "answer_length")
 _OF_START = ("start", "prefix_length", "init_text", "init_examples")
 """Options that a prefix to go on from has itself."""
 _MOST_QUESTIONS = 1000
@@ -238,9 +239,12 @@ def _check_options(
     length, epochs = options.get("prefix_length", 0), body.given_hyperparameters.get("n_epochs", "auto")
     unanswered, sources = facts.rows - facts.targets if facts else 0, data.facts.examples if data.facts else 0
     elsewhere, kind = (_OF_EXAMPLES, "a document") if data.purpose == "document" else (_OF_DOCUMENTS, "examples")
+    supervised = body.method.supervised if body.method else None
     for name, is_wrong, message in (
+        ("hyperparameters", body.hyperparameters and supervised and supervised.hyperparameters, "they are there twice"),
         *((name, name in options, f"{name} is not for {kind}") for name in elsewhere),
         ("validation_file", data.purpose == "document" and body.validation_file, "a document is not validated"),
+        ("hold_out", body.validation_file and options.get("hold_out"), "hold_out is for jobs without validation_file"),
         *((name, True, f"training goes on from {body.model!r}, which has its own {name}") for name in begun),
         ("init_examples", 0 < sources < options.get("init_examples", 0), f"{data.id} has {sources} sources alone"),
         ("prefix_length", length >= max_length, f"{length} is given, but the model has {max_length} positions"),

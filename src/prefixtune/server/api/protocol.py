@@ -18,7 +18,7 @@ from prefixtune.server.settings import ServeConfig
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-_StopString = Annotated[str, Field(min_length=1, max_length=256)]
+_StopString = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00]*$")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Biases = Annotated[dict[Annotated[int, Field(ge=0)], _Bias], Field(max_length=1024)]
 _LIMITED = ("max_tokens", "max_completion_tokens", "min_tokens")
@@ -29,12 +29,18 @@ _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "parallel_tool_calls"),
 }
-_UNSUPPORTED = {
-    *("tools", "tool_choice", "functions", "function_call", "best_of", "echo", "suffix", "audio", "modalities"),
-    *("prediction", "web_search_options", "reasoning_effort", "verbosity"),
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("audio", "prediction", "web_search_options"), ()),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none", "medium"),
+    "verbosity": ("medium",),
 }
-_NEUTRAL: tuple[Any, ...] = (None, False, 1, "", [], "none", "auto", "medium", ["text"])
-"""Values of such a field that change nothing."""
+"""Values of such a field that, besides null, change nothing."""
 _MAX_MESSAGES, _MOST_FIELDS = 2048, 1000
 """Of a chat; of a body, as pydantic would collect a fault for each field that is unknown."""
 
@@ -170,8 +176,9 @@ class OpenAIRequest(GenerationRequest):
         if not isinstance(body, dict):
             return body
         left = {name: value for name, value in body.items() if name not in _IGNORED}
-        for name in sorted(_UNSUPPORTED & left.keys() - cls.model_fields.keys()):
-            if (value := left.pop(name)) is True or value not in _NEUTRAL:
+        for name in sorted(_UNSUPPORTED.keys() & left.keys() - cls.model_fields.keys()):
+            value = left.pop(name)
+            if value is not None and not any(value == one and type(value) is type(one) for one in _UNSUPPORTED[name]):
                 raise bad_request(f"{name} is not supported.", name, "unsupported_field")
         return left
 

@@ -24,11 +24,12 @@ from prefixtune.data.benchmarks import ATTRIBUTES, check_triples, linearize_dart
 from prefixtune.data.encoding import default_format
 from prefixtune.data.files import join_lines, one_line
 from prefixtune.data.forms import check_template, render
+from prefixtune.data.registry import default_decoding
 from prefixtune.engine.request import SequenceOutput, join_outputs
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.prefix.text_format import read_text_format
 from prefixtune.server.api.endpoint import GenerationContext, key_router
-from prefixtune.server.api.generation import DONE, KEEP_ALIVE, event, event_stream, start_texts, task_decoding
+from prefixtune.server.api.generation import DONE, KEEP_ALIVE, event, event_stream, start_texts
 from prefixtune.server.api.protocol import GenerationRequest
 from prefixtune.server.responses import JsonAnswer, bad_request
 
@@ -91,7 +92,7 @@ async def describe_task(name: str, context: GenerationContext) -> dict[str, Any]
         "id": name,
         "task": header.get("task"),
         "fields": schema.fields if schema else [],
-        "max_tokens": task_decoding(header).get("max_new_tokens"),
+        "max_tokens": default_decoding(header.get("task"), [header]).get("max_new_tokens"),
     }
 
 
