@@ -103,14 +103,15 @@ def labels_of_example(example: Example, number: int, kind: TaskKind) -> Sequence
     Raises:
         DataError: It does not have what it must; `number` is in the message.
     """
-    where = f"example {number} ({short_repr(example.source)})"
     labels = example.fields.get("tags") if kind == "tagging" else example.targets
     if not isinstance(labels, tuple) or (kind == "classification" and len(labels) != 1):
-        needed = "one label" if kind == "classification" else "tags"
-        raise DataError(f"{where} must have {needed}.", hint="name their column with --target.")
-    if kind == "classification" and len(example.messages) > 1:
-        raise DataError(f"{where} has several messages.", hint="a label is of one text: put all into one.")
-    return labels
+        what = f"must have {'one label' if kind == 'classification' else 'tags'}"
+        hint = "name their column with --target."
+    elif kind == "classification" and len(example.messages) > 1:
+        what, hint = "has several messages", "a label is of one text: put all into one."
+    else:
+        return labels
+    raise DataError(f"example {number} ({short_repr(example.source)}) {what}.", hint=hint)
 
 
 def choose_labels(

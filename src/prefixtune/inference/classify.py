@@ -7,10 +7,9 @@ encoder needs a head, because it generates no words; tagging always needs one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -200,7 +199,7 @@ def encode_to_label(
     chosen, length = _labels_for(kind, prefix, labels), 0 if prefix is None else prefix.length()
     if prefix is None and text_format is None and backbone.kind == "decoder":
         # The bare model continues a text.
-        text_format = dataclasses.replace(plain_format(backbone), target=" {target}")
+        text_format = replace(plain_format(backbone), target=" {target}")
     form = format_of(backbone, prefix, text_format).with_lengths(config.max_total_length, config.on_too_long)
     most = positions or backbone.max_positions_with(length)
     if chosen.by == "words" and backbone.kind == "encoder":

@@ -75,10 +75,7 @@ def prepare_prompts(
     ]
     prompts = []
     for number, (text, prefix, form, ids) in enumerate(zip(texts, prefixes, formats, whole, strict=True), start=1):
-        room, new_tokens = _room(backbone, len(ids), prefix), config.max_new_tokens
-        if room is not None and room > 0 and len(ids) <= form.longest_prompt:
-            # No more than fit after a prompt that training did not truncate.
-            new_tokens = min(room, new_tokens)
+        new_tokens = form.fitting_tokens(len(ids), _room(backbone, len(ids), prefix), config.max_new_tokens)
         kept = truncate_prompt(
             backbone,
             form,

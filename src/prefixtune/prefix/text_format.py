@@ -185,6 +185,22 @@ class TextFormat:
             rooms += [limit if apart else limit - self.longest_target for limit in limits]
         return min(rooms, default=None)
 
+    def fitting_tokens(self, length: int, room: int | None, new_tokens: int) -> int:
+        """Most tokens to generate: no more than fit, behind a prompt of a length that training left uncut.
+
+        >>> form = TextFormat(longest_prompt=80)
+        >>> form.fitting_tokens(80, 20, 50), form.fitting_tokens(81, 20, 50), form.fitting_tokens(80, None, 50)
+        (20, 50, 50)
+
+        Args:
+            length: The prompt's tokens.
+            room: Positions behind it; None: any number.
+            new_tokens: Most tokens that are wanted.
+        """
+        if room is None or room <= 0 or length > self.longest_prompt:
+            return new_tokens
+        return min(room, new_tokens)
+
     def with_lengths(self, max_length: int = 0, on_too_long: Literal["", TruncationPolicy] = "") -> TextFormat:
         """The same with another treatment of long sources; 0 and an empty text change nothing."""
         narrower = max_length and (not self.max_length or max_length < self.max_length)

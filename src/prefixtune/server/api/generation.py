@@ -324,8 +324,7 @@ async def _encode(
                 return whole, 0
             code = "context_length_exceeded"
             left = positions - backbone.prefix_positions(model.prefix_length) - len(whole)
-            uncut = backbone.kind == "decoder" and len(whole) <= form.longest_prompt and left > 0
-            new_tokens = max(least, min(length, left)) if uncut else length
+            new_tokens = max(least, form.fitting_tokens(len(whole), left, length))
             room = {"prefix_length": model.prefix_length, "new_tokens": new_tokens, "positions": positions}
             ids = truncate_prompt(backbone, form, whole, **room, name="the prompt", source=source)
         except RequestError as error:
