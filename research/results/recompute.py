@@ -52,20 +52,30 @@ def print_scores(study, references):
 
 
 def print_claims(scores):
-    """The prefix less each other method, by the mean over sizes: Student's interval and p over samples."""
+    """The prefix less each other method, at each size and by the mean over sizes: Student's interval over samples.
+
+    The p-values of the means over sizes decide the claims: Holm's correction for their number.
+    """
     from scipy.stats import ttest_1samp
 
     sizes = {}
     for point, values in scores.items():
-        sizes.setdefault(point.rpartition("-n")[0], []).append(values)
-    means = {method: [mean(sample) for sample in zip(*found, strict=True)] for method, found in sizes.items()}
-    prefix = means.pop("prefix-examples")
-    for method, other in means.items():
-        differences = [one - another for one, another in zip(prefix, other, strict=True)]
-        test = ttest_1samp(differences, 0)
-        low, high = test.confidence_interval()
-        span = f"{mean(differences):+.2f} (95 %: {low:+.2f} to {high:+.2f})"
-        print(f"  prefix-examples less {method}: {span}, p = {test.pvalue:.4f}, not corrected")
+        method, _, size = point.rpartition("-n")
+        sizes.setdefault(method, {})[int(size)] = values
+    prefix = sizes.pop("prefix-examples")
+    claims = []
+    for method, others in sizes.items():
+        each = {size: [a - b for a, b in zip(prefix[size], others[size], strict=True)] for size in sorted(prefix)}
+        whole = [mean(sample) for sample in zip(*each.values(), strict=True)]
+        for name, differences in [*each.items(), ("all sizes", whole)]:
+            test = ttest_1samp(differences, 0)
+            low, high = test.confidence_interval()
+            print(f"  less {method}, {name}: {mean(differences):+.2f} (95 %: {low:+.2f} to {high:+.2f})")
+        claims.append((test.pvalue, method))
+    corrected = 0.0
+    for left, (p_value, method) in zip(range(len(claims), 0, -1), sorted(claims), strict=True):
+        corrected = max(corrected, min(1.0, left * p_value))
+        print(f"  claim against {method}: p = {p_value:.2g}, corrected {corrected:.2g}")
 
 
 def bleu(outputs, items):
