@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from prefixtune.cli.options import Conflicts, OutputOptions, option
-from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.config import ClassifyConfig, GenerateConfig
 from prefixtune.utils.config import DTypeName
 
 _backbone, _engine = functools.partial(option, group="backbone"), functools.partial(option, group="engine")
@@ -62,6 +62,12 @@ class DecodingOptions(EngineOptions, GenerateConfig):
     defaults_elsewhere: ClassVar[frozenset[str]] = frozenset(GenerateConfig.model_fields)
 
     print_config: bool = option(False, "print the final settings of decoding as TOML, and do nothing else")
+
+    @property
+    def of_writing(self) -> list[str]:
+        """The given options that only texts which are written have."""
+        only = GenerateConfig.model_fields.keys() - ClassifyConfig.model_fields.keys()
+        return [self.flag(name) for name in sorted(only & self.model_fields_set)]
 
     def conflicts(self) -> Conflicts:
         """Those among options that were given; the others are checked together with the task's settings."""

@@ -236,11 +236,13 @@ def read_as_trained(
     References are made in the same way as the training made its targets, unless --form says what the columns are.
 
     Raises:
-        PrefixError: They cannot be read.
+        PrefixError: They cannot be read, or --split is given for a file.
     """
     from prefixtune.data import TASKS, read_data
     from prefixtune.prefix.text_format import read_text_format
 
+    if options.split and path == options.data and Path(path).is_file():
+        raise ConfigError(f"--split is for folders and sets, but {path!r} is a file.", hint="leave it out.")
     task = options.task or str(header.get("task") or "records")
     source, target, trained = options.source, options.target, read_text_format(header)
     if trained is not None and task in TASKS and TASKS[task].form is not None and not options.form:

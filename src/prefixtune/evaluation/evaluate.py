@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -295,7 +294,7 @@ def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separa
         text_format.format_prompt(example.source, separator) + text_format.format_target(example.targets[0]) + end
         for example in examples
     )
-    return dataclasses.replace(text_format, prompt=shown + text_format.prompt)
+    return _with_prompt(text_format, shown + text_format.prompt)
 
 
 def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[Example] = ()) -> TextFormat:
@@ -321,17 +320,25 @@ def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[
             messages.append({"role": "assistant", "content": example.targets[0]})
         del messages[-1]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return TextFormat(str(prompt), "{target}", end=end_of_turn(backbone))
+        return _with_prompt(TextFormat(target="{target}", end=end_of_turn(backbone)), str(prompt))
     shown = few_shot_format(default_format(backbone), examples, backbone.separator, backbone.end)
-    return dataclasses.replace(shown, prompt=f"{instruction}\n{shown.prompt}")
+    return _with_prompt(shown, f"{instruction}\n{shown.prompt}")
+
+
+def _with_prompt(text_format: TextFormat, prompt: str) -> TextFormat:
+    """A text format with another prompt; refused in words where it is too long."""
+    return TextFormat.from_dict(text_format.to_dict() | {"prompt": prompt})
 
 
 def check_literal(instruction: str, examples: Sequence[Example]) -> None:
-    """Refuse an instruction or solved examples that would change the template that they are shown in.
+    """Refuse an instruction or solved examples that would change the template that they are shown in, or not fit it.
 
     Raises:
-        DataError: They have a placeholder of it.
+        DataError: They have a placeholder of it, or an example has several messages.
     """
+    if any(len(one.messages or ()) > 1 for one in examples):
+        hint = "show examples of one message each, or give conversations whose earlier turns are the examples."
+        raise DataError("a solved example has several messages.", hint=hint)
     for text in (instruction, *(text for one in examples for text in (one.source, one.targets[0]))):
         if "{source}" in text or "{separator}" in text:
             what = f"{text[:60]!r} contains a placeholder of text formats, {{source}} or {{separator}}."

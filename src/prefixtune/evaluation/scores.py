@@ -55,6 +55,8 @@ def check_metrics(
         ConfigError: There is no such metric for this kind of task, or no such protocol.
     """
     try:
+        if metrics is not None and not _named(metrics):
+            raise ValueError("no metric is named")
         if kind == "generation":
             metric_names(protocol, metrics)
         for name in _named(metrics) if kind != "generation" else ():

@@ -108,7 +108,10 @@ def _loss(found: Found) -> list[Block]:
             texts("prefix", rows),
             numbers("loss", [each.get("loss") for each in rows.values()], lambda value: fixed(value, 3)),
             numbers("change", [each.get("change") for each in rows.values()], _signed),
-            texts("95 % interval", [_span(each["interval"]) for each in rows.values()]),
+            texts(
+                "95 % interval",
+                [_span(each["interval"], signed if "change" in each else fixed) for each in rows.values()],
+            ),
         ],
     )
     charts = [_parts_chart("Loss without a position", found["positions"], "position")]
@@ -127,6 +130,8 @@ def _parts_chart(title: str, parts: Sequence[Found], what: str) -> Chart:
     worst = max(parts, key=lambda part: float(part["change"]))
     description = f"The loss rises most, by {fixed(worst['change'], 3)}, without {what} "
     description += f"{_block(worst['first'], worst['last'])}."
+    if worst["change"] <= 0:
+        description = f"The loss rises without no {what}."
     return Chart(title, description, series, "change of the loss", what, names)
 
 
@@ -134,8 +139,8 @@ def _signed(value: float | None) -> str:
     return "" if value is None else signed(value, 3)
 
 
-def _span(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{signed(interval[0], 3)} to {signed(interval[1], 3)}"
+def _span(interval: Sequence[float] | None, written: Callable[[float, int], str]) -> str:
+    return "" if interval is None else f"{written(interval[0], 3)} to {written(interval[1], 3)}"
 
 
 def _nearest(found: Found) -> list[Block]:

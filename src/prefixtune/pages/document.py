@@ -96,7 +96,7 @@ class Series:
     Attributes:
         points: x and y, finite.
         style: Index of its colour, dashes and marker.
-        ranges: Low and high end of each point's error bar; empty for none.
+        ranges: Low and high end of the error bar of each dot; empty for none.
         kind: `marked`: a line with markers; `plain`: without; `faint`: behind the others; `dots`: markers alone,
             of which x is the value and y the row.
     """

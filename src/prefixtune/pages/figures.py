@@ -160,7 +160,7 @@ def numbers(chart: Picture) -> str:
 
 
 def draw(chart: Picture) -> Any:
-    """A matplotlib figure; a logarithmic x axis where few values of x span a factor of ten, as sizes of data do."""
+    """A matplotlib figure."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     if isinstance(chart, HeatMap):
@@ -234,14 +234,13 @@ def _draw_series(axes: Any, series: Series, shift: float, several: int) -> Any:
     if series.kind == "plain":
         return axes.plot(x, y, **look)[0]
     look |= {"marker": MARKERS[series.style % len(MARKERS)], "markersize": 6.5, "markeredgecolor": SHEET}
+    if series.kind == "dots":
+        look["linestyle"] = "none"
+        y = tuple(row + shift / (several + 1) for row in y)
     if not series.ranges:
         return axes.plot(x, y, **look)[0]
-    look["elinewidth"] = 1.4
     ends: Sequence[tuple[Number, ...]] = list(zip(*series.ranges, strict=True))
-    if series.kind == "dots":
-        y = tuple(row + shift / (several + 1) for row in y)
-        return axes.errorbar(x, y, xerr=_distances(x, ends), **look | {"linestyle": "none"})
-    return axes.errorbar(x, y, yerr=_distances(y, ends), **look)
+    return axes.errorbar(x, y, xerr=_distances(x, ends), elinewidth=1.4, **look)
 
 
 def _distances(values: Sequence[Number], ends: Sequence[Sequence[Number]]) -> list[list[Number]]:
@@ -258,15 +257,8 @@ def _set_line_axes(axes: Any, chart: Chart) -> None:
     axes.set_ylim(*_limits(chart.series, 1))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    values = sorted({x for series in chart.series for x, _ in series.points}) or [0.0]
-    if len(values) > 12 or not any(series.ranges for series in chart.series):
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        return
-    axes.set_xscale("log" if values[0] > 0 and values[-1] >= 10 * values[0] else "linear")
-    axes.minorticks_off()
-    axes.margins(x=0.07)
-    axes.set_xticks(values, map(short, values))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10), integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def _limits(series: Sequence[Series], axis: int) -> tuple[Number, Number]:
@@ -275,7 +267,9 @@ def _limits(series: Sequence[Series], axis: int) -> tuple[Number, Number]:
     firm += [end for each in series for span in each.ranges for end in span]
     faint = sorted(point[axis] for each in series if each.kind == "faint" for point in each.points)
     values = firm + faint[math.ceil(0.02 * len(faint)) : math.ceil(0.98 * len(faint))] or [0.0]
-    low, high, largest = min(values), max(values), max(map(abs, values))
+    # What matplotlib can still draw with a margin.
+    low, high = max(-1e300, min(values)), min(1e300, max(values))
+    largest = max(abs(low), abs(high))
     # Differences in the last digits are none.
     margin = max(0.06 * (high - low) if high - low > 1e-9 * largest else 0.05 * largest, 1e-12)
     return low - margin, high + margin

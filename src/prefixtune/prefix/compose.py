@@ -157,7 +157,9 @@ def average(prefixes: Sequence[Prefix], weights: Sequence[float] | None = None, 
         header["composition"] |= _SHARED
     elif any(map(_is_shared, _trained_beside(prefixes))):
         header["training"] = {"beside": {**_SHARED}}
-    return from_named({key: tensor.sum(0).to(dtype) for key, tensor in mean.items()}, header)
+    # A head keeps its own dtype.
+    dtypes = {key: named[0][key].dtype if key.startswith("head.") else dtype for key in mean}
+    return from_named({key: tensor.sum(0).to(dtypes[key]) for key, tensor in mean.items()}, header)
 
 
 # --- cut -------------------------------------------------------------------------------------------------------------
@@ -195,6 +197,9 @@ def cut(
     for name, measured in (("training", ("dev_loss",)), ("initialization", ("prefix_length", "at_most"))):
         if isinstance(header.get(name), Mapping):
             header[name] = {key: value for key, value in header[name].items() if key not in measured}
+    if (prefix.header.get("composition") or {}).get("mode") == "concatenate":
+        # Which of them are about what stays is not known.
+        header.pop("questions", None)
     parts = _describe_parts([prefix], [str(prefix.header.get("task") or "the whole")], "cut")
     header["composition"] = {"mode": "cut", "at": end, **(_SHARED if shared else {}), "parts": parts}
     return Prefix(kept.layers, header, prefix.head)

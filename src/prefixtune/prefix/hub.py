@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,8 +191,10 @@ def make_card(prefix: Prefix, repo_id: str, evaluation: Any = None) -> str:
     page = _PAGE.format(
         name=_cell(name),
         model=_cell(model),
-        facts="\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value is not None),
-        file=f"hub:{repo_id}" if "/" in repo_id else repo_id,
+        facts="\n".join(
+            f"| {_cell(key)} | {_cell(value)} |" for key, value in facts.items() if value not in (None, "")
+        ),
+        file=shlex.quote(f"hub:{repo_id}" if "/" in repo_id else repo_id),
         scores="".join(map(_table, evaluations)),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{page}"

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from prefixtune.errors import CheckpointError, ConfigError, ContextLengthError, DataError, RequestError, short_repr
 
-MAX_TEMPLATE_CHARS = 2**14
+MAX_TEMPLATE_CHARS = 2**17
 """Longest template that a header may hold."""
 MODEL_TEMPLATE = "model"
 """The chat template of a text format that is the backbone's own."""
@@ -93,9 +93,11 @@ class TextFormat:
             raise ConfigError(f"text format: {fault['loc'][0]}: {fault['msg']}.", hint=_HINT) from None
 
     def __post_init__(self) -> None:
+        # A prompt or a target may have any words in braces; in the other two each is a column.
         for name, needed in (("prompt", "source"), ("target", "target"), ("source", ""), ("target_template", "")):
             counts = Counter(_COLUMN.findall(getattr(self, name)))
-            if (needed and counts[needed] != 1) or max(counts.values(), default=0) > _MAX_REPEATS:
+            repeated = counts["separator"] if needed else max(counts.values(), default=0)
+            if (needed and counts[needed] != 1) or repeated > _MAX_REPEATS:
                 raise DataError(
                     f"text format: {name} template {short_repr(getattr(self, name))} lacks a text, or repeats one.",
                     hint="write {source} of a prompt or {target} of a target once, and no other more than "

@@ -47,9 +47,11 @@ def test_runs_of_other_methods_are_listed(folder, tiny_backbone, capsys):
     header = make_header(tiny_backbone("llama"), task="records", method="bias")
     save_weights(folder / "tuned" / "weights.safetensors", {"a.bias": torch.zeros(5)}, header)
     (folder / "tuned" / "state.safetensors").write_bytes(b"the state")
+    (folder / "teacher.safetensors").write_bytes(b"a teacher's labels")
     assert main(["inspect", str(folder), "--json"]) == 1
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["prefixes"]}
     tuned = rows[str(Path("tuned") / "weights.safetensors")]
+    assert "teacher.safetensors" not in rows
     assert (tuned["method"], tuned["parameters"], tuned["backbone"]) == ("bias", 5, "tiny-llama")
     assert rows["pubs.safetensors"]["method"] == "prefix"
     assert main(["inspect", str(folder / "tuned")]) == 0

@@ -149,6 +149,8 @@ def test_heads_of_the_same_labels_are_averaged():
     one, two = _with_head(_prefix(3, 1), "good", "bad"), _with_head(_prefix(3, 2), "good", "bad")
     mean = average([one, two])
     assert torch.allclose(mean.head.weight, (one.head.weight + two.head.weight) / 2, atol=1e-6)
+    small = _with_head(_prefix(3, 1, dtype=torch.bfloat16), "good", "bad")
+    assert torch.equal(average([small, small]).head.weight, small.head.weight)
     with pytest.raises(ConfigError):
         average([one, _with_head(_prefix(3, 2), "yes", "no")])
     with pytest.raises(ConfigError):
@@ -194,6 +196,14 @@ def test_cut_at_the_start_undoes_a_join():
     back = cut(concatenate([a, b]), 4, end="start")
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(back.tensors(), b.tensors(), strict=True))
     assert cut(concatenate([a, b]), 3).equal(a)
+
+
+def test_of_joined_parts_what_stays_has_no_questions_of_the_others():
+    owl, fox = (_prefix(3, seed, questions=[[f"Where is {name}?", "There."]]) for seed, name in enumerate(("it", "he")))
+    joined = concatenate([owl, fox])
+    assert len(joined.header["questions"]) == 2
+    assert "questions" not in cut(joined, 3, end="start").header
+    assert cut(owl, 2).header["questions"] == owl.header["questions"]
 
 
 def test_a_cut_that_cuts_nothing_is_refused():

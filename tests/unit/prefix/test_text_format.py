@@ -7,7 +7,7 @@ import pytest
 from prefixtune.data import Example
 from prefixtune.data.encoding import encode_examples
 from prefixtune.data.labels import Labels, encode_labelled
-from prefixtune.errors import CheckpointError, DataError, PrefixWarning, RequestError
+from prefixtune.errors import CheckpointError, ConfigError, DataError, PrefixWarning, RequestError
 from prefixtune.evaluation.evaluate import evaluate, few_shot_format, instruction_format
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, stream
@@ -75,6 +75,20 @@ def test_few_shot_examples_are_whole_or_refused(llama):
         instruction_format(llama, "Add.", shown)
     with pytest.raises(DataError):
         instruction_format(llama, f"Say {place}.")
+    chat = Example("Bye", ("Yes",), messages=[("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")])
+    with pytest.raises(DataError):
+        few_shot_format(TextFormat(), [chat], "<s>", "</s>")
+
+
+def test_solved_examples_may_be_code_and_long(llama):
+    shown = [Example("f" * 1500, ("int f(){} int g(){}",))] * 12
+    for made in (
+        few_shot_format(TextFormat(), shown, "<s>", "</s>"),
+        instruction_format(llama, "Do it {} {a}.", shown),
+    ):
+        assert made.format_prompt("x", "").count("(){}") == 24
+    with pytest.raises(ConfigError):
+        few_shot_format(TextFormat(), shown * 99, "<s>", "</s>")
 
 
 # --- long sources -----------------------------------------------------------------------------------------------------

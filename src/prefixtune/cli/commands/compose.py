@@ -208,11 +208,13 @@ def _list(options: InspectOptions, folder: Path) -> int:
 
 def _artifacts(folder: Path) -> list[Path]:
     """The files NAME.safetensors of a folder, and what each run in it trained, in order of their names."""
+    from prefixtune.distillation.teacher import LABELS_FILE
     from prefixtune.prefix.folder import ENDING, list_names, path_of
     from prefixtune.prefix.hub import FILE
     from prefixtune.training.run_folder import STATE_FILE, WEIGHTS_FILE
 
-    here = [path_of(folder, name) for name in list_names(folder) - {STATE_FILE.removesuffix(ENDING)}]
+    others = {name.removesuffix(ENDING) for name in (STATE_FILE, LABELS_FILE)}
+    here = [path_of(folder, name) for name in list_names(folder) - others]
     return sorted([*here, *(path for name in (FILE, WEIGHTS_FILE) for path in folder.glob(f"*/{name}"))])
 
 

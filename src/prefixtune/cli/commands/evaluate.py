@@ -121,12 +121,11 @@ def _read_examples(options: EvaluateOptions, header: Mapping[str, Any]) -> tuple
     """
     from prefixtune.data.forms import describe_data
 
-    if options.split and Path(options.data).is_file():
-        raise ConfigError(f"--split is for folders and sets, but {options.data!r} is a file.", hint="leave it out.")
     read = read_as_trained(options, header, options.data, options.split or None, needs_targets=True)
     if read.form is not None:
         options.console.info(describe_data(read.form, read.examples, options.data, read.columns))
         given = [options.flag(name) for name in ("metrics", "shots", "instruction") if options.has(name)]
+        given += options.of_writing
         if read.form.name == "text" and given:
             raise ConfigError(
                 f"{', '.join(given)}: not for texts alone, whose perplexity is measured.",
@@ -243,6 +242,8 @@ def _check(
 
     how: dict[str, Any] = {"intervals": options.intervals, "engine": options.engine}
     found = labels_to_predict(labels, next(iter(trained.prefixes), None), task.kind, examples, **how)
+    if found is not None and options.of_writing:
+        raise ConfigError(f"{', '.join(options.of_writing)}: not where labels are chosen.", hint="leave it out.")
     check_literal(options.instruction, shots)
     return None if trained.prefixes else found
 

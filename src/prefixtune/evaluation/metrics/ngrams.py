@@ -182,6 +182,4 @@ def _by_captions(scorer: Any, texts: Texts, how: str, *, independent: bool = Tru
 
 def exact_match(texts: Texts) -> Measurement:
     """The share of outputs that equal a reference as the protocol prepares them, in percent."""
-    pairs = zip(texts.hypotheses, texts.references, strict=True)
-    hits = [100.0 * (output in references) for output, references in pairs]
-    return average(hits, "prefixtune (share of outputs equal to a reference)")
+    return average([100.0 * match for match in texts.matches], "prefixtune (share of outputs equal to a reference)")

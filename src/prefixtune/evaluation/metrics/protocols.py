@@ -103,11 +103,16 @@ PROTOCOLS: dict[str, Protocol] = {
 
 @dataclass(frozen=True)
 class Texts:
-    """A set of items: outputs, and the references of each, as a protocol prepares them."""
+    """A set of items: outputs, and the references of each, as a protocol prepares them.
+
+    Attributes:
+        matches: Whether each output equals one of its references, where these are prepared as outputs are.
+    """
 
     protocol: Protocol
     hypotheses: list[str]
     references: list[list[str]]
+    matches: list[bool]
 
     @cached_property
     def treebank(self) -> tuple[list[str], list[list[str]]]:
@@ -126,9 +131,10 @@ class Texts:
 
     def part(self, items: Sequence[int]) -> Texts:
         """Some of the items, as a set of their own; texts that are already tokenized are not tokenized again."""
-        of = [self.hypotheses, self.references, *(self.treebank if "treebank" in self.__dict__ else ())]
-        hypotheses, references, *treebank = ([column[index] for index in items] for column in of)
-        chosen = Texts(self.protocol, hypotheses, references)
+        of: list[list[Any]] = [self.hypotheses, self.references, self.matches]
+        of += self.treebank if "treebank" in self.__dict__ else ()
+        hypotheses, references, matches, *treebank = ([column[index] for index in items] for column in of)
+        chosen = Texts(self.protocol, hypotheses, references, matches)
         if treebank:
             chosen.__dict__["treebank"] = tuple(treebank)
         return chosen
@@ -155,7 +161,9 @@ def prepare_texts(protocol: Protocol, hypotheses: Sequence[str], references: Seq
     if not all(kept):
         raise ValueError(f"item {kept.index([])} (from 0) has no reference; at least one text is needed")
     of_references = protocol.prepare_reference or protocol.prepare
-    return Texts(protocol, [*map(protocol.prepare, hypotheses)], [[*map(of_references, item)] for item in kept])
+    outputs, prepared = [*map(protocol.prepare, hypotheses)], [[*map(of_references, item)] for item in kept]
+    alike = prepared if of_references == protocol.prepare else [[*map(protocol.prepare, item)] for item in kept]
+    return Texts(protocol, outputs, prepared, [text in item for text, item in zip(outputs, alike, strict=True)])
 
 
 def _is_list(value: object) -> TypeGuard[Collection[object]]:

@@ -19,6 +19,13 @@ def test_an_absent_reference_counts_as_absent():
     assert bleu(hypotheses, [["a b c d e f"], ["g h i j k x", "g h i j k l"]]).score == pytest.approx(100)
 
 
+def test_a_text_equals_itself_by_all_rules():
+    for protocol in ("plain", "webnlg", "dart"):
+        texts = ["It lies at 33\u00b0 North, for 5\u20ac.", "no"]
+        score = measure(texts, [texts[:1], ["yes"]], protocol=protocol, metrics=["exact_match"])["exact_match"]
+        assert score.score == 50
+
+
 @pytest.mark.parametrize(
     ("predictions", "references", "wanted"),
     [
