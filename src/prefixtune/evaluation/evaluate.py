@@ -285,6 +285,7 @@ def few_shot_format(text_format: TextFormat, examples: Sequence[Example], separa
 
     Raises:
         DataError: The format has a chat template, or an example contains a placeholder of the template.
+        ConfigError: It becomes too long for a template.
     """
     if text_format.is_chat:
         hint = "give conversations whose earlier turns are the examples."
@@ -310,6 +311,7 @@ def instruction_format(backbone: Backbone, instruction: str, examples: Sequence[
 
     Raises:
         DataError: The instruction or an example contains a placeholder of the template.
+        ConfigError: It becomes too long for a template.
     """
     check_literal(instruction, examples)
     tokenizer = backbone.tokenizer
@@ -336,7 +338,7 @@ def check_literal(instruction: str, examples: Sequence[Example]) -> None:
     Raises:
         DataError: They have a placeholder of it, or an example has several messages.
     """
-    if any(len(one.messages or ()) > 1 for one in examples):
+    if any(len(one.messages) > 1 for one in examples):
         hint = "show examples of one message each, or give conversations whose earlier turns are the examples."
         raise DataError("a solved example has several messages.", hint=hint)
     for text in (instruction, *(text for one in examples for text in (one.source, one.targets[0]))):

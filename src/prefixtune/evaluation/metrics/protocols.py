@@ -162,7 +162,7 @@ def prepare_texts(protocol: Protocol, hypotheses: Sequence[str], references: Seq
         raise ValueError(f"item {kept.index([])} (from 0) has no reference; at least one text is needed")
     of_references = protocol.prepare_reference or protocol.prepare
     outputs, prepared = [*map(protocol.prepare, hypotheses)], [[*map(of_references, item)] for item in kept]
-    alike = prepared if of_references == protocol.prepare else [[*map(protocol.prepare, item)] for item in kept]
+    alike = [[*map(protocol.prepare, item)] for item in kept] if protocol.prepare_reference else prepared
     return Texts(protocol, outputs, prepared, [text in item for text, item in zip(outputs, alike, strict=True)])
 
 
