@@ -57,8 +57,8 @@ def print_claims(scores):
     """The prefix less each other method, with intervals over samples, at each size and by the mean over sizes.
 
     The means over sizes decide the claims, by Stein's two-stage procedure: the first twelve samples give the standard
-    deviation, all give the mean. Without more samples, that is Student's test. The p-value is multiplied by the number of
-    claims, and by two where more samples were added after the first look.
+    deviation, all give the mean. Without more samples, that is Student's test. The p-value is multiplied by the number
+    of claims, and by two where more samples were added after the first look.
     """
     from scipy.stats import t, ttest_1samp
 
