@@ -117,9 +117,12 @@ def _read_documents(config: DistillConfig, *, resume: bool) -> list[Job]:
         folder = Path(config.output) / name
         if name and not resume:
             check_unused(folder)
+        sets: tuple[tuple[str, SplitName], ...] = ((config.questions, "train"), (config.test, "test"))
         questions, test = (
-            _read_questions(config, _questions_file(path, file, len(files) > 1)) if path not in ("", SELF) else ()
-            for path in (config.questions, config.test)
+            _read_questions(config, _questions_file(path, file, len(files) > 1), split)
+            if path not in ("", SELF)
+            else ()
+            for path, split in sets
         )
         jobs.append(Job(name, folder, str(file), _read_document(file), questions[: config.limit or None], test))
         if jobs[-1].answered and any(question.answer is None for question in test):
@@ -173,14 +176,14 @@ def _questions_file(path: str, document: Path, several: bool) -> Path:
 # --- questions and inputs ---------------------------------------------------------------------------------------------
 
 
-def _read_questions(config: DistillConfig, path: Path) -> tuple[Question, ...]:
+def _read_questions(config: DistillConfig, path: Path, split: SplitName) -> tuple[Question, ...]:
     """The questions of a file with `question` and perhaps `answer` or `answers`; a column `context` does not count.
 
     Where options say how inputs are read, the file is read so.
     """
     if any(getattr(config, name) != config.default(name) for name in ("task", "form", "source", "target")):
-        return _read_inputs(config, str(path), "train")
-    examples = read_task("records", path, form="question", needs_targets=False)
+        return _read_inputs(config, str(path), split)
+    examples = read_task("records", path, split=split, form="question", needs_targets=False)
     return _as_questions([replace(one, source=str(one.fields["question"]).strip()) for one in examples], path)
 
 

@@ -271,7 +271,8 @@ def main() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY if hard < 0 else min(_MEMORY, hard), hard))
     path, file = from_json(sys.stdin.buffer.read())
-    sys.stdout.write(_read_whole(Path(path), StoredFile.model_validate(file)).model_dump_json())
+    checked = _read_whole(Path(path), StoredFile.model_validate(file))
+    sys.stdout.buffer.write(checked.model_dump_json().encode())
 
 
 def _read_whole(path: Path, file: StoredFile) -> StoredFile:

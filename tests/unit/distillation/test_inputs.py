@@ -2,6 +2,8 @@
 
 import pytest
 
+from prefixtune.data.examples import Example
+from prefixtune.distillation import inputs
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.inputs import read_jobs
 from prefixtune.errors import ConfigError, DataError
@@ -69,6 +71,21 @@ def test_wrong_questions(documents, write_rows, rows):
     asked, test = write_rows("questions/owl.jsonl", rows[:1]), write_rows("test/owl.jsonl", rows)
     with pytest.raises(DataError):
         documents({"owl.txt": b"The owl."}, asked, test=test)
+
+
+def test_questions_of_a_hub_set_are_of_their_splits(tmp_path, monkeypatch):
+    (tmp_path / "owl.txt").write_text("The owl.")
+    asked = []
+
+    def read(task, path, *, split, **_):
+        asked.append((str(path), split))
+        return [Example("Where?", ("Ashby",), {"question": "Where?"})]
+
+    monkeypatch.setattr(inputs, "read_task", read)
+    both = {"questions": "hub:a/b", "test": "hub:a/b", "output": str(tmp_path / "run")}
+    for template in ({}, {"source": "question", "target": "answer"}):
+        read_jobs(DistillConfig(document=str(tmp_path / "owl.txt"), **both, **template), resume=False)
+    assert asked == [("hub:a/b", "train"), ("hub:a/b", "test")] * 2
 
 
 def test_each_of_several_answers_is_learned(documents, write_rows):
