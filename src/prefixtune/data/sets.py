@@ -65,17 +65,17 @@ def dataset_rows(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: The set cannot be found or read, has no rows, or has several splits; of a damaged one, raised when
             the row is reached.
     """
-    data = _load(path)
-    if isinstance(data, dict):
-        raise DataError(f"{path} has several splits: {', '.join(data)}; one is needed.", hint="name one of them.")
-    if not len(data):
-        raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
-    features = data.features
+    if several := _splits(path):
+        raise DataError(f"{path} has several splits: {', '.join(several)}; one is needed.", hint="name one of them.")
+    data, number = _load(path), 0
     with _reporting(path):
+        features = data.features or {}
         # In this format the library decodes nothing, and a format that the set was saved with does not count.
         rows = (row for batch in data.with_format("arrow").iter(_BATCH) for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
-            yield f"{path}, row {number}", {name: _as_json(value, features[name]) for name, value in row.items()}
+            yield f"{path}, row {number}", {name: _as_json(value, features.get(name)) for name, value in row.items()}
+    if not number:
+        raise DataError(f"{path} has no rows; at least one is needed.", hint="check how the set was made.")
 
 
 def parquet_rows(file: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,20 +137,46 @@ def _as_json(value: Any, feature: Any = None) -> Any:
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
+def _address(path: Path | str) -> tuple[str, str | None, str, str | None]:
+    """The parts of an address of the hub: name, configuration, split (may be empty) and revision.
+
+    >>> _address("hub:GEM/xsum:small@train#v1.0")
+    ('GEM/xsum', 'small', 'train', 'v1.0')
+    """
+    address, _, revision = str(path).removeprefix(HUB).partition("#")
+    address, _, split = address.partition("@")
+    name, _, configuration = address.partition(":")
+    return name, configuration or None, split, revision or None
+
+
+def _splits(path: Path | str) -> list[str]:
+    """The names of a set's splits; none for the address or the folder of one split. No rows are downloaded or read."""
+    with _reporting(path):
+        if not str(path).startswith(HUB):
+            several = Path(path) / _DATASET_DICT
+            return json.loads(several.read_text("utf-8"))["splits"] if several.is_file() else []
+        with _needs_datasets():
+            import datasets
+        name, configuration, split, revision = _address(path)
+        names = datasets.get_dataset_split_names(name, configuration, revision=revision)
+        if split and split not in names:
+            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(names)}.")
+        return [] if split else names
+
+
 def _load(path: Path | str) -> Any:
-    """A set, or one split of it: `hub:NAME[:CONFIGURATION][@SPLIT][#REVISION]`, or a folder."""
-    with needs_extra("datasets", "this set", ", or export the set as JSON lines"):
+    """One split. One of the hub is read as it comes, without the others, and without a copy on the disk."""
+    with _needs_datasets():
         import datasets
     with _reporting(path):
         if not str(path).startswith(HUB):
             return datasets.load_from_disk(str(path))
-        address, _, revision = str(path).removeprefix(HUB).partition("#")
-        address, _, split = address.partition("@")
-        name, _, configuration = address.partition(":")
-        data = datasets.load_dataset(name, configuration or None, revision=revision or None)
-        if split and split not in data:
-            raise DataError(f"{HUB}{name} has no split {split!r}.", hint=f"it has: {', '.join(data)}.")
-        return data[split] if split else data
+        name, configuration, split, revision = _address(path)
+        return datasets.load_dataset(name, configuration, split=split, revision=revision, streaming=True)
+
+
+def _needs_datasets() -> contextlib.AbstractContextManager[None]:
+    return needs_extra("datasets", "this set", ", or export the set as JSON lines")
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -172,12 +198,10 @@ def locate(path: Path, split: str | None, formats: Sequence[str], release: Relea
     if split is not None and split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}.", hint=did_you_mean(split, SPLITS))
     if is_dataset(path):
-        data = _load(path)
+        names = tuple(_splits(path))
         name, mark, revision = str(path).partition("#")
         of_hub = name.startswith(HUB)
-        splits = data if isinstance(data, dict) else ()
-        addresses = {one: Path(f"{name}@{one}{mark}{revision}" if of_hub else f"{path}/{one}") for one in splits}
-        names = tuple(addresses)
+        addresses = {one: Path(f"{name}@{one}{mark}{revision}" if of_hub else f"{path}/{one}") for one in names}
         if not names or (split is None and len(names) == 1):
             return addresses[names[0]] if names else path
         found = {one: addresses[name] for one, known in SPLITS.items() for name in reversed(known) if name in names}
