@@ -107,19 +107,21 @@ class Keyring:
 class Gate:
     """Bounds what is inside the server: texts that are prepared, wait or run, or uploads.
 
-    A tenant that has some inside already may have as many as there is room left, and no more. So one who sends request
-    after request fills half of it. A single request may fill all.
+    With several tenants, half of it is reserved, in equal shares. The other half is for all: a tenant that has some of
+    it already may have as many as there is room left in it, and no more.
 
     Args:
         limit: The bound.
-        shared: Whether there are several tenants.
+        tenants: How many tenants there are.
 
     Attributes:
         count: How many there are.
     """
 
-    def __init__(self, limit: int, *, shared: bool = False) -> None:
-        self.limit, self.shared, self.count = limit, shared, 0
+    def __init__(self, limit: int, tenants: int = 1) -> None:
+        self.limit, self.shared, self.count = limit, tenants > 1, 0
+        self._reserved = limit // (2 * tenants) if self.shared else 0
+        self._free = limit - self._reserved * tenants
         self._of_tenant = collections.Counter[str]()
 
     @contextlib.contextmanager
@@ -129,10 +131,14 @@ class Gate:
         Raises:
             ApiError: 429: there is no room now; 400: there never is.
         """
-        if count > self.limit:
-            raise bad_request(f"{count} texts are asked for, but this server has room for {self.limit}.")
-        own, room = self._of_tenant[tenant], self.limit - self.count
-        if count > room or (self.shared and own and own + count > room):
+        most = self._reserved + self._free
+        if count > most:
+            raise bad_request(f"{count} texts are asked for, but this server has room for {most} of a key.")
+        own, then = (
+            max(0, number - self._reserved) for number in (self._of_tenant[tenant], count + self._of_tenant[tenant])
+        )
+        room = self._free - sum(max(0, number - self._reserved) for number in self._of_tenant.values())
+        if then - own > room or (self.shared and own and then > room):
             raise too_many_requests(f"the queue is full: {self.count} are inside already.", "queue_full", 1.0)
         self.count += count
         self._of_tenant[tenant] += count

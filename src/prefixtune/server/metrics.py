@@ -104,6 +104,7 @@ class Metrics:
         store = self.store
         gauges: list[tuple[str, str, float]] = [
             ("refused_prefixes", "Files that cannot be served.", store.num_refused),
+            ("stale_prefixes", "Prefixes in memory whose files cannot be served now.", store.num_stale),
             ("cached_prefixes", "Prefixes in memory.", store.num_loaded),
             ("cached_prefix_bytes", "Memory of the prefixes in it.", store.num_bytes),
         ]

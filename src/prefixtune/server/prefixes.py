@@ -1,8 +1,8 @@
 """A folder of prefixes, NAME.safetensors each, served by name.
 
 A file's status is asked for on each request, and its header is read when that has changed; the file is read and checked
-as a whole when it is first requested. A bad file is reported and not served. Whoever has a prefix keeps it when its
-file is replaced.
+as a whole when it is first requested. A bad file is reported and not served; but a prefix in memory is, while its file
+is being copied over, or was replaced by a bad one. Whoever has a prefix keeps it when its file is replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from prefixtune.utils.locks import change_folder
 
 _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
-_Versions = tuple[Signature | None, ...]
+_MOST_READERS = 4
+"""Prefixes that are read from the disk at once."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ class PrefixFolder:
         self._validator = PrefixValidator(backbone, max_bytes)
         self._files: dict[str, PrefixFile] = {}
         # By the names that are joined, the least recently used first.
-        self._loaded: OrderedDict[tuple[str, ...], tuple[_Versions, Prefix]] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, ...], tuple[tuple[PrefixFile | None, ...], Prefix]] = OrderedDict()
         self.num_bytes = self.hits = self.misses = 0
-        self._lock, self._reading = threading.Lock(), threading.RLock()
+        # Those that are being read or joined; few, so that a slow disk does not take all threads of the server.
+        self._reading: dict[tuple[str, ...], threading.Lock] = {}
+        self._lock, self._readers = threading.Lock(), threading.BoundedSemaphore(_MOST_READERS)
         with reporting_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.files()
@@ -90,7 +93,7 @@ class PrefixFolder:
         """
         with reporting_write_errors(self.folder):
             names = list_names(self.folder)
-        found = {name: self.file(name) for name in sorted(names | self._files.keys())}
+        found = {name: self._current(name) for name in sorted(names | self._files.keys())}
         return {name: file for name, file in found.items() if file is not None}
 
     def names(self) -> list[str]:
@@ -107,7 +110,24 @@ class PrefixFolder:
         return {name: file.origin for name, file in self.files().items() if file.origin is not None}
 
     def file(self, name: str) -> PrefixFile | None:
-        """The file of a name as it is now, served or not; None: there is none."""
+        """The file of a name as it is now, served or not; None: there is none.
+
+        If it cannot be served now, and the same owner's that it replaced is in memory: that one.
+        """
+        file = self._current(name)
+        if file is not None and file.reason:
+            with self._lock:
+                (last,), _ = self._loaded.get((name,), ((None,), None))
+            if last is not None and last.origin == file.origin:
+                return last
+        return file
+
+    @property
+    def num_stale(self) -> int:
+        """How many names are served as they were, because their files cannot be, as they were last looked at."""
+        return sum(bool(file.reason) and (name,) in self._loaded for name, file in list(self._files.items()))
+
+    def _current(self, name: str) -> PrefixFile | None:
         # A name from outside must not lead out of the folder.
         if os.sep in name or "\0" in name or name.startswith("."):
             return None
@@ -150,32 +170,43 @@ class PrefixFolder:
             ConfigError, BackboneError: They cannot be joined.
             PrefixError: A file cannot be read now, or was replaced by another owner's.
         """
-        names, versions = tuple(files), tuple(file.signature if file else None for file in files.values())
-        held = self._held(names, versions)
+        names = tuple(files)
+        held = self._held(files)
         if held is not None:
             return held
-        # One thread at a time reads or joins: requests for the same prefix at once wait for one result.
-        with self._reading:
-            held = self._held(names, versions)
-            if held is None:
-                held = self._join(files) if len(files) > 1 else self._read(names[0], files[names[0]])
-                self._keep(names, versions, held)
-            return held
-
-    def _held(self, names: tuple[str, ...], versions: _Versions) -> Prefix | None:
         with self._lock:
-            known, prefix = self._loaded.get(names, ((), None))
-            if prefix is None or known != versions or None in versions:
+            reading = self._reading.setdefault(names, threading.Lock())
+        try:
+            # Requests for the same prefix at once wait for one result.
+            with reading:
+                held = self._held(files)
+                if held is None:
+                    held = self._join(files) if len(files) > 1 else self._read(names[0], files[names[0]])
+                    self._keep(files, held)
+                return held
+        except CheckpointError:
+            served = {name: self.file(name) for name in names}
+            if served == files:
+                raise
+            return self.load(served)
+        finally:
+            with self._lock:
+                self._reading.pop(names, None)
+
+    def _held(self, files: Mapping[str, PrefixFile | None]) -> Prefix | None:
+        with self._lock:
+            known, prefix = self._loaded.get(tuple(files), ((), None))
+            if prefix is None or _versions(known) != _versions(files.values()) or None in _versions(known):
                 return None
             self.hits += 1
-            self._loaded.move_to_end(names)
+            self._loaded.move_to_end(tuple(files))
             return prefix
 
-    def _keep(self, names: tuple[str, ...], versions: _Versions, prefix: Prefix) -> None:
+    def _keep(self, files: Mapping[str, PrefixFile | None], prefix: Prefix) -> None:
         with self._lock:
             self.misses += 1
-            self._drop(names)
-            self._loaded[names] = versions, prefix
+            self._drop(tuple(files))
+            self._loaded[tuple(files)] = tuple(files.values()), prefix
             self.num_bytes += prefix.num_bytes
             while self.num_bytes > self.max_bytes and len(self._loaded) > 1:
                 self._drop(next(iter(self._loaded)))
@@ -191,7 +222,8 @@ class PrefixFolder:
             raise _no_such_prefix(name)
         if not file.reason:
             try:
-                prefix = self._validator.load(path_of(self.folder, name), name, exact=exact)
+                with self._readers:
+                    prefix = self._validator.load(path_of(self.folder, name), name, exact=exact)
             except CheckpointError as error:
                 if is_unread(error):
                     _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
@@ -248,7 +280,7 @@ class PrefixFolder:
             FolderBusyError: Jobs are being published all the time.
             PrefixError: The file cannot be removed.
         """
-        if self.file(name) is None:
+        if self._current(name) is None:
             raise _no_such_prefix(name)
         path = path_of(self.folder, name)
         with change_folder(self.folder, _LOCK_SECONDS), reporting_write_errors(path):
@@ -283,6 +315,10 @@ class PrefixFolder:
     def _without_paths(self, message: str) -> str:
         """A message without the folder's path, which callers must not see."""
         return message.replace(f"{self.folder}{os.sep}", "").replace(str(self.folder), "the folder")
+
+
+def _versions(files: Iterable[PrefixFile | None]) -> list[Signature | None]:
+    return [file.signature if file else None for file in files]
 
 
 def _origin_of(path: Path) -> JobOrigin | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.server.auth import Gate, Keyring
-from prefixtune.server.catalog import Catalog
+from prefixtune.server.catalog import Catalog, ServedModel
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
@@ -46,11 +47,17 @@ class ServerState:
         limits = (limit for limit in (config.max_length, backbone.max_positions) if limit)
         max_length = worker.max_length if worker else min(limits, default=DEFAULT_MAX_LENGTH)
         self.catalog = Catalog(store, config, max_length)
-        self.gate = Gate(config.num_slots + config.max_queue, shared=len(config.keys) > 1)
+        self.gate = Gate(config.num_slots + config.max_queue, max(1, len(config.keys)))
+        # Of their own: requests that wait for the disk leave the other threads to all else.
+        self._loading = ThreadPoolExecutor(self.gate.limit, thread_name_prefix="prefixtune-loading")
         self.metrics = Metrics(config, worker, store)
         self.training = Training(config) if config.takes_jobs else None
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
+
+    async def load_model(self, *wanted: Any) -> ServedModel:
+        """The model of a name, for a caller (see `Catalog.load`)."""
+        return await asyncio.get_running_loop().run_in_executor(self._loading, self.catalog.load, *wanted)
 
     @property
     def worker(self) -> Engine:
@@ -71,5 +78,6 @@ class ServerState:
         if self._worker is not None:
             self._worker.close()
         self.tokenizer_thread.shutdown(wait=False)
+        self._loading.shutdown(wait=False)
         if self.training is not None:
             self.training.close()

@@ -56,7 +56,7 @@ class Training:
         self.folder = DataFolder(jobs_folder(config.data_folder, config.prefixes))
         self.database_url = config.database_url or self.folder.database_url
         self.files, self.backbone = FileStore(self.folder), backbone_identity(config.backbone)
-        self.uploads = Gate(_MOST_UPLOADS, shared=len(config.keys) > 1)
+        self.uploads = Gate(_MOST_UPLOADS, max(1, len(config.keys)))
         self.wake: Callable[[], None] = lambda: None
         self.adding = threading.Lock()
         self._queue: JobQueue | None = None

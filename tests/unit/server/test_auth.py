@@ -55,22 +55,35 @@ def test_a_stream_that_nobody_reads_keeps_no_place(make_server):
 
 
 def test_no_key_fills_the_gate_alone():
-    gate = Gate(16, shared=True)
+    gate = Gate(16, tenants=3)  # 2 for each, and 10 for all
     with contextlib.ExitStack() as inside:
-        for _ in range(8):
+        for _ in range(2 + 5):
             inside.enter_context(gate.admit(1, "busy"))
         with pytest.raises(ApiError) as caught:
             inside.enter_context(gate.admit(1, "busy"))
         assert caught.value.code == "queue_full"
-        # Whoever has nothing inside finds all that is left.
-        inside.enter_context(gate.admit(6, "other"))
+        # Whoever has nothing of what is for all finds all that is left.
+        inside.enter_context(gate.admit(7, "other"))
         inside.enter_context(gate.admit(2, "third"))
+        assert gate.count == 16
     assert gate.count == 0
-    with gate.admit(16, "one request may be large"):
+    with gate.admit(12, "one request may be large"):
         pass
-    with pytest.raises(ApiError) as caught, gate.admit(17):
-        pass
-    assert caught.value.status == 400, "it would never fit"
+    for tenants, most in ((1, 16), (3, 12)):
+        with pytest.raises(ApiError) as caught, Gate(16, tenants).admit(most + 1):
+            pass
+        assert caught.value.status == 400, "it would never fit"
+
+
+def test_many_busy_keys_leave_room_for_the_last():
+    gate = Gate(288, tenants=30)
+    with contextlib.ExitStack() as inside:
+        for tenant in range(29):
+            with contextlib.suppress(ApiError):
+                while True:
+                    inside.enter_context(gate.admit(1, f"busy {tenant}"))
+        inside.enter_context(gate.admit(4, "last"))
+        assert gate.count <= gate.limit
 
 
 def test_requests_per_minute():

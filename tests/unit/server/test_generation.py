@@ -61,6 +61,32 @@ def test_when_the_engine_fails_its_requests_and_later_ones_get_503(make_server, 
     assert (later.status, later.code) == (503, "engine_unavailable")
 
 
+def test_an_engine_that_starts_again_is_alive_but_not_ready(make_server, monkeypatch):
+    app, state = make_server()
+    monkeypatch.setattr(type(state.worker), "healthy", False)
+    assert [asyncio.run(send(app, "GET", path)).status for path in ("/healthz", "/readyz")] == [200, 503]
+
+
+def test_forty_cold_prefixes_leave_threads_for_the_rest(make_server, monkeypatch):
+    app, state = make_server(max_queue=64)
+    go_on, load = threading.Event(), state.catalog.load
+
+    def wait(model, *more):
+        assert model != "a" or go_on.wait(10)
+        return load(model, *more)
+
+    monkeypatch.setattr(state.catalog, "load", wait)
+
+    async def ask():
+        cold = [asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(model="a"))) for _ in range(45)]
+        await asyncio.sleep(0.1)
+        hot = await asyncio.wait_for(send(app, "POST", "/v1/completions", completion(model="b")), 5)
+        go_on.set()
+        return [hot, *await asyncio.gather(*cold)]
+
+    assert {answer.status for answer in asyncio.run(ask())} == {200}
+
+
 def test_an_engine_that_is_slow_to_take_a_request_stops_no_other(make_server, monkeypatch):
     app, state = make_server()
     written, submit = threading.Event(), state.worker.submit

@@ -6,8 +6,12 @@ import threading
 import pytest
 import torch
 
+from prefixtune.backbone.prefixes import PrefixValidator
+from prefixtune.errors import PrefixError
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.utils.locks import FolderBusyError, change_folder
+
+NAN = b"\x00\x00\xc0\x7f"
 
 
 def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp_path, save, llama):
@@ -18,6 +22,57 @@ def test_a_file_that_is_overwritten_in_place_does_not_change_a_loaded_prefix(tmp
     with open(path, "r+b") as handle:
         handle.truncate(0)
     assert all(torch.equal(a, b) for a, b in zip(before, held.tensors(), strict=True))
+
+
+def test_a_prefix_in_memory_outlasts_a_file_that_is_being_replaced_or_is_bad(tmp_path, save, llama):
+    path = save("p", 1)
+    store = PrefixFolder(tmp_path, llama)
+    held, whole = store.get("p"), save("new", 2, folder=tmp_path / "elsewhere").read_bytes()
+    # The header of the last one is good.
+    for content in (whole[:100], whole[:-10], b"junk", whole[:-4] + NAN):
+        path.write_bytes(content)
+        assert store.get("p") is held
+        assert (store.num_stale, list(store.refused)) == (1, ["p"])
+    path.write_bytes(whole)
+    assert store.get("p") is not held
+    assert store.num_stale == 0
+    path.unlink()
+    with pytest.raises(PrefixError):
+        store.get("p")
+
+
+def test_a_bad_file_of_another_owner_ends_the_prefix_in_memory(tmp_path, save, llama):
+    def job(owner):
+        return {"id": "ftjob-1", "owner": owner}
+
+    path = save("p", 1, job=job("alice"))
+    store = PrefixFolder(tmp_path, llama)
+    store.get("p")
+    path.write_bytes(save("p", 2, folder=tmp_path / "elsewhere", job=job("bob")).read_bytes()[:-4] + NAN)
+    with pytest.raises(PrefixError):
+        store.get("p")
+
+
+def test_a_slow_file_delays_no_other(tmp_path, save, llama, monkeypatch):
+    save("slow"), save("quick")
+    store, go_on, load = PrefixFolder(tmp_path, llama), threading.Event(), PrefixValidator.load
+
+    def wait(self, path, name, **options):
+        assert name != "slow" or go_on.wait(10)
+        return load(self, path, name, **options)
+
+    monkeypatch.setattr(PrefixValidator, "load", wait)
+    slow = [threading.Thread(target=store.get, args=("slow",)) for _ in range(6)]
+    for thread in slow:
+        thread.start()
+    quick = threading.Thread(target=store.get, args=("quick",), daemon=True)
+    quick.start()
+    quick.join(5)
+    assert not quick.is_alive()
+    go_on.set()
+    for thread in slow:
+        thread.join()
+    assert (store.num_loaded, store.misses, store.hits) == (2, 2, 5)
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path, save, llama):

@@ -18,17 +18,20 @@ public, router, engine_router = APIRouter(), key_router(), key_router()
 
 @public.get("/healthz")
 async def is_alive(request: Request) -> Response:
-    """Whether the engine runs."""
+    """Whether the engine runs, or is starting again: only if it has failed for good, the process is to be replaced."""
     state = request.app.state.server
-    has_failed = state.has_engine and not state.worker.healthy
+    has_failed = state.has_engine and state.worker.failed
     return JsonAnswer({"status": "the engine has failed"}, 503) if has_failed else JsonAnswer({"status": "ok"})
 
 
 @public.get("/readyz")
 async def is_ready(request: Request) -> Response:
     """Whether requests are accepted."""
-    if request.app.state.server.draining:
+    state = request.app.state.server
+    if state.draining:
         return JsonAnswer({"status": "shutting down"}, 503)
+    if state.has_engine and not state.worker.failed and not state.worker.healthy:
+        return JsonAnswer({"status": "the engine is starting again"}, 503)
     return await is_alive(request)
 
 

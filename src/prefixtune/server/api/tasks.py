@@ -105,7 +105,7 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
     state = context.state
     request.check(state.config)
     context.admit(1)
-    model = await run_in_threadpool(state.catalog.load, name, context.caller)
+    model = await state.load_model(name, context.caller)
     if request.format_of:
         # The same text without the prefix, to compare with.
         if model.prefix is not None:
