@@ -6,7 +6,7 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ class PrefixFile:
     Attributes:
         prefix: The prefix.
         path: Its file.
-        name: What stands for it in a request.
+        name: What stands for it in a request; None: it is not written.
         users: Requests that need it.
+        writing: Held while it is written.
     """
 
     prefix: Prefix
     path: Path
-    name: Any
+    name: Any = None
     users: int = 0
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
 
 class PrefixFiles:
@@ -56,11 +58,7 @@ class PrefixFiles:
             PrefixError: It cannot be written.
         """
         with self._lock:
-            file = self._files.pop(prefix, None)
-            if file is None or not file.path.exists():
-                path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-                with reporting_write_errors(path):
-                    file = PrefixFile(prefix, path, self._write(path, prefix))
+            file = self._files.pop(prefix, None) or PrefixFile(prefix, self.folder / f"{uuid.uuid4().hex}.safetensors")
             file.users += 1
             self._files[prefix] = file
             total = sum(one.num_parameters for one in self._files)
@@ -68,7 +66,15 @@ class PrefixFiles:
                 if total > _MOST_NUMBERS:
                     total -= old.prefix.num_parameters
                     self._remove(old)
-            return file
+        try:
+            # Outside the lock: other requests do not wait for the disk.
+            with file.writing, reporting_write_errors(file.path):
+                if file.name is None or not file.path.exists():
+                    file.name = self._write(file.path, prefix)
+        except BaseException:
+            self.release(file)
+            raise
+        return file
 
     def release(self, file: PrefixFile) -> None:
         """A request that needed the file has ended."""

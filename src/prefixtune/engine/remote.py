@@ -182,10 +182,12 @@ class RemoteEngine(Engine):
                 if request.id in self._texts:
                     raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
                 ends = {self.backbone.eos_id, *request.sampling.end_ids}
-                self._texts[request.id] = []
-                for index in range(request.n):
-                    text = RemoteText(request, index, receive, end, file, request.detokenizer(self.backbone), ends)
-                    self._texts[request.id].append(text)
+                texts = [
+                    RemoteText(request, index, receive, end, file, request.detokenizer(self.backbone), ends)
+                    for index in range(request.n)
+                ]
+                self._texts[request.id] = texts
+                for text in tuple(texts):
                     self._loop.call_soon_threadsafe(self._begin, text)
         except BaseException:
             if file is not None:
@@ -323,6 +325,9 @@ class RemoteEngine(Engine):
                 await asyncio.sleep(_PATIENCE)
                 if not self.failed and not await self._server.look():
                     await self._restart()
+        except Exception:
+            _log.exception("the engine %s has failed.", self.name)
+            self._fail()
         finally:
             tasks = [text.task for text in itertools.chain(*self._texts.values()) if text.task is not None]
             for task in tasks:
@@ -347,10 +352,13 @@ class RemoteEngine(Engine):
                 _log.error("%s", error)
             # One that somebody else runs may come back.
             if is_ours:
-                self.failed = True
-                self.on_failure()
+                self._fail()
         for slot in self._slots:
             slot.file = None
+
+    def _fail(self) -> None:
+        self.failed = True
+        self.on_failure()
 
 
 class _ServerDied(OSError):

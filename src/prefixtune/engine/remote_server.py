@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -19,7 +20,11 @@ from prefixtune.errors import BackboneError, RequestError
 
 _SECONDS = httpx2.Timeout(600.0, connect=10.0)
 """Until the server has answered, or written its next token."""
+_START_SECONDS = 3600
+"""Until the model is loaded; after that, something hangs."""
 _POLL_SECONDS, _LOOK_SECONDS = 0.1, 5.0
+_LOOK_EVERY, _MOST_MISSED = 2.0, 3
+"""Seconds between looks at a server that somebody else runs, and how many in a row it must fail to be gone."""
 _MOST_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 _DYING_SECONDS = 2.0
 """Between the end of a process's connections and its own."""
@@ -54,6 +59,7 @@ class RemoteServer:
         folder: tempfile.TemporaryDirectory[str] | None = None,
     ) -> None:
         self.process, self._program, self._folder, self._is_up = process, program, folder, True
+        self._looked, self._missed = 0.0, 0
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         socket, limits = None if folder is None else _socket_in(folder), httpx2.Limits(max_connections=None)
         transport = httpx2.AsyncHTTPTransport(uds=socket, limits=limits)
@@ -70,7 +76,7 @@ class RemoteServer:
             **environment: Variables, besides those of this process.
 
         Raises:
-            BackboneError: It ends before.
+            BackboneError: It ends before, or takes an hour.
         """
         # In a folder of its own, so that nobody else can use it or take its place.
         folder = tempfile.TemporaryDirectory(prefix="prefixtune-", ignore_cleanup_errors=True)
@@ -95,11 +101,16 @@ class RemoteServer:
             raise BackboneError(f"cannot run {command[0]!r}: {error.strerror}.", hint=hint) from error
         server = cls(program, "http://localhost", process=process, folder=folder)
         try:
-            while not await server._answers(if_busy=False):
-                if not server.alive:
-                    code = f"exit code {process.returncode}; its messages are above"
-                    raise BackboneError(f"{program} cannot serve this model ({code}).", hint=hint)
-                await asyncio.sleep(_POLL_SECONDS)
+            async with asyncio.timeout(_START_SECONDS):
+                while not await server._answers(if_busy=False):
+                    if not server.alive:
+                        code = f"exit code {process.returncode}; its messages are above"
+                        raise BackboneError(f"{program} cannot serve this model ({code}).", hint=hint)
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError:
+            await server.close()
+            what = f"{program} has not started within {_START_SECONDS / 60:.0f} minutes."
+            raise BackboneError(what, hint="see its messages above.") from None
         except BaseException:
             await server.close()
             raise
@@ -111,9 +122,12 @@ class RemoteServer:
         return self._is_up and (self.process is None or self.process.poll() is None)
 
     async def look(self) -> bool:
-        """The same, after a look at a server that somebody else runs."""
-        if self.alive and self.process is None:
-            self._is_up = await self._answers(if_busy=True)
+        """The same, after a look at a server that somebody else runs: one that often gives no answer is gone."""
+        now = time.monotonic()
+        if self.alive and self.process is None and now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            self._missed = 0 if await self._answers(if_busy=True) else self._missed + 1
+            self._is_up = self._missed < _MOST_MISSED
         return self.alive
 
     async def is_dying(self) -> bool:
@@ -123,7 +137,8 @@ class RemoteServer:
                 async with asyncio.timeout(_DYING_SECONDS):
                     while self.process.poll() is None:
                         await asyncio.sleep(_POLL_SECONDS)
-        return not await self.look()
+            return not self.alive
+        return not await self._answers(if_busy=True)
 
     async def close(self, seconds: float = 10.0) -> None:
         """End it, if it is ours, with all processes that it started; after some seconds they are killed."""

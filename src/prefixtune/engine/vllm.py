@@ -125,7 +125,8 @@ class VllmEngine(RemoteEngine):
             raise ConnectionError("it has no connector for prefixes.")
 
     def _write_file(self, path: Path, prefix: Prefix) -> PrefixReference:
-        save_prefix(path, prefix)
+        # As it is served: no more bytes than that.
+        save_prefix(path, prefix, dtype=prefix.dtype)
         return PrefixReference(path.stem, hash_file(path), prefix.length())
 
     async def _generate(self, server: RemoteServer, text: RemoteText) -> FinishReason:

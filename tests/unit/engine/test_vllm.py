@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from command_line import run as run_command
 from engine_runs import submit
 from live_server import make_model, make_prefix
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.backbone.shapes import load_shapes
+from prefixtune.engine.remote_server import RemoteServer
 from prefixtune.engine.request import EngineFull, Request, SamplingParams
 from prefixtune.engine.vllm import VllmConfig, VllmEngine
 from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixWarning, RequestError
 from prefixtune.inference.generate import generate
 from prefixtune.prefix.folder import PrefixReference, path_of
+from prefixtune.prefix.prefix import read_artifact
 
 NEW = 6
 
@@ -249,6 +252,75 @@ def test_one_that_comes_back_without_the_connector_is_tried_without_leaving_file
     assert (engine.restarts >= 3, engine.healthy) == (True, False)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     assert len(caplog.records) == 2, "that it has ended, and why it is not taken"
+
+
+def test_one_look_that_fails_ends_no_text(engine, fake, monkeypatch):
+    monkeypatch.setattr("prefixtune.engine.remote_server._LOOK_EVERY", 0.0)
+    answers, looks = RemoteServer._answers, []
+
+    async def fail_twice(server, **options):
+        looks.append(1)
+        return len(looks) > 2 and await answers(server, **options)
+
+    monkeypatch.setattr(RemoteServer, "_answers", fail_twice)
+    fake.pause = 0.3
+    assert ask(engine).text == "abcdef"
+    assert (len(looks) > 2, engine.restarts) == (True, 0)
+
+
+def test_an_unforeseen_error_fails_the_engine_for_good(engine, monkeypatch):
+    async def broken(server):
+        raise RuntimeError("unforeseen")
+
+    failed = threading.Event()
+    engine.on_failure = failed.set
+    monkeypatch.setattr(RemoteServer, "look", broken)
+    assert failed.wait(10)
+    assert (engine.failed, engine.healthy) == (True, False)
+    with pytest.raises(EngineFull):
+        ask(engine)
+
+
+def test_a_child_that_hangs_at_its_start_is_given_up(backbone, python, monkeypatch):
+    monkeypatch.setattr("prefixtune.engine.remote_server._START_SECONDS", 1.0)
+    python.write_text("#!/bin/sh\nexec cat\n")
+    with pytest.raises(BackboneError):
+        VllmEngine(backbone, VllmConfig(python=str(python)))
+
+
+def test_a_file_that_is_being_written_stops_nobody_else(engine, fake, backbone, random_prefix, monkeypatch):
+    slow, quick = random_prefix(backbone, 3), random_prefix(backbone, 4)
+    go_on, write = threading.Event(), engine._files._write
+
+    def write_slowly(path, prefix):
+        assert prefix is not slow or go_on.wait(20)
+        return write(path, prefix)
+
+    monkeypatch.setattr(engine._files, "_write", write_slowly)
+    waiting = threading.Thread(target=ask, args=(engine, slow))
+    waiting.start()
+    try:
+        for prefix in (quick, None):
+            assert ask(engine, prefix).text == "abcdef"
+    finally:
+        go_on.set()
+        waiting.join()
+
+
+def test_a_file_is_no_larger_than_what_is_served(engine, backbone, random_prefix):
+    prefix = random_prefix(backbone, 3).to(torch.bfloat16)
+    file = engine._files.take(prefix)
+    assert read_artifact(file.path).dtype == torch.bfloat16
+
+
+def test_a_request_that_cannot_be_made_leaves_its_id_free(engine, monkeypatch):
+    request = Request((5, 6), None, SamplingParams(max_new_tokens=NEW))
+    with monkeypatch.context() as patch:
+        patch.setattr(Request, "detokenizer", None)
+        with pytest.raises(TypeError):
+            engine.submit(request, print)
+    assert engine.num_unfinished == 0
+    assert submit(engine, [request])[0][0].text == "abcdef"
 
 
 def test_a_busy_server_is_no_dead_one(engine, fake, monkeypatch):

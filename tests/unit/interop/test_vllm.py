@@ -179,6 +179,24 @@ def test_a_backend_that_cannot_fill_the_cache_is_refused(tmp_path, monkeypatch):
         connector.register_kv_caches(dict.fromkeys(layers))
 
 
+@pytest.mark.parametrize(("skips", "fields"), [(False, {}), (True, {}), (True, {"kv_transfer_params": None})])
+def test_what_reads_no_cache_cannot_leave_placeholders_in_it(tmp_path, monkeypatch, skips, fields):
+    module, reference = import_connector(monkeypatch), PrefixReference("pubs", "0a" * 32, 20)
+    connector = module.PrefixConnector(vllm_config(tmp_path), module.KVConnectorRole.SCHEDULER, None)
+    named = {**reference.request_fields, **fields}
+    request = SimpleNamespace(num_tokens=40, skip_reading_prefix_cache=skips, **named)
+    # vLLM does not ask for the positions of one that skips.
+    asked = 0 if skips else connector.get_num_new_matched_tokens(request, 0)[0]
+    connector.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: [[4, 7, 9]]), asked)
+    (load,) = connector.build_connector_meta(None).loads
+    assert (load.start, bool(load.fault)) == (0, skips)
+    assert load.blocks == ([4] if fields else [4, 7])
+    evicted = []
+    connector._kv_cache_manager = SimpleNamespace(evict_blocks=evicted.append)
+    connector.update_connector_output(SimpleNamespace(invalid_block_ids=set(load.blocks) if load.fault else set()))
+    assert evicted == ([{4, 7, 9}] if skips else [])
+
+
 # --- references -------------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +279,27 @@ def test_prefixes_used_last_are_kept(make, tmp_path, monkeypatch):
     for name, num_reads in (("trains", 2), ("pubs", 2), ("ships", 3), ("pubs", 3), ("trains", 4)):
         cache.get(references[name])
         assert len(reads) == num_reads, name
+
+
+def test_a_prefix_under_another_name_is_the_same(make, tmp_path, monkeypatch):
+    cache, one = cache_in(tmp_path), make("pubs")
+    cache.get(one)
+    monkeypatch.setattr(PrefixCache, "_read", None)
+    shutil.copy(path_of(tmp_path, "pubs"), path_of(tmp_path, "copy"))
+    cache.get(replace(one, name="copy"))
+
+
+def test_a_wrong_file_is_read_once_until_it_changes(make, tmp_path, monkeypatch):
+    right, reads, hash_file = make("pubs", seed=1), [], prefix_cache.hash_file
+    make("pubs", seed=2)
+    monkeypatch.setattr(prefix_cache, "hash_file", lambda path: (reads.append(path), hash_file(path))[1])
+    cache = cache_in(tmp_path)
+    for sha256 in (right.sha256, right.sha256, "0a" * 32):
+        with pytest.raises(CheckpointError):
+            cache.get(replace(right, sha256=sha256))
+    assert len(reads) == 1
+    make("pubs", seed=1)
+    cache.get(right)
 
 
 def test_files_that_cannot_be_used(make, tmp_path):

@@ -109,9 +109,16 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note which blocks must be filled."""
         reference = _reference_of(request)
-        if num_external_tokens <= 0 or reference is None:
+        if reference is None:
             return
         fault = reference.fault
+        if request.skip_reading_prefix_cache:
+            # Then vLLM does not ask how many positions there are: placeholders would run as text, and their blocks be
+            # found by every later request with the prefix. As faulty ones, they are evicted.
+            fault = fault or "vLLM cannot use a prefix with prompt_logprobs or skip_reading_prefix_cache"
+            num_external_tokens = min(reference.length, request.num_tokens - 1)
+        if num_external_tokens <= 0:
+            return
         if not fault and reference.length >= request.num_tokens:
             fault = f"the request has {request.num_tokens} tokens, no more than the prefix has positions"
         request_blocks = list(blocks.get_block_ids()[0])

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prefixtune.errors import CheckpointError
-from prefixtune.prefix.folder import PrefixReference, hash_file, path_of
+from prefixtune.prefix.folder import PrefixReference, Signature, hash_file, path_of, signature_of
 from prefixtune.prefix.geometry import LayerShape
 from prefixtune.prefix.prefix import Prefix, read_artifact
 
 KeyValues = list[tuple[Float[Tensor, "P _H D"], Float[Tensor, "P _H D"]]]
 """Per layer, the keys and values of this rank's KV heads."""
+_MOST_OTHER = 1024
 
 
 class PrefixCache:
@@ -43,7 +44,9 @@ class PrefixCache:
     ) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.shapes, self.heads, self.device, self.dtype = shapes, heads, device, dtype
-        self._loaded: OrderedDict[PrefixReference, tuple[KeyValues, int]] = OrderedDict()
+        # By content, whatever the file's name; and the hashes of files that requests named with another one.
+        self._loaded: OrderedDict[tuple[str, int], tuple[KeyValues, int]] = OrderedDict()
+        self._other: OrderedDict[tuple[str, Signature | None], str] = OrderedDict()
         self._num_bytes = 0
 
     def get(self, reference: PrefixReference) -> KeyValues:
@@ -53,25 +56,35 @@ class PrefixCache:
             PrefixError: Its file is missing or another one, or cannot be used with this model.
             OSError: It cannot be read.
         """
-        entry = self._loaded.get(reference)
+        content = reference.sha256, reference.length
+        entry = self._loaded.get(content)
         if entry is not None:
-            self._loaded.move_to_end(reference)
+            self._loaded.move_to_end(content)
             return entry[0]
         key_values = self._read(reference)
         num_bytes = sum(tensor.nbytes for pair in key_values for tensor in pair)
-        self._loaded[reference] = key_values, num_bytes
+        self._loaded[content] = key_values, num_bytes
         self._num_bytes += num_bytes
         while self._num_bytes > self.max_bytes and len(self._loaded) > 1:
             self._num_bytes -= self._loaded.popitem(last=False)[1][1]
         return key_values
 
     def _read(self, reference: PrefixReference) -> KeyValues:
+        path = path_of(self.folder, reference.name)
+        version = reference.name, signature_of(path)
+        wrong = CheckpointError("its file is another one than the request names.", hint="name the new one.")
+        # Whoever names a wrong one again and again does not have it read each time.
+        if self._other.get(version, reference.sha256) != reference.sha256:
+            raise wrong
         with tempfile.TemporaryDirectory(prefix="prefixtune-") as private:
             # A copy: reading maps the file into memory, and somebody may write to it meanwhile.
             copy = Path(private) / "copy.safetensors"
-            shutil.copyfile(path_of(self.folder, reference.name), copy)
-            if hash_file(copy) != reference.sha256:
-                raise CheckpointError("its file is another one than the request names.", hint="name the new one.")
+            shutil.copyfile(path, copy)
+            if (sha256 := hash_file(copy)) != reference.sha256:
+                self._other[version] = sha256
+                if len(self._other) > _MOST_OTHER:
+                    self._other.popitem(last=False)
+                raise wrong
             return self._convert(read_artifact(copy).detach(), reference)
 
     def _convert(self, prefix: Prefix, reference: PrefixReference) -> KeyValues:
