@@ -135,7 +135,13 @@ paper: $(VENV)/.integrated  ## the tables of Li & Liang (2021), on a GPU (DATA=F
 	for study in $(PAPER); do $(BIN)/python -m research.study $$study --data $(or $(DATA),$(error give DATA=FOLDER)) $(PAPER_ARGS) || exit 1; done
 	$(BIN)/python -m research.tables $(PAPER) | tee runs/paper/tables.md
 
-models: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
+models: $(VENV)/.installed  ## fetch two small models that can read, Qwen2.5-Coder 0.5B and 1.5B (1.6 GB), into the user's cache
+	$(BIN)/python -m bench.reading_models
+
+real: $(VENV)/.integrated  ## doctor, train, distill, generate and serve on such a model, from one GGUF file (SIZE=1.5b REAL_ARGS="--words 5500")
+	$(BIN)/python -m bench.real --size $(or $(SIZE),0.5b) $(REAL_ARGS)
+
+models-page: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
 	$(BIN)/python -m tools.models_page
 
 docs: $(VENV)/.integrated  ## write the generated pages of docs/

@@ -1,4 +1,4 @@
-"""Write docs/models.md: the model types that carry prefixes (`make models`).
+"""Write docs/models.md: the model types that carry prefixes (`make models-page`).
 
     python -m tools.models_page                 # examine all types, about ten minutes, and write the page
     python -m tools.models_page gpt2 t5 bert    # examine these only, and print their table
@@ -25,7 +25,7 @@ from tools.models_sweep import FAULTS, Result, examine_all, names_of_all
 from tools.pages import DOCS
 
 PAGE = DOCS / "models.md"
-COMMAND = "make models"
+COMMAND = "make models-page"
 
 KINDS = {
     "decoder": "Decoder-only models",

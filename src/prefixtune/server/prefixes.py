@@ -98,7 +98,7 @@ class PrefixFolder:
 
     def names(self) -> list[str]:
         """The names that can be requested; as `files`."""
-        return [name for name, file in self.files().items() if not file.reason]
+        return [name for name, file in self.files().items() if not file.reason or self._last_good(name, file)]
 
     @property
     def refused(self) -> dict[str, str]:
@@ -115,17 +115,18 @@ class PrefixFolder:
         If it cannot be served now, and the same owner's that it replaced is in memory: that one.
         """
         file = self._current(name)
-        if file is not None and file.reason:
-            with self._lock:
-                (last,), _ = self._loaded.get((name,), ((None,), None))
-            if last is not None and last.origin == file.origin:
-                return last
-        return file
+        return file and (self._last_good(name, file) or file)
+
+    def _last_good(self, name: str, file: PrefixFile) -> PrefixFile | None:
+        """What is in memory of a file that cannot be served now."""
+        with self._lock:
+            (last,), _ = self._loaded.get((name,), ((None,), None))
+        return last if file.reason and last is not None and last.origin == file.origin else None
 
     @property
     def num_stale(self) -> int:
         """How many names are served as they were, because their files cannot be, as they were last looked at."""
-        return sum(bool(file.reason) and (name,) in self._loaded for name, file in list(self._files.items()))
+        return sum(self._last_good(name, file) is not None for name, file in list(self._files.items()))
 
     def _current(self, name: str) -> PrefixFile | None:
         # A name from outside must not lead out of the folder.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.base import Engine
 from prefixtune.engine.engine import DEFAULT_MAX_LENGTH
 from prefixtune.server.auth import Gate, Keyring
-from prefixtune.server.catalog import Catalog, ServedModel
+from prefixtune.server.catalog import Catalog
 from prefixtune.server.metrics import Metrics
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
 from prefixtune.server.training import Training
+
+_T = TypeVar("_T")
 
 
 class ServerState:
@@ -55,9 +58,9 @@ class ServerState:
         # One thread: tokenizers keep settings that several threads would overwrite.
         self.tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="prefixtune-tokenizer")
 
-    async def load_model(self, *wanted: Any) -> ServedModel:
-        """The model of a name, for a caller (see `Catalog.load`)."""
-        return await asyncio.get_running_loop().run_in_executor(self._loading, self.catalog.load, *wanted)
+    async def run_loading(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """What a function of the catalog returns that may load prefixes."""
+        return await asyncio.get_running_loop().run_in_executor(self._loading, work, *arguments)
 
     @property
     def worker(self) -> Engine:

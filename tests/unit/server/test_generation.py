@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from functools import partial
 
 import openai
 import pytest
@@ -69,16 +70,18 @@ def test_an_engine_that_starts_again_is_alive_but_not_ready(make_server, monkeyp
 
 def test_forty_cold_prefixes_leave_threads_for_the_rest(make_server, monkeypatch):
     app, state = make_server(max_queue=64)
-    go_on, load = threading.Event(), state.catalog.load
+    go_on = threading.Event()
 
-    def wait(model, *more):
+    def wait(work, model, *more):
         assert model != "a" or go_on.wait(10)
-        return load(model, *more)
+        return work(model, *more)
 
-    monkeypatch.setattr(state.catalog, "load", wait)
+    for name in ("load", "load_header"):
+        monkeypatch.setattr(state.catalog, name, partial(wait, getattr(state.catalog, name)))
 
     async def ask():
-        cold = [asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(model="a"))) for _ in range(45)]
+        cold = [asyncio.ensure_future(send(app, "POST", "/v1/completions", completion(model="a"))) for _ in range(25)]
+        cold += [asyncio.ensure_future(send(app, "GET", "/v1/tasks/a")) for _ in range(20)]
         await asyncio.sleep(0.1)
         hot = await asyncio.wait_for(send(app, "POST", "/v1/completions", completion(model="b")), 5)
         go_on.set()

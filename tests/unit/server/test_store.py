@@ -32,7 +32,7 @@ def test_a_prefix_in_memory_outlasts_a_file_that_is_being_replaced_or_is_bad(tmp
     for content in (whole[:100], whole[:-10], b"junk", whole[:-4] + NAN):
         path.write_bytes(content)
         assert store.get("p") is held
-        assert (store.num_stale, list(store.refused)) == (1, ["p"])
+        assert (store.num_stale, list(store.refused), store.names()) == (1, ["p"], ["p"])
     path.write_bytes(whole)
     assert store.get("p") is not held
     assert store.num_stale == 0
@@ -51,6 +51,7 @@ def test_a_bad_file_of_another_owner_ends_the_prefix_in_memory(tmp_path, save, l
     path.write_bytes(save("p", 2, folder=tmp_path / "elsewhere", job=job("bob")).read_bytes()[:-4] + NAN)
     with pytest.raises(PrefixError):
         store.get("p")
+    assert (store.num_stale, store.names()) == (0, [])
 
 
 def test_a_slow_file_delays_no_other(tmp_path, save, llama, monkeypatch):

@@ -21,7 +21,7 @@ HERE = pytest.mark.skipif(
     MADE_WITH is None or transformers.__version__ != MADE_WITH[1], reason="made with another transformers"
 )
 
-# Those whose attention, positions, masks or cache differ from each other's; `make models` examines all types.
+# Those whose attention, positions, masks or cache differ from each other's; `make models-page` examines all types.
 EXAMINED = [
     *("gpt2", "gpt_neo", "bloom", "falcon-alibi", "qwen3_moe", "gemma2", "gemma4_text", "deepseek_v3", "llama4_text"),
     *("gpt_oss", "ctrl", "mamba", "jamba", "qwen3_next", "minimax", "falcon_h1", "recurrent_gemma"),

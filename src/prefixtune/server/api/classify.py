@@ -72,7 +72,7 @@ async def create_classification(request: ClassifyRequest, context: GenerationCon
     state = context.state
     request.check(state.config)
     context.admit(len(request.texts))
-    model = await state.load_model(request.model, context.caller)
+    model = await state.run_loading(state.catalog.load, request.model, context.caller)
     _check_kind(request, model)
     encoded = await _encode(context, request, model)
     num_tokens = sum(map(len, encoded.prompts))

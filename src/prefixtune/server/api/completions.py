@@ -100,7 +100,7 @@ async def _load(context: RequestContext, request: OpenAIRequest) -> ServedModel:
         if others or not isinstance(text, str):
             raise bad_request("one text at a time is routed, and no token ids.", "prompt")
         model = await run_in_threadpool(catalog.route, model, text, context.caller)
-    return await context.state.load_model(model, context.caller, request.prefixes)
+    return await context.state.run_loading(catalog.load, model, context.caller, request.prefixes)
 
 
 async def _respond(

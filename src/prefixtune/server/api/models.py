@@ -57,12 +57,12 @@ def download_model(name: str, context: GenerationContext) -> Response:
 
 
 @router.get(_PATH)
-def show_model(name: str, context: GenerationContext) -> dict[str, Any]:
+async def show_model(name: str, context: GenerationContext) -> dict[str, Any]:
     """One model.
 
     Or several prefixes that are joined, as in `/v1/models/manual+style`; the list has single ones only.
     """
-    return context.state.catalog.describe(name, context.caller)
+    return await context.state.run_loading(context.state.catalog.describe, name, context.caller)
 
 
 @router.put(_PATH, openapi_extra=_BYTES_BODY)

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
 
 from prefixtune.data import toy
@@ -86,7 +85,7 @@ async def describe_task(name: str, context: GenerationContext) -> dict[str, Any]
 
     Or of joined prefixes, as in `/v1/tasks/manual+style`.
     """
-    header = await run_in_threadpool(context.state.catalog.load_header, name, context.caller)
+    header = await context.state.run_loading(context.state.catalog.load_header, name, context.caller)
     schema = task_schema_of(header)
     return {
         "id": name,
@@ -105,12 +104,12 @@ async def create_task_output(name: str, request: TaskRequest, context: Generatio
     state = context.state
     request.check(state.config)
     context.admit(1)
-    model = await state.load_model(name, context.caller)
+    model = await state.run_loading(state.catalog.load, name, context.caller)
     if request.format_of:
         # The same text without the prefix, to compare with.
         if model.prefix is not None:
             raise bad_request("'format_of' names a prefix, and goes with the bare backbone only.", "format_of")
-        header = await run_in_threadpool(state.catalog.load_header, request.format_of, context.caller)
+        header = await state.run_loading(state.catalog.load_header, request.format_of, context.caller)
         model = replace(model, header=header)
     schema = task_schema_of(model.header)
     request.check_record(schema.columns if schema else ())
