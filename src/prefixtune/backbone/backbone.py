@@ -18,7 +18,7 @@ from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.identity import fingerprint
-from prefixtune.doctor.selfcheck import check_once
+from prefixtune.doctor.selfcheck import Seen, check_once
 from prefixtune.errors import BackboneError
 from prefixtune.prefix.geometry import BackboneKind, Geometry, describe
 from prefixtune.prefix.rotation import Rotation, longrope_limit
@@ -307,6 +307,7 @@ class Backbone:
         attention: str = "sdpa",
         samples: str = "",
         self_check: bool = True,
+        files: str = "",
     ) -> Backbone:
         """Freeze a model that is already in memory and read it.
 
@@ -317,6 +318,7 @@ class Backbone:
             attention: What computes the attention, behind the prefix: `sdpa`, `eager` or `flex`.
             samples: Of the weights before they were quantized (see `identity.sample`); empty: they were not.
             self_check: Compare the ways in which prefixes are used, if this type was not checked before.
+            files: `selfcheck.weight_files` that were read: what was seen at an earlier load of them holds; empty: none.
 
         Raises:
             BackboneError: It cannot have a prefix, or fails the self-check; the message says why.
@@ -335,7 +337,8 @@ class Backbone:
             for key in ("decoder_start_token_id", "forced_bos_token_id"):
                 token = getattr(stored, key, None)
                 setattr(model.generation_config, key, getattr(model.config, key, None) if token is None else token)
-        layout = probe(model, attention)
+        seen = Seen(model, attention, files)
+        layout, known = seen.recall() or (probe(model, attention), "")
         if layout.kind != "encoder" and model.get_output_embeddings() is None:
             raise BackboneError(
                 f"{type(model).__name__} has no output head: it generates no text.",
@@ -343,7 +346,10 @@ class Backbone:
             )
         if self_check:
             check_once(model, layout, attention)
-        return cls(model, tokenizer, name, layout, fingerprint(model, layout.geometry, samples))
+        if not known:
+            known = fingerprint(model, layout.geometry, samples)
+            seen.remember(layout, known)
+        return cls(model, tokenizer, name, layout, known)
 
 
 def silence_dropout(model: torch.nn.Module) -> None:

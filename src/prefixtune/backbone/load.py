@@ -19,6 +19,7 @@ from prefixtune.backbone.identity import sample
 from prefixtune.backbone.lora import base_model_name, check_adapter, import_peft, is_adapter, load_adapter
 from prefixtune.backbone.packaged import DEFAULT_BACKBONE
 from prefixtune.backbone.quiet import quiet_transformers
+from prefixtune.doctor.selfcheck import weight_files
 from prefixtune.errors import BackboneError, ConfigError, describe_value
 from prefixtune.prefix.geometry import BackboneKind
 
@@ -120,6 +121,12 @@ def load_backbone(
     elif target.type != "cpu" and not quantize:
         # Read straight to the device. A model that is to be quantized goes there layer by layer.
         place = {"device_map": {"": target}}
+    # Files of the hub, and weights that are changed after they were read, are looked at each time.
+    local = options.get("local_files_only") and not (quantize or adapter or device_map)
+    how: dict[str, Any] = {
+        "self_check": self_check,
+        "files": weight_files(Path(source, options.get("gguf_file", ""))) if local else "",
+    }
     model, tokenizer, unused = read_checkpoint(name, source, options, weights_dtype, place)
     samples = ""
     with quiet_transformers():
@@ -128,7 +135,7 @@ def load_backbone(
             quantize_weights(model, quantize, target)
         elif adapter is not None:
             load_adapter(model, str(adapter))
-    backbone = Backbone.from_model(model, tokenizer, name, attention=attention, samples=samples, self_check=self_check)
+    backbone = Backbone.from_model(model, tokenizer, name, attention=attention, samples=samples, **how)
     return check_end_token(replace(backbone, unused_weights=unused))
 
 

@@ -1,5 +1,6 @@
 """The quick check at loading: which models it looks at, what it remembers, and that faults are found."""
 
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,10 @@ import torch
 
 from patching import replace_everywhere
 from prefixtune.attention.masks import extend_mask
+from prefixtune.attention.probe import probe
 from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.identity import fingerprint
+from prefixtune.backbone.load import load_backbone
 from prefixtune.doctor import examine as examine_module
 from prefixtune.doctor import selfcheck
 from prefixtune.doctor.examine import examine
@@ -65,6 +69,65 @@ def test_a_pass_in_half_precision_stands_for_no_exact_one(cache, runs, tiny_mode
     assert len(runs) == 1
     Backbone.from_model(tiny_models("llama"), None, "llama")
     assert len(runs) == 2
+
+
+@pytest.fixture
+def loads(cache, tiny_models, tiny_tokenizer, tmp_path, monkeypatch):
+    """Load a small checkpoint; returns the backbone, and how often a model was run to be probed or fingerprinted."""
+    folder, done = tmp_path / "model", []
+    for function in (probe, fingerprint, examine):
+        watched = functools.partial(lambda f, *given: done.append(f.__name__) or f(*given), function)
+        replace_everywhere(monkeypatch, function, watched)
+
+    def save(seed=0):
+        tiny_models("llama", seed=seed).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+
+    def load(**options):
+        done.clear()
+        return load_backbone(folder, dtype=options.pop("dtype", "float32"), **options), list(done)
+
+    save()
+    load.save = save
+    return load
+
+
+def test_what_was_seen_is_kept(loads):
+    first, done = loads()
+    assert done == ["probe", "examine", "fingerprint"]
+    second, done = loads()
+    assert done == []
+    names = [{name: one.layout.layer_of.get(m) for name, m in one.model.named_modules()} for one in (first, second)]
+    assert names[0] == names[1]
+    assert {**vars(first.layout), "layer_of": 0} == {**vars(second.layout), "layer_of": 0}
+    assert first.fingerprint == second.fingerprint
+    assert first.model.config._attn_implementation == second.model.config._attn_implementation
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(first.forward(ids).logits, second.forward(ids).logits)
+
+
+def test_other_weights_are_seen_anew(loads):
+    first, _ = loads()
+    loads.save(seed=1)
+    second, done = loads()
+    assert done == ["probe", "fingerprint"]
+    assert first.fingerprint != second.fingerprint
+    assert loads(dtype="bfloat16")[1][0] == "probe"
+    assert loads(attention="eager")[1][0] == "probe"
+
+
+def test_without_a_check_none_is_remembered(loads):
+    assert loads(self_check=False)[1] == ["probe", "fingerprint"]
+    assert loads()[1] == ["examine"]
+
+
+def test_a_damaged_note_is_none(loads, cache):
+    loads()
+    (note,) = (cache / "seen").iterdir()
+    for text in ("", "{}", "[]", '{"layout": {}}', note.read_text().replace("layers.0", "layers.99")):
+        note.write_text(text)
+        assert loads()[1] == ["probe", "fingerprint"]
 
 
 def test_it_can_be_turned_off(cache, runs, tiny_models, monkeypatch):

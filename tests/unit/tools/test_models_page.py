@@ -1,6 +1,7 @@
 """docs/models.md holds the result of `prefixtune doctor` for every model type, on a tiny random model of it."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ def test_the_verdict_on_a_model_is_current(name, tokenizer, monkeypatch, tmp_pat
     else:
         monkeypatch.delenv(SWITCH, raising=False)
     row = table([examine_one(name, tokenizer)])[-1]
-    assert row in PAGE.splitlines(), f"run `{COMMAND}`: {row}"
+    # How far apart numbers are that should be equal depends on the machine.
+    apart = partial(re.sub, r"\S+ apart", "apart")
+    assert apart(row) in map(apart, PAGE.splitlines()), f"run `{COMMAND}`: {row}"
 
 
 def test_no_model_gives_wrong_results_or_a_traceback():
