@@ -17,8 +17,9 @@ from typing import Any
 
 from bench import data
 from bench.results import Figure, Log, Results, make_parser, run_benchmark
+from prefixtune.backbone.convert import read_gguf
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import packaged_gguf, read_gguf
+from prefixtune.backbone.packaged import packaged_gguf
 from prefixtune.backbone.shapes import load_shapes
 from prefixtune.data import TASKS, read_task
 from prefixtune.engine.llama_cpp import LlamaCppEngine

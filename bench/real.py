@@ -34,7 +34,7 @@ from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, T
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
-from prefixtune.inference.generate import prepare_prompts
+from prefixtune.inference.prompts import prepare_prompts
 
 TOPICS = ("a lighthouse", "bread", "the tides", "a railway", "glass", "honey", "a violin", "snow")
 ASKED = (
@@ -87,8 +87,14 @@ def greedy(engine: Engine, prefix: Any, log: Log) -> list[tuple[Token, ...]]:
     """The tokens of each answer, with the two likeliest at each place."""
     config = GenerateConfig(max_new_tokens=NEW_TOKENS, temperature=0.0)
     prompts = prepare_prompts(engine.backbone, QUESTIONS, [prefix] * len(QUESTIONS), config, None)
-    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "logprobs": 2}
-    requests = [Request(tuple(one.ids), one.prefix, SamplingParams(**sampling, end_ids=one.ends)) for one in prompts]
+    requests = [
+        Request(
+            tuple(one.ids),
+            one.prefix,
+            SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, logprobs=2, end_ids=one.ends),
+        )
+        for one in prompts
+    ]
     log(f"{len(requests)} answers by {type(engine).__name__}")
     return [_tokens(engine, request) for request in requests]
 
@@ -142,7 +148,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
             rows[f"distill {words} words"] = run_command(
                 log, "distill", *common, "--document", str(folder / "document.txt"), "--questions", "self",
                 "--num-questions", str(options.questions), "--prefix-length", "64", "--max-steps", str(options.steps),
-                "--output", str(memory), "--overwrite",
+                "--output", f"{memory}-{words}",
             )  # fmt: skip
         prefix = str(trained / "prefix.safetensors")
         for engine in ("torch", "llama.cpp"):
@@ -153,9 +159,9 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
         shown = load_prefix(prefix)
         answers = []
         backbone = load_backbone(gguf)
-        for engine in make_engines(backbone, gguf):
-            with engine:
-                answers.append(greedy(engine, shown, log))
+        for made in make_engines(backbone, gguf):
+            with made:
+                answers.append(greedy(made, shown, log))
     rows["agreement"] = compare(*answers)
     figures = [
         figure

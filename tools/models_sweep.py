@@ -17,7 +17,7 @@ import torch
 
 from prefixtune.attention.record import add_noise, prefix_from_tokens
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import auto_class
+from prefixtune.backbone.convert import auto_class
 from prefixtune.doctor.examine import examine
 from prefixtune.errors import PrefixError, first_line
 from prefixtune.inference.config import GenerateConfig

@@ -18,8 +18,9 @@ from bench.quantized import write_gguf
 from command_line import run as run_command
 from engine_runs import submit
 from prefixtune.attention.record import prefix_from_tokens
+from prefixtune.backbone.convert import read_gguf
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.packaged import packaged_gguf, read_gguf
+from prefixtune.backbone.packaged import packaged_gguf
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.shapes import StoredWeights, load_shapes
 from prefixtune.engine import Engine

@@ -5,25 +5,36 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from prefixtune.backbone.convert import auto_class, gguf_folder
+from prefixtune.backbone.devices import check_memory
 from prefixtune.backbone.packaged import PRETRAINED, pretrained_folder
 from prefixtune.backbone.quiet import quiet_transformers
 from prefixtune.errors import BackboneError, PrefixError, first_line
 
 _SHOWN = 5
 """Most weights that an error names."""
+_NOT_READ = ["consolidated*", "*/*"]
+"""Files of a hub's model that hold the same weights in another form, or another model."""
 
 
-def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
+def find_checkpoint(name: str, *, to_load: bool = False) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a backbone, and the options to load it with.
 
+    Args:
+        name: As for `load_backbone`. Of a GGUF file it is the folder in the cache that is made of it, once.
+        to_load: See `gguf_folder`.
+
     Raises:
-        BackboneError: There is no such file or folder, or the embedded backbone is not prepared.
+        BackboneError: There is no such file or folder, the embedded backbone is not prepared, or it is no GGUF file of
+            a known architecture.
     """
     # Weights come from safetensors only: a pickle could run code.
     safe = {"use_safetensors": True, "trust_remote_code": False}
@@ -35,7 +46,8 @@ def find_checkpoint(name: str) -> tuple[str, dict[str, Any]]:
         return str(folder), {**safe, "local_files_only": True}
     path = Path(name)
     if name.endswith(".gguf") and path.is_file():
-        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        with reading(name):
+            return str(gguf_folder(path, to_load=to_load)), {**safe, "local_files_only": True}
     if (path / "config.json").is_file():
         return str(path), {**safe, "local_files_only": True}
     if path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
@@ -56,7 +68,25 @@ def checkpoint_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with reading(name):
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=_NOT_READ))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's folder, without those that hold the same weights in another form."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+
+
+def _check_room(name: str, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse weights that do not fit in the processor's memory, by the headers of their files.
+
+    Raises:
+        BackboneError: They do not.
+    """
+    needed = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            needed += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    check_memory(name, needed * dtype.itemsize)
 
 
 @contextlib.contextmanager
@@ -112,13 +142,15 @@ def read_checkpoint(
         The model, its tokenizer, and the names of the checkpoint's weights that the model does not use.
 
     Raises:
-        BackboneError: It cannot be read; or weights are missing or have another shape, which transformers would fill at
-            random.
+        BackboneError: It cannot be read, or does not fit in memory; or weights are missing or have another shape, which
+            transformers would fill at random.
     """
     config, tokenizer = read_tokenizer(name, source, options)
     # So weights of other shapes are named in the loading information, not in an error of many lines.
     strict: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
     with reading(name):
+        if not place and options.get("local_files_only"):
+            _check_room(name, Path(source), dtype)
         load = functools.partial(auto_class(config).from_pretrained, source, **strict, **place, **options)
         model, report = load()
         missing = sorted(report["missing_keys"])
@@ -136,20 +168,3 @@ def read_checkpoint(
             hint="get the whole checkpoint, with the config.json that it was stored with.",
         )
     return model, tokenizer, tuple(sorted(report["unexpected_keys"]))
-
-
-def auto_class(config: Any) -> Any:
-    """Which of transformers' classes loads a model: with the head that generates, or a bare encoder."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQ2SEQ
-
-    if config.is_encoder_decoder or config.model_type in SEQ2SEQ.keys() - CAUSAL.keys():
-        # Some decoders with an audio encoder (Voxtral) are listed among the encoder-decoders.
-        return transformers.AutoModelForSeq2SeqLM
-    masked = config.model_type in MASKED and not getattr(config, "is_decoder", False)
-    if masked or config.model_type not in CAUSAL:
-        # Some encoders (BERT) can be built as decoders too, but were not trained as such.
-        return transformers.AutoModel
-    return transformers.AutoModelForCausalLM

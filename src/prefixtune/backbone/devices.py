@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefixtune.errors import ConfigError, did_you_mean, short_repr
+from prefixtune.errors import BackboneError, ConfigError, did_you_mean, short_repr
 from prefixtune.prefix.prefix import DTYPES
 from prefixtune.utils.extras import needs_extra
+from prefixtune.utils.machine import free_memory
 
 BFLOAT16_FEATURES = ("avx512_bf16", "amx_bf16", "sve_bf16")
 """Features of processors that multiply bfloat16 faster than float32."""
@@ -31,6 +32,18 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {short_repr(dtype)}.", hint=did_you_mean(str(dtype), [*DTYPES, "auto"]))
     return DTYPES[dtype]
+
+
+def check_memory(name: str, needed: int) -> None:
+    """Refuse a model whose weights take more bytes than the processor's memory has left.
+
+    Raises:
+        BackboneError: They do.
+    """
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        what = f"the weights of {name!r} need {needed / 2**30:.2f} GiB of memory; {free / 2**30:.2f} GiB are available."
+        raise BackboneError(what, hint="free memory, use --dtype bfloat16 or a smaller model.")
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -97,9 +97,13 @@ def fingerprint(model: Any, geometry: Geometry, samples: str = "") -> str:
 
 def sample(model: Any) -> str:
     """256 weights spread over all parameters, as a fingerprint has them."""
-    named = dict(weights(model))
+    named = dict(model.named_parameters())
     sizes = [(name, parameter.numel()) for name, parameter in named.items() if parameter.numel()]
-    return sample_weights(sizes, lambda name, place: _plain(named[name].detach()).reshape(-1)[place])
+
+    def take(name: str, place: int) -> Tensor:
+        return _plain(_stored(model, name, named[name]).detach()).reshape(-1)[place]
+
+    return sample_weights(sizes, take)
 
 
 def _plain(weight: Tensor) -> Tensor:
@@ -110,12 +114,16 @@ def _plain(weight: Tensor) -> Tensor:
 def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, also those that Accelerate keeps on disk or elsewhere until they are needed."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            yield name, parameter
-            continue
-        owner, _, last = name.rpartition(".")
-        hook = getattr(model.get_submodule(owner), "_hf_hook", None)
-        stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
-        if stored is None or last not in stored:
-            raise BackboneError(f"the weight {name!r} cannot be found.", hint="load the model without offloading.")
-        yield name, stored[last]
+        yield name, _stored(model, name, parameter)
+
+
+def _stored(model: Any, name: str, parameter: Tensor) -> Tensor:
+    """A parameter with its numbers, read if Accelerate keeps it elsewhere."""
+    if parameter.device.type != "meta":
+        return parameter
+    owner, _, last = name.rpartition(".")
+    hook = getattr(model.get_submodule(owner), "_hf_hook", None)
+    stored: Mapping[str, Tensor] | None = getattr(hook, "weights_map", None)
+    if stored is None or last not in stored:
+        raise BackboneError(f"the weight {name!r} cannot be found.", hint="load the model without offloading.")
+    return stored[last]

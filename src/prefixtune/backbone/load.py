@@ -12,7 +12,8 @@ import torch
 
 from prefixtune.attention.layout import Layout
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import auto_class, find_checkpoint, read_checkpoint, read_tokenizer
+from prefixtune.backbone.checkpoint import find_checkpoint, read_checkpoint, read_tokenizer
+from prefixtune.backbone.convert import auto_class
 from prefixtune.backbone.devices import check_quantization, choose_device, choose_dtype
 from prefixtune.backbone.devices import quantize as quantize_weights
 from prefixtune.backbone.identity import sample
@@ -111,7 +112,7 @@ def load_backbone(
     if quantize:
         with quiet_transformers():
             check_quantization(quantize)
-    source, options = find_checkpoint(base)
+    source, options = find_checkpoint(base, to_load=target.type == "cpu" and device_map is None)
     if quantize and (device_map is not None or adapter is not None):
         what = f"quantize = {quantize!r} cannot be combined with device_map or an adapter."
         raise ConfigError(what, hint="leave one of them out.")
@@ -164,9 +165,6 @@ def load_tokenizer(name: str) -> Backbone:
         CheckpointError: It is an adapter whose configuration cannot be read.
     """
     source, options = find_checkpoint(base_model_name(Path(name)) if is_adapter(Path(name)) else name)
-    if "gguf_file" in options:
-        what = f"{name!r} is a GGUF file, whose tokenizer is not read without its weights."
-        raise BackboneError(what, hint="give the model's folder or hub id.")
     config, tokenizer = read_tokenizer(name, source, options)
     made = auto_class(config).__name__
     kind: BackboneKind = "encoder-decoder" if "Seq2Seq" in made else "encoder" if made == "AutoModel" else "decoder"

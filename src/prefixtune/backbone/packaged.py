@@ -24,9 +24,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prefixtune.backbone.quiet import quiet_transformers
+from prefixtune.backbone.convert import convert_gguf
 from prefixtune.errors import BackboneError, did_you_mean, first_line
 from prefixtune.utils.files import atomic_files, reporting_write_errors
 from prefixtune.utils.folders import cache_folder
@@ -234,46 +233,3 @@ def _check_sha256(path: Path, expected: str) -> None:
             f"{path.name!r} has SHA-256 {got}, but must have {expected}.",
             hint="the file is damaged or not the released one: fetch it again, from another index if that repeats.",
         )
-
-
-def convert_gguf(name: str, gguf: Path, target: Path) -> None:
-    """De-quantize `gguf` and write model, tokenizer and generation settings to `target`; the model has this name."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_transformers():
-        options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        _split_digits(tokenizer)
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        for leftover in ("is_local", "local_files_only", "gguf_file", "name_or_path"):
-            tokenizer.init_kwargs.pop(leftover, None)
-        # Its weights are plain now; with traces of GGUF transformers refuses to save it.
-        model.hf_quantizer = None
-        for leftover in ("quantization_config", "_model_name_or_path"):
-            vars(model.config).pop(leftover, None)
-        model.config.name_or_path = name
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-
-def read_gguf(path: Path | str) -> Any:
-    """A GGUF file by `gguf.GGUFReader`, through a plain array: numpy takes pieces of a mapped one slowly."""
-    import numpy as np
-    from gguf.gguf_reader import GGUFReader
-
-    class Reader(GGUFReader):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
-    return Reader(path)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Put back the rule that transformers' conversion leaves out: every digit is a piece of its own."""
-    backend = tokenizer.backend_tokenizer
-    description = json.loads(backend.to_str())
-    digits = {"type": "Digits", "individual_digits": True}
-    description["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, description["pre_tokenizer"]]}
-    backend.pre_tokenizer = type(backend).from_str(json.dumps(description)).pre_tokenizer

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from prefixtune.attention.rotation import find_rotation
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.checkpoint import auto_class, checkpoint_folder, find_checkpoint, read_tokenizer, reading
+from prefixtune.backbone.checkpoint import checkpoint_folder, find_checkpoint, read_tokenizer, reading, weight_files
+from prefixtune.backbone.convert import auto_class
 from prefixtune.backbone.identity import fingerprint
 from prefixtune.backbone.load import check_end_token
 from prefixtune.backbone.lora import is_adapter
@@ -33,7 +35,7 @@ def load_shapes(name: str) -> Backbone:
     computes nothing.
 
     Args:
-        name: A folder with safetensors weights, an embedded backbone, or a hub id.
+        name: A folder with safetensors weights, a `.gguf` file, an embedded backbone, or a hub id.
 
     Raises:
         BackboneError: There is no such model, it is no decoder, its layers differ, or it has an adapter.
@@ -41,8 +43,6 @@ def load_shapes(name: str) -> Backbone:
     if is_adapter(Path(name)):
         raise BackboneError(f"{name!r} is an adapter.", hint="use the engine torch, or merge it into the model.")
     source, options = find_checkpoint(name)
-    if "gguf_file" in options:
-        raise BackboneError(f"{name!r} is a GGUF file.", hint="give the model's folder or hub id, and --gguf.")
     config, tokenizer = read_tokenizer(name, source, options)
     auto = auto_class(config)
     with reading(name), torch.random.fork_rng(devices=[]):
@@ -115,7 +115,7 @@ class StoredWeights:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             file: Any = safe_open(path, "pt")
             self._files.update(dict.fromkeys(file.keys(), file))
         if not self._files:
@@ -127,18 +127,29 @@ class StoredWeights:
         Raises:
             BackboneError: There is no such weight.
         """
+        part = self._part(name)
+        row: Tensor = part[index] if len(part.get_shape()) > 1 else part[:]
+        return row
+
+    def _part(self, name: str) -> Any:
         # Some checkpoints name the inner model alone.
         for key in (name, name.partition(".")[2]):
             if key in self._files:
-                part = self._files[key].get_slice(key)
-                row: Tensor = part[index] if len(part.get_shape()) > 1 else part[:]
-                return row
+                return self._files[key].get_slice(key)
         raise BackboneError(f"the checkpoint has no weight {name!r}.", hint="use the engine torch.")
 
     def number(self, name: str, shape: torch.Size, place: int) -> Tensor:
-        """One number of a weight, by its place in the flattened one."""
-        width = shape[-1]
-        return self.row(name, place // width).reshape(-1)[place % width]
+        """One number of a weight of this shape, by its place in the flattened one.
+
+        Raises:
+            BackboneError: There is no such weight, or it has another shape.
+        """
+        part = self._part(name)
+        if list(shape) != (stored := part.get_shape()):
+            what = f"the checkpoint's weight {name!r} is {stored} instead of {list(shape)}."
+            raise BackboneError(what, hint="use the engine torch.")
+        number: Tensor = part[tuple(map(int, np.unravel_index(place, shape)))]
+        return number
 
 
 def check_plain_layers(backbone: Backbone, target: str, length: int | None = None) -> None:

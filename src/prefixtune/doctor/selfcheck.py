@@ -77,7 +77,7 @@ class Seen:
         # A note that is missing or damaged is none.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             note = json.loads(self._path.read_text(encoding="utf-8")) if self._path else {}
-            layout = {
+            layout: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value for name, value in note["layout"].items()
             }
             layout["geometry"] = {site: tuple(LayerShape(**one) for one in g) for site, g in layout["geometry"].items()}

@@ -10,7 +10,8 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import checkpoint_folder
-from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf, read_gguf
+from prefixtune.backbone.convert import read_gguf
+from prefixtune.backbone.packaged import PRETRAINED, packaged_gguf
 from prefixtune.backbone.shapes import StoredWeights
 from prefixtune.errors import BackboneError
 from prefixtune.utils.folders import expand_home
@@ -20,13 +21,14 @@ def find_gguf(given: str, backbone: Backbone) -> tuple[Path, str]:
     """The GGUF file with a backbone's weights, and what it says of their quantization, such as `Q8_0`.
 
     Args:
-        given: Its path; empty: that of an embedded backbone.
+        given: Its path; empty: the backbone itself if it is one, or that of an embedded backbone.
         backbone: Its shapes, by `load_shapes`.
 
     Raises:
         BackboneError: There is none, or it cannot be read, or it holds another model: its norms are not the backbone's.
     """
-    path = expand_home(given) if given else packaged_gguf(backbone.name)
+    own = backbone.name if backbone.name.endswith(".gguf") else ""
+    path = expand_home(given) if given else Path(own) if own else packaged_gguf(backbone.name)
     if path is None:
         hint = "run `prefixtune prepare --force`." if backbone.name in PRETRAINED else "name the file with --gguf FILE."
         raise BackboneError(f"llama.cpp needs {backbone.name!r} as a GGUF file.", hint=hint)
