@@ -23,7 +23,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.loss import label_logits, token_losses
+from prefixtune.backbone.loss import batch_hits
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
@@ -104,12 +104,12 @@ def score(backbone: Backbone, prefix: Prefix | None, examples: Sequence[Tokenize
     exact, loss, tokens = 0, 0.0, 0
     for first in range(0, len(examples), 16):
         batch = collate(backbone, examples[first : first + 16], share_beginnings=True)
-        logits = label_logits(backbone, prefix, batch).float()
+        losses, hits = batch_hits(backbone, prefix, batch)
         # The end token is left out: the line ends before it.
         kept = torch.cat([batch.target_index[1:] == batch.target_index[:-1], torch.tensor([False])])
-        wrong = (logits.argmax(-1) != batch.labels) & kept
+        wrong = ~hits.cpu() & kept
         exact += batch.num_targets - len(set(batch.target_index[wrong].tolist()))
-        loss += float(token_losses(logits, batch.labels)[kept].sum())
+        loss += float(losses.cpu()[kept].sum())
         tokens += int(kept.sum())
     return exact, loss, tokens
 

@@ -20,7 +20,7 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.loss import label_logits
+from prefixtune.backbone.loss import head_inputs
 from prefixtune.data.batching import collate
 from prefixtune.distillation.config import DistillConfig
 from prefixtune.distillation.distill import distill
@@ -56,7 +56,9 @@ class Asked:
     @torch.no_grad()
     def _log_probs(self, prefix: Prefix | None) -> torch.Tensor:
         parts = (self.examples[first : first + _BATCH] for first in range(0, len(self.examples), _BATCH))
-        logits = [label_logits(self.backbone, prefix, collate(self.backbone, some)) for some in parts]
+        logits = [
+            self.backbone.head(head_inputs(self.backbone, prefix, collate(self.backbone, some))[0]) for some in parts
+        ]
         return torch.cat(logits).float().log_softmax(-1)
 
     def read(self, prefix: Prefix | None) -> dict[str, float]:

@@ -5,9 +5,19 @@ import torch
 from torch import nn
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.loss import batch_loss, head_losses, token_losses
+from prefixtune.backbone.head import pass_in_chunks
+from prefixtune.backbone.loss import batch_loss, cross_entropy
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
+
+
+def head_losses(hidden, head, labels):
+    (losses,) = pass_in_chunks(head, hidden, head.out_features, cross_entropy(labels))
+    return losses
+
+
+def token_losses(logits, labels):
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,9 +31,13 @@ def test_losses_are_those_of_the_logits(dtype, rows, vocabulary, bias):
     hidden = (4 * torch.randn(rows, 24, generator=draw)).to(dtype).requires_grad_()
     labels = torch.randint(0, vocabulary, (rows,), generator=draw)
     weights = torch.rand(rows, generator=draw) / rows
-    found, expected = head_losses(hidden, head, labels), token_losses(head(hidden), labels)
+    found = head_losses(hidden, head, labels)
+    logits = head(hidden).detach().requires_grad_()
+    (expected,) = pass_in_chunks(lambda given: given, logits, vocabulary, cross_entropy(labels))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    (slopes,), (wanted,) = (torch.autograd.grad((each * weights).sum(), hidden) for each in (found, expected))
+    (slopes,) = torch.autograd.grad((found * weights).sum(), hidden)
+    (by_logits,) = torch.autograd.grad(expected.sum(), logits)
+    wanted = (by_logits * weights[:, None].to(dtype)) @ head.weight
     assert slopes.dtype == dtype
     near = 1e-5 if dtype == torch.float32 else 0.01
     assert (slopes - wanted).norm() <= near * wanted.norm()
@@ -53,28 +67,46 @@ def test_a_label_that_is_none_is_an_error():
 def test_a_models_loss_is_that_of_its_logits(name, tiny_models, tiny_tokenizer, random_prefix, random_ids):
     changes = {"logits_scaling": 4.0} if name == "granite" else {}
     backbone = Backbone.from_model(tiny_models(name, **changes), tiny_tokenizer, f"tiny-{name}")
-    assert (backbone.linear_head is None) == (name in ("gemma2", "granite", "bart"))
+    assert backbone.head._rest is not None
     prefix = random_prefix(backbone, 5)
     batch = collate(backbone, [TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(6, 2)),))] * 2)
     losses = batch_loss(backbone, prefix, batch)
     slopes = torch.autograd.grad(losses.sum(), prefix.tensors())
     with torch.no_grad():
         assert torch.allclose(batch_loss(backbone, prefix, batch), losses, atol=1e-5)
-    vars(backbone)["linear_head"] = None
-    expected = torch.autograd.grad(batch_loss(backbone, prefix, batch).sum(), prefix.tensors())
+    logits = backbone.forward(**batch.inputs(backbone.device), prefixes=prefix).logits
+    rows, columns = batch.label_positions // batch.width, batch.label_positions % batch.width
+    whole = token_losses(logits[rows, columns], batch.labels)
+    torch.testing.assert_close(losses, whole, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(whole.sum(), prefix.tensors())
     for found, wanted in zip(slopes, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_a_head_that_trains_makes_all_logits(tiny_models, tiny_tokenizer):
+def test_a_head_that_trains_gets_its_gradient(tiny_models, tiny_tokenizer, random_ids):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
-    backbone.model.lm_head.weight.requires_grad_()
-    assert backbone.linear_head is None
+    weight = backbone.model.lm_head.weight.requires_grad_()
+    batch = collate(backbone, [TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(6, 2)),))])
+    (slopes,) = torch.autograd.grad(batch_loss(backbone, None, batch).sum(), weight)
+    logits = backbone.forward(**batch.inputs(backbone.device)).logits[0, batch.label_positions]
+    (wanted,) = torch.autograd.grad(token_losses(logits, batch.labels).sum(), weight)
+    torch.testing.assert_close(slopes, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradient_of_token_losses_is_computed_once():
-    logits = torch.randn(3, 5).requires_grad_()
-    total = token_losses(logits, torch.tensor([0, 4, 2])).sum()
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute it again"):
-        total.backward()
+def test_a_model_that_is_not_understood_is_asked_for_its_logits(tiny_models, tiny_tokenizer, random_ids):
+    model = tiny_models("llama")
+    forward = model.forward
+
+    def odd(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.sigmoid()
+        return output
+
+    model.forward = odd
+    try:
+        backbone = Backbone.from_model(model, tiny_tokenizer, "odd", self_check=False)
+        batch = collate(backbone, [TokenizedExample(tuple(random_ids(8, 1)), (tuple(random_ids(6, 2)),))])
+        logits = backbone.forward(**batch.inputs(backbone.device)).logits[0, batch.label_positions]
+        torch.testing.assert_close(batch_loss(backbone, None, batch), token_losses(logits, batch.labels))
+    finally:
+        del model.forward

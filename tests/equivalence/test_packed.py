@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from oracles import losses_one_by_one
-from prefixtune.backbone.loss import batch_loss, token_losses
+from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.tokenized import epoch_batches
@@ -112,23 +111,6 @@ def test_a_window_that_is_in_the_mask_alone_is_kept(
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 150])
-def test_token_losses_are_cross_entropy(rows, dtype, assert_same):
-    generator = torch.Generator().manual_seed(rows)
-    logits = (torch.randn(rows, 50, generator=generator) * 8).to(dtype).requires_grad_()
-    labels = torch.randint(0, 50, (rows,), generator=generator)
-    weights = torch.rand(rows, generator=generator)
-    expected = F.cross_entropy(logits.float(), labels, reduction="none")
-    losses = token_losses(logits, labels)
-    assert losses.dtype == torch.float32
-    assert_same(losses, expected, tolerance=1e-6)
-    (wanted,) = torch.autograd.grad((expected * weights).sum(), logits)
-    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
-    assert gradient.dtype == dtype
-    assert_same(gradient, wanted, tolerance=1e-6 if dtype == torch.float32 else 2**-7)
 
 
 # --- the plan of an epoch --------------------------------------------------------------------------------------------

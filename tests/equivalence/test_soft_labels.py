@@ -7,7 +7,8 @@ import torch
 
 from prefixtune.attention.record import prefix_from_tokens
 from prefixtune.backbone.batch import SoftLabels
-from prefixtune.backbone.loss import batch_loss, label_logits, soft_losses, token_losses
+from prefixtune.backbone.head import pass_in_chunks
+from prefixtune.backbone.loss import batch_loss, divergence, teacher_labels
 from prefixtune.data.batching import collate, join, pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.tokenized import epoch_batches
@@ -19,7 +20,12 @@ def random_logits(seed, rows=37, size=VOCABULARY):
     return 3 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def divergence(teacher, student, k):
+def soft_losses(logits, labels):
+    (losses,) = pass_in_chunks(lambda given: given, logits, logits.shape[1], divergence(labels))
+    return losses
+
+
+def exact_divergence(teacher, student, k):
     """With torch's own `kl_div`, on the distributions over the k likeliest tokens and all others as one."""
     ids = teacher.topk(k, dim=-1).indices
 
@@ -34,7 +40,7 @@ def divergence(teacher, student, k):
 def test_losses_and_slopes_are_those_of_autograd_on_full_distributions():
     teacher, student = random_logits(0), random_logits(1).requires_grad_()
     weights = torch.rand(len(teacher), dtype=torch.float64)
-    wanted = divergence(teacher, student, 20)
+    wanted = exact_divergence(teacher, student, 20)
     (slopes,) = torch.autograd.grad((wanted * weights).sum(), student)
     losses = soft_losses(student, SoftLabels.from_logits(teacher))
     (own,) = torch.autograd.grad((losses * weights).sum(), student)
@@ -56,10 +62,10 @@ def test_the_whole_vocabulary_gives_the_full_divergence_and_fewer_tokens_give_le
 def test_certain_labels_give_the_cross_entropy_and_its_slopes():
     logits = random_logits(7).float().requires_grad_()
     labels = torch.randint(0, VOCABULARY, (len(logits),), generator=torch.Generator().manual_seed(8))
-    (wanted,) = torch.autograd.grad(token_losses(logits, labels).sum(), logits)
+    (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum(), logits)
     losses = soft_losses(logits, SoftLabels.from_labels(labels))
     (slopes,) = torch.autograd.grad(losses.sum(), logits)
-    torch.testing.assert_close(losses, token_losses(logits, labels))
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
     torch.testing.assert_close(slopes, wanted)
 
 
@@ -115,9 +121,8 @@ def test_the_model_itself_as_the_teacher_gives_no_loss_and_no_gradient(tiny_back
     backbone = tiny_backbone("gpt2")
     prefix = prefix_from_tokens(backbone.model, backbone.layout, torch.tensor([[5, 6, 7]]))
     hard = soft_example(3, 3, soft=False)
-    with torch.no_grad():
-        labels = SoftLabels.from_logits(label_logits(backbone, prefix, pack([hard])))
-    soft = dataclasses.replace(hard, soft_targets=tuple(labels.split([len(target) for target in hard.targets])))
+    labels = teacher_labels(backbone, prefix, pack([hard]), lengths=[len(target) for target in hard.targets])
+    soft = dataclasses.replace(hard, soft_targets=tuple(labels))
     leaf = prefix.leaves()
     losses = batch_loss(backbone, leaf, pack([soft]))
     losses.sum().backward()

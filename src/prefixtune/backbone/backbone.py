@@ -17,6 +17,7 @@ from prefixtune.attention.forward import forward_with_prefixes, takes_logits_to_
 from prefixtune.attention.layout import Layout, main_device
 from prefixtune.attention.probe import probe
 from prefixtune.attention.rotation import find_rotation
+from prefixtune.backbone.head import OutputHead
 from prefixtune.backbone.identity import fingerprint
 from prefixtune.doctor.selfcheck import Seen, check_once
 from prefixtune.errors import BackboneError
@@ -160,27 +161,9 @@ class Backbone:
         return any(hasattr(module, "expert_capacity") for module in self.model.modules())
 
     @functools.cached_property
-    def linear_head(self) -> torch.nn.Linear | None:
-        """What makes logits of a decoder-only model's last hidden states; None: more than a frozen linear layer."""
-        head = self.model.get_output_embeddings() if self.kind == "decoder" else None
-        weight = getattr(head, "weight", None)
-        if (
-            type(head) is not torch.nn.Linear
-            or type(weight) is not torch.nn.Parameter
-            or any(parameter.requires_grad for parameter in head.parameters())
-            or self.compute_dtype is not None
-            or hasattr(self.model, "hf_device_map")
-            # Split among processes: only the whole model puts its weights together.
-            or any(hasattr(parameter, "device_mesh") for parameter in self.model.parameters())
-        ):
-            return None
-        with torch.no_grad():
-            ids = torch.arange(4, device=self.device)[None] % len(weight)
-            # Caps, scales and cut vocabularies show.
-            logits, hidden = self.forward(ids).logits, self.hidden_states(ids)
-            # A model that has no part of its own below the head gives logits in their place.
-            fits = hidden.shape[-1] == head.in_features
-            return head if fits and torch.equal(logits, head(hidden)) else None
+    def head(self) -> OutputHead:
+        """What makes logits of the last hidden states; not of an encoder."""
+        return OutputHead(self)
 
     @property
     def supports_logits_to_keep(self) -> bool:

@@ -89,17 +89,17 @@ class SoftLabels:
         """On a device."""
         return SoftLabels(self.ids.to(device), self.log_probs.to(device))
 
-    def losses(self, logits: Float[Tensor, "N V"], rows: slice, slopes: Tensor | None) -> Float[Tensor, " _N"]:
-        """The divergence of some rows from the student's logits there, in nats.
+    def losses(self, logits: Float[Tensor, "_N V"], rows: slice, slopes: Tensor | None) -> Float[Tensor, " _N"]:
+        """The divergence of some labels from the student's logits, in nats.
 
         Args:
-            logits: The student's, one row per label.
+            logits: The student's, one row for each of these labels.
             rows: Which.
-            slopes: Where the gradient by the logits goes; None: it is not wanted.
+            slopes: Where the gradient by these logits goes; None: it is not wanted.
         """
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         chosen, wanted = self.ids[rows].long(), self.log_probs[rows].to(dtype)
-        logarithms = torch.log_softmax(logits[rows], dim=-1, dtype=dtype)
+        logarithms = torch.log_softmax(logits, dim=-1, dtype=dtype)
         # A certain label fills its row's other places with itself: log q of the others must not count it.
         rest = logarithms.scatter(1, chosen, -torch.inf).logsumexp(dim=-1, keepdim=True)
         student = torch.cat([logarithms.gather(1, chosen), rest], dim=1)
@@ -107,9 +107,9 @@ class SoftLabels:
         if slopes is not None:
             # d KL / d logit_j: q_j - p_j for a kept token; q_j (1 - p_rest / q_rest) for any other.
             share = torch.where(probabilities[:, -1:] > 0, (wanted[:, -1:] - rest).exp(), 0.0)
-            student_probs = logarithms.exp()
+            student_probs = logarithms.exp_()
             kept = student_probs.gather(1, chosen) * share - probabilities[:, :-1]
-            slopes[rows] = (student_probs * (1 - share)).scatter_add_(1, chosen, kept)
+            slopes.copy_(student_probs.mul_(1 - share).scatter_add_(1, chosen, kept))
         return torch.where(probabilities != 0, probabilities * (wanted - student), 0.0).sum(dim=1)
 
 

@@ -14,7 +14,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import SoftLabels
 from prefixtune.backbone.checkpoint import find_checkpoint
 from prefixtune.backbone.load import load_backbone
-from prefixtune.backbone.loss import label_logits
+from prefixtune.backbone.loss import teacher_labels
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
@@ -130,7 +130,6 @@ def check_same_tokens(student: Backbone, teacher: Backbone) -> None:
         )
 
 
-@torch.no_grad()
 def label_examples(
     teacher: Reader,
     examples: Sequence[TokenizedExample],
@@ -162,15 +161,16 @@ def label_examples(
     counts = count_endings(teacher.backbone, questions, teacher.wording)
     labelled: dict[int, TokenizedExample] = {}
     for view, indices in teacher.by_view(questions):
-        logits = label_logits(teacher.backbone, view, collate(teacher.backbone, [examples[index] for index in indices]))
-        soft = SoftLabels.from_logits(logits[:, :vocabulary].float()).to(torch.device("cpu"))
-        if soft.log_probs.isnan().any():
+        batch = collate(teacher.backbone, [examples[index] for index in indices])
+        targets = [examples[index].targets[0] for index in indices]
+        lengths = [*map(len, targets)]
+        found = teacher_labels(teacher.backbone, view, batch, vocabulary=vocabulary, lengths=lengths)
+        if any(labels.log_probs.isnan().any() for labels in found):
             raise BackboneError(
                 f"the teacher {teacher.backbone.name!r} gives numbers that are not finite.",
                 hint="choose another --dtype.",
             )
-        targets = [examples[index].targets[0] for index in indices]
-        for index, target, labels in zip(indices, targets, soft.split([*map(len, targets)]), strict=True):
+        for index, target, labels in zip(indices, targets, found, strict=True):
             if questions[index].ended and not teacher.wording.tuned:
                 kept = len(target) - counts[index]
                 certain = SoftLabels.from_labels(torch.tensor(target[kept:]), labels.k)

@@ -41,7 +41,7 @@ from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
 
 _MOST_SCORED = 4096
-"""Tokens of labels' words in one batch: each has a logit for every token of the vocabulary."""
+"""Tokens of labels' words in one batch."""
 
 
 @dataclass(frozen=True)

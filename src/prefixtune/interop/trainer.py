@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from prefixtune import __version__
 from prefixtune.attention.forward import gradient_checkpointing
-from prefixtune.backbone.backbone import Backbone
+from prefixtune.backbone.head import head_pass
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.backbone.loss import token_losses
+from prefixtune.backbone.loss import cross_entropy
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import ConfigError, DataError
 from prefixtune.interop.collator import IGNORED, Collator
@@ -121,7 +121,8 @@ class PrefixModel(nn.Module):
             **others: Refused.
 
         Returns:
-            transformers' `CausalLMOutput`: logits, and the loss where there are labels.
+            transformers' `CausalLMOutput`: the loss where there are labels; and logits, but in training with labels,
+            where nobody reads them.
 
         Raises:
             ConfigError: An argument cannot be used with a prefix, or is missing.
@@ -133,12 +134,18 @@ class PrefixModel(nn.Module):
         if is_encoder_decoder and decoder_input_ids is None:
             decoder_input_ids = self._shift_right(labels)
         decoder = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask}
-        logits = self._run_backbone(Backbone.forward, input_ids, attention_mask, decoder, others).logits
+        head = self.backbone.head
+        hidden = self._run_backbone(head.inputs, input_ids, attention_mask, decoder, others)
+        logits = None if self.training and labels is not None else head(hidden)
         if labels is None:
             self._check_smoothing()
             return CausalLMOutput(logits=logits)
-        loss = _mean_loss(logits, labels, num_items_in_batch, shift=not is_encoder_decoder)
-        return CausalLMOutput(loss=loss, logits=logits)
+        if not is_encoder_decoder:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        is_learned = labels != IGNORED
+        losses, *_ = head_pass(head, hidden[is_learned], cross_entropy(labels[is_learned]))
+        count = max(1, len(losses)) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=losses.sum() / count, logits=logits)
 
     def base_model(
         self,
@@ -150,7 +157,7 @@ class PrefixModel(nn.Module):
         """The last hidden states: TRL computes its loss from them and the output embeddings."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        hidden = self._run_backbone(Backbone.hidden_states, input_ids, attention_mask, {}, others)
+        hidden = self._run_backbone(self.backbone.hidden_states, input_ids, attention_mask, {}, others)
         return BaseModelOutput(last_hidden_state=hidden)
 
     def _run_backbone(
@@ -175,7 +182,7 @@ class PrefixModel(nn.Module):
         with torch.autocast(input_ids.device.type, enabled=False):
             prefix = self.trained()
         with gradient_checkpointing(backbone.model, self._checkpointing and torch.is_grad_enabled()):
-            return method(backbone, input_ids, attention_mask, prefixes=prefix, **decoder)
+            return method(input_ids, attention_mask, prefixes=prefix, **decoder)
 
     def _check_positions(self, *rows: Tensor | None) -> None:
         limit = self.backbone.max_positions_with(self.prefix_length)
@@ -277,14 +284,3 @@ class PrefixModel(nn.Module):
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
         """Ignored: an artifact has no model card."""
-
-
-def _mean_loss(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], num_labels: Tensor | float | int | None, *, shift: bool
-) -> Float[Tensor, ""]:
-    """The labels' summed cross-entropy, divided by the number of labels in the optimizer step (None: in this batch)."""
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    is_learned = labels != IGNORED
-    losses = token_losses(logits[is_learned], labels[is_learned])
-    return losses.sum() / (max(1, len(losses)) if num_labels is None else num_labels)

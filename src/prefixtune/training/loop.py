@@ -39,12 +39,8 @@ from prefixtune.training.data import TrainData
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
 from prefixtune.training.run_folder import EARLIER_STATE_FILE, STATE_FILE, Event
 from prefixtune.training.schedule import TrainState, count_steps, learning_rate, optimizer_steps, variation_facts, vary
-from prefixtune.training.score import divided, evaluation_loss, local_batch
+from prefixtune.training.score import MOST_POSITIONS, divided, evaluation_loss, local_batch
 from prefixtune.training.silence import general_of_step
-
-MOST_POSITIONS = 8192
-"""Most tokens that go through the backbone at once, unless a single example has more: memory does not grow with the
-batches."""
 
 
 @dataclass(eq=False)

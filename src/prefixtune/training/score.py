@@ -11,12 +11,16 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.batch import Batch
-from prefixtune.backbone.loss import batch_loss, hidden_states_at, token_losses
+from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.tokenized import epoch_batches
 from prefixtune.prefix.prefix import Head, Prefix
 from prefixtune.training.distributed import SINGLE_PROCESS, ProcessGroup
+
+MOST_POSITIONS = 8192
+"""Most tokens that go through the backbone at once, unless a single example has more: memory does not grow with the
+batches."""
 
 
 @torch.no_grad()
@@ -28,7 +32,7 @@ def score_targets(
     on_batch: Callable[[int], None] | None = None,
     *,
     head: Head | None = None,
-    most_positions: int = 0,
+    most_positions: int = MOST_POSITIONS,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Float[Tensor, "N 2"]:
     """The loss of each target in nats, summed over its labels, and how many labels these are; in float64 on the CPU.
@@ -43,7 +47,7 @@ def score_targets(
         batch_size: Targets in a pass.
         on_batch: Called after each pass with the number of targets so far; may raise, to stop.
         head: Of labels, in place of the prefix's own.
-        most_positions: Tokens of a pass; a larger one is computed in parts. 0: any number.
+        most_positions: Tokens of a pass; a larger one is computed in parts.
         processes: They share the work: rows of another process are zero.
     """
     losses: list[Tensor] = []
@@ -56,11 +60,7 @@ def score_targets(
             firsts.append(firsts[-1] + group.num_targets)
         done = firsts.pop()
         batch, counts = local_batch(backbone, groups, processes)
-        if head is None or not batch.labelled:
-            found = batch_loss(backbone, prefix, batch)
-        else:
-            hidden = hidden_states_at(backbone, prefix, batch)
-            found = token_losses(head(hidden), batch.labels.to(hidden.device))
+        found = batch_loss(backbone, prefix, batch, head=head)
         if counts:
             own = processes.split_between_processes(list(zip(firsts, groups, strict=True)))
             rows = torch.tensor([first + index for first, group in own for index in range(group.num_targets)])
@@ -82,7 +82,7 @@ def evaluation_loss(
     examples: Sequence[TokenizedExample],
     batch_size: int = 64,
     processes: ProcessGroup = SINGLE_PROCESS,
-    most_positions: int = 0,
+    most_positions: int = MOST_POSITIONS,
 ) -> float:
     """Mean loss per target token, in nats, over all targets of `examples`; the processes share the work."""
     scores = score_targets(backbone, prefix, examples, batch_size, most_positions=most_positions, processes=processes)

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.batch import SoftLabels
-from prefixtune.backbone.loss import label_logits
+from prefixtune.backbone.head import head_pass
+from prefixtune.backbone.loss import head_inputs, teacher_labels
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample, encode_examples, encode_pairs, encode_prompts
 from prefixtune.data.examples import Example
@@ -32,7 +33,6 @@ _NEW_TOKENS = 32
 _BATCH = 32
 
 
-@torch.no_grad()
 def general_examples(backbone: Backbone, text_format: TextFormat, prefix_length: int) -> list[TokenizedExample]:
     """General requests with answers, in a run's format, with the bare model's likeliest tokens as labels.
 
@@ -49,8 +49,8 @@ def general_examples(backbone: Backbone, text_format: TextFormat, prefix_length:
     taught: list[TokenizedExample] = []
     for first in range(0, len(rows), _BATCH):
         some = rows[first : first + _BATCH]
-        soft = SoftLabels.from_logits(label_logits(backbone, None, collate(backbone, some)))
-        parts = soft.to(torch.device("cpu")).split([len(row.targets[0]) for row in some])
+        lengths = [len(row.targets[0]) for row in some]
+        parts = teacher_labels(backbone, None, collate(backbone, some), lengths=lengths)
         taught += [replace(row, soft_targets=(labels,)) for row, labels in zip(some, parts, strict=True)]
     return taught
 
@@ -99,13 +99,18 @@ def measure_silence(
     for first in range(0, len(texts), _BATCH):
         some = texts[first : first + _BATCH]
         batch = collate(backbone, some)
-        bare = label_logits(backbone, None, batch).float().log_softmax(-1)
+        bare, _ = head_inputs(backbone, None, batch)
         tokens += len(bare)
+
+        def compare(logits: Tensor, rows: slice, slopes: Tensor | None, bare: Tensor = bare) -> tuple[Tensor, ...]:
+            was, own = (each.float().log_softmax(-1) for each in (backbone.head(bare[rows]), logits))
+            return (was.exp() * (was - own)).sum(-1), own.argmax(-1)
+
         for name, prefix in prefixes.items():
-            own = label_logits(backbone, prefix, batch).float().log_softmax(-1)
-            divergence[name] += float((bare.exp() * (bare - own)).sum())
+            nats, likeliest = head_pass(backbone.head, head_inputs(backbone, prefix, batch)[0], compare)
+            divergence[name] += float(nats.sum())
             # Greedy decoding writes the same text if, and only if, each of its tokens stays the likeliest.
-            same = (own.argmax(-1).cpu() == batch.labels).split([len(row.targets[0]) for row in some])
+            same = (likeliest.cpu() == batch.labels).split([len(row.targets[0]) for row in some])
             unchanged[name] += sum(bool(one.all()) for one in same)
     return {
         name: {"requests": len(texts), "unchanged": unchanged[name], "kl": round(divergence[name] / tokens, 4)}

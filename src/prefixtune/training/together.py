@@ -18,10 +18,11 @@ from prefixtune.training.beside import SELF, Beside
 from prefixtune.training.config import TrainConfig
 from prefixtune.training.data import read_data
 from prefixtune.training.distributed import ProcessGroup, init_distributed
-from prefixtune.training.loop import MOST_POSITIONS, PendingStep, TrainLoop, forward_backward
+from prefixtune.training.loop import PendingStep, TrainLoop, forward_backward
 from prefixtune.training.prepare import Teach, check_named, load_for, prepare
 from prefixtune.training.run import Run, TrainResult, stop_requests
 from prefixtune.training.run_folder import EARLIER_STATE_FILE, Event, check_unused, has_state
+from prefixtune.training.score import MOST_POSITIONS
 
 MOST_POSITIONS_ON_CPU = 1024
 """Of runs that share passes on a processor: larger passes are a little quicker, and take more memory, for SmolLM2-135M

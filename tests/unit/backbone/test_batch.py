@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from prefixtune.backbone import batch, loss
+from prefixtune.backbone import batch
+from prefixtune.backbone import head as head_module
 from prefixtune.backbone.batch import SoftLabels
-from prefixtune.backbone.loss import head_losses, soft_losses, token_losses
+from prefixtune.backbone.head import pass_in_chunks
+from prefixtune.backbone.loss import cross_entropy, divergence
 
 
 def test_tensors_of_several_dtypes_are_one_and_come_apart_again():
@@ -39,17 +41,14 @@ def test_the_chunks_change_nothing(budget, monkeypatch):
 
     def computed():
         found = []
-        for function in (
-            lambda given: token_losses(head(given), labels),
-            lambda given: head_losses(given, head, labels),
-            lambda given: soft_losses(head(given), teacher),
-        ):
+        for compute in (cross_entropy(labels), divergence(teacher)):
             given = hidden.clone().requires_grad_()
-            losses = function(given)
+            (losses,) = pass_in_chunks(head, given, 11, compute)
             losses.mul(labels + 1).sum().backward()
             found += [losses.detach(), given.grad]
         return found
 
     expected = computed()
-    monkeypatch.setattr(loss, "_CPU_BYTES", budget)
+    monkeypatch.setattr(head_module, "_CPU_BYTES", budget)
+    monkeypatch.setattr(head_module, "_CPU_HEAD_BYTES", 2 * budget)
     torch.testing.assert_close(computed(), expected)

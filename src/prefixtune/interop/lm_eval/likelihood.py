@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.loss import label_logits, token_losses
+from prefixtune.backbone.loss import batch_hits
 from prefixtune.data.batching import collate, join
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.errors import DataError
 from prefixtune.prefix.prefix import Prefix
+from prefixtune.training.score import MOST_POSITIONS
 
 _SHORT_CONTEXT = 256
 """Continuations of a context share a group while they take no more positions than it, or than this: attention within a
@@ -96,21 +97,22 @@ def _group(continuations: Sequence[Continuation]) -> list[list[Continuation]]:
 def _batches(
     backbone: Backbone, groups: Sequence[Sequence[Continuation]], batch_size: int
 ) -> Iterator[list[list[Continuation]]]:
-    """Groups of continuations that are computed together: at most `batch_size` continuations."""
+    """Groups that are computed together: at most `batch_size` continuations, and tokens unless one group has more."""
     batch: list[list[Continuation]] = []
-    room, mixes = batch_size, backbone.layout.packable and not backbone.counts_by_row
+    room, positions, mixes = batch_size, MOST_POSITIONS, backbone.layout.packable and not backbone.counts_by_row
     if not mixes:
         # Only prefixes of one kind share a batch: each its own. The sort is stable.
         groups = sorted(groups, key=lambda group: id(group[0].prefix))
     for group in groups:
         for start in range(0, len(group), batch_size):
             part = list(group[start : start + batch_size])
+            size = len(part[0].context) + sum(len(one.tokens) for one in part)
             alike = not batch or mixes or batch[0][0].prefix is part[0].prefix
-            if len(part) > room or not alike:
+            if batch and (len(part) > room or size > positions or not alike):
                 yield batch
-                batch, room = [], batch_size
+                batch, room, positions = [], batch_size, MOST_POSITIONS
             batch.append(part)
-            room -= len(part)
+            room, positions = room - len(part), positions - size
     if batch:
         yield batch
 
@@ -128,12 +130,10 @@ def _score_batch(
         for same in by_prefix.values()
     ]
     batch = batches[0] if len(batches) == 1 else join(batches)
-    logits = label_logits(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
-    labels = batch.labels.to(logits.device)
-    logprobs, greedy = -token_losses(logits, labels).double().cpu(), (logits.argmax(dim=-1) == labels).cpu()
+    losses, hits = batch_hits(backbone, prefixes[0] if len(prefixes) == 1 else prefixes, batch)
     target, size = batch.target_index.cpu(), batch.num_targets
-    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, target, logprobs)
-    misses = torch.zeros(size, dtype=torch.long).index_add_(0, target, (~greedy).long())
+    sums = torch.zeros(size, dtype=torch.float64).index_add_(0, target, -losses.double().cpu())
+    misses = torch.zeros(size, dtype=torch.long).index_add_(0, target, (~hits.cpu()).long())
     ordered = (one for same in by_prefix.values() for group in same for one in group)
     for one, total, missed in zip(ordered, sums.tolist(), misses.tolist(), strict=True):
         yield one.key, (float(total), not missed)
