@@ -116,7 +116,7 @@ def test_attention_by_pages_is_attention_text_by_text(name, made, requests, monk
         calls += 1
         return by_brute_force(*args, **kwargs)
 
-    monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 4)
+    monkeypatch.setattr("prefixtune.engine.model_runner.FLASH_PAGE", 4)
     monkeypatch.setattr("prefixtune.engine.model_runner.attends_by_pages", lambda _: True)
     monkeypatch.setattr("prefixtune.engine.attention.varlen_attention", lambda: watch)
     monkeypatch.setattr("prefixtune.engine.attention._PAGED_DTYPES", (torch.float32,))
@@ -129,27 +129,61 @@ def test_attention_by_pages_is_attention_text_by_text(name, made, requests, monk
 
 
 @pytest.mark.parametrize(
-    ("name", "overhead"), [("llama", -10_000), *((name, 10_000) for name in ("llama", "mistral", "gemma2", "bart"))]
+    ("name", "long"),
+    [("llama", 1), *((name, long) for name in ("llama", "mistral", "gemma2", "bart", "t5") for long in (8, 512))],
 )
-def test_texts_side_by_side_are_attended_to_together_or_alone(name, overhead, made, requests, random_ids, monkeypatch):
-    monkeypatch.setattr("prefixtune.engine.attention._CALL_OVERHEAD", overhead)
-    monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 8)
+def test_texts_and_their_prefix_are_attended_to_together_or_alone(
+    name, long, made, requests, random_prefix, random_ids, monkeypatch
+):
+    monkeypatch.setattr("prefixtune.engine.attention._LONG", long)
+    monkeypatch.setattr("prefixtune.engine.model_runner.PAGE", 4)
     backbone = made(name)
-    asked = [*requests(backbone), Request(tuple(random_ids(60, 9)), None, SamplingParams(max_new_tokens=NEW))]
-    if name == "bart":
-        asked = [Request(request.prompt, None, request.sampling) for request in asked]
-    together = 0
+    lengths = dict.fromkeys(backbone.geometry, 13)
+    prefix = random_prefix(backbone, lengths, 5).detach()
+    few = SamplingParams(max_new_tokens=NEW)
+    own = [Request(tuple(random_ids(length, length)), prefix, few) for length in (3, 60, 9)]
+    asked = [*own, *requests(backbone), Request(tuple(random_ids(14, 9)), None, few, n=3)]
+    together, heads = 0, 0
     original = StepAttention.__post_init__
 
     def spy(step):
-        nonlocal together
+        nonlocal together, heads
         original(step)
-        together += len(step.together)
+        together, heads = together + len(step.together), heads + len(step.heads)
 
     monkeypatch.setattr(StepAttention, "__post_init__", spy)
-    found = Engine(backbone, EngineConfig(num_slots=8)).run(asked)
-    assert [ids(texts[0]) for texts in found] == [alone(backbone, request) for request in asked]
-    assert (together > 0) == (overhead > 0)
+    found = Engine(backbone, EngineConfig(num_slots=16, prefill_tokens=6)).run(asked)
+    for texts, request in zip(found, asked, strict=True):
+        assert [ids(text) for text in texts] == [alone(backbone, request)] * request.n
+    assert (together > 0) == (long > 1)
+    assert (heads > 0) == (long < 512)
+
+
+def test_a_prefix_is_in_the_pool_once(llama, random_prefix, random_ids, monkeypatch):
+    """Whatever number of texts have it, and after the first one has ended."""
+    prefix, few = random_prefix(llama, 70, 5).detach(), SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
+    engine = Engine(llama, EngineConfig(num_slots=16))
+    (cache,) = engine.runner.caches
+    asked = [Request(tuple(random_ids(3, number)), prefix, few) for number in range(6)]
+    expected = [alone(llama, request, min_new_tokens=NEW) for request in asked]
+    outputs = []
+    for request in asked:
+        engine.add(request)
+        outputs += engine.step()
+    # Four whole pages once; each text's 6 last positions of the prefix, 3 of the prompt and 9 new ones for itself.
+    assert len(cache.used) == 4 + 6 * 2
+    assert max(cache.used.values()) == 6
+    engine.cancel(asked[0].id)
+    outputs += finish(engine)
+    found = by_text(outputs)
+    assert found[asked[0].id, 0] == expected[0][:6]
+    assert [found[request.id, 0] for request in asked[1:]] == expected[1:]
+    # The prompt of several texts, too: 70 + 29 positions are six whole pages.
+    engine.add(Request(tuple(random_ids(30, 9)), prefix, few, n=4))
+    engine.step()
+    assert len(cache.used) == 6 + 4
+    finish(engine)
+    assert not cache.used
 
 
 PREFIXES = {
@@ -161,7 +195,7 @@ one_request = st.fixed_dictionaries(
         "prompt": st.sampled_from((1, 2, 5, 11, 19, 34)),
         "prefix": st.integers(0, 3),
         "new": st.integers(1, NEW),
-        "n": st.sampled_from([1, 1, 1, 2]),
+        "n": st.sampled_from([1, 1, 1, 3]),
         "tenant": st.sampled_from(["a", "b", "c"]),
         "wait": st.integers(0, 3),
         "cancelled_after": st.one_of(st.none(), st.none(), st.integers(0, 12)),
@@ -181,26 +215,31 @@ one_request = st.fixed_dictionaries(
     asked=st.lists(one_request, min_size=1, max_size=9),
     num_slots=st.integers(1, 4),
     prefill_tokens=st.sampled_from([1, 3, 8, 64]),
-    positions=st.sampled_from([60, 10_000]),
-    page=st.sampled_from([4, 256]),
+    positions=st.sampled_from([64, 10_000]),
+    page=st.sampled_from([4, 16]),
+    long=st.sampled_from([4, 512]),
 )
 def test_any_schedule_gives_what_each_text_gives_alone(
-    name, asked, num_slots, prefill_tokens, positions, page, made, random_ids, random_prefix
+    name, asked, num_slots, prefill_tokens, positions, page, long, made, random_ids, random_prefix
 ):
     backbone = made(name)
     each = sum(shape.size for shape in backbone.geometry["decoder"]) * backbone.dtype.itemsize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prefixtune.engine.model_runner.PAGE", page)
+        patch.setattr("prefixtune.engine.attention._LONG", long)
         if backbone.kind == "decoder":
             # In little memory, texts wait for one another.
             patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
         engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
     outputs, cancelled, expected = [], {}, {}
+    prefixes = [
+        random_prefix(backbone, lengths, number).detach() if lengths else None
+        for number, lengths in enumerate(PREFIXES[backbone.kind])
+    ]
     for number, one in enumerate(asked):
         for _ in range(one["wait"]):
             outputs += engine.step()
-        lengths = PREFIXES[backbone.kind][one["prefix"]]
-        prefix = random_prefix(backbone, lengths, one["prefix"]).detach() if lengths else None
+        prefix = prefixes[one["prefix"]]
         prompt, most = tuple(random_ids(one["prompt"], one["prompt"])), SamplingParams(max_new_tokens=one["new"])
         request = Request(prompt, prefix, most, n=one["n"], tenant=one["tenant"], id=f"r{number}")
         engine.add(request)
@@ -223,7 +262,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         assert found[key] == (expected[key][: len(found[key])] if reason == "cancelled" else expected[key])
     assert len(engine.running_sequences()) == engine.num_waiting == 0
     for cache in engine.runner.caches:
-        assert not cache.taken
+        assert not cache.used
         assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
 
 

@@ -141,8 +141,9 @@ def _ask(teacher: Reader, prompts: Sequence[tuple[int, str, str]], seed: int) ->
     """What the model writes after each prompt, up to the end of the line."""
     if not prompts:
         return []
+    size = teacher.batch_size
     config = GenerateConfig(
-        max_new_tokens=_QUESTION_TOKENS, temperature=0.9, top_p=0.95, seed=seed, stop=("\n",), batch_size=teacher.rows
+        max_new_tokens=_QUESTION_TOKENS, temperature=0.9, top_p=0.95, seed=seed, stop=("\n",), batch_size=size
     )
     backbone = teacher.backbone
     asked = [Prompt(backbone.encode(text), teacher.views[chunk], _QUESTION_TOKENS) for chunk, _, text in prompts]

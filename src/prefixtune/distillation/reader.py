@@ -46,7 +46,7 @@ class Reader:
 
     @property
     def rows(self) -> int:
-        """Questions in one pass: each has a copy of what is in view."""
+        """Questions in one pass of the trained model, where each has a copy of what is in view."""
         return max(1, min(self.batch_size, _MOST_POSITIONS // (self.longest + 128)))
 
     def by_view(self, questions: Sequence[Question]) -> list[tuple[Prefix | None, list[int]]]:
@@ -69,7 +69,7 @@ class Reader:
             RequestError: A question does not fit the model's positions with what is in view.
         """
         form = self.wording.text_format
-        config = GenerateConfig(max_new_tokens=length, stop=self.wording.stop, batch_size=self.rows)
+        config = GenerateConfig(max_new_tokens=length, stop=self.wording.stop, batch_size=self.batch_size)
         prompts = encode_prompts(self.backbone, form, [question.question for question in questions])
         asked = [
             Prompt(ids, self.views[question.chunk], length, (), form)

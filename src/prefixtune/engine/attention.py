@@ -1,29 +1,29 @@
 """Attention of a step: tokens of many texts, in one row, attend to their own keys and values.
 
-Text by text, over views of the pool; on a CPU, texts whose runs are alike and lie side by side in one call. On CUDA,
-all texts in one call of FlashAttention, by a table of each text's pages.
+On CUDA, all texts in one call of FlashAttention, by a table of each text's pages. Elsewhere text by text; on a CPU,
+short texts in one call, and a long prefix that several texts have in one call for all of them. What a text sees of its
+prefix and of the rest is then averaged by the sums of their exponentiated scores (Juravsky et al. 2024).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from prefixtune.attention.kernels import ScoreOptions, eager_attention, grouped_attention
-from prefixtune.engine.kv_cache import KVCache
+from prefixtune.engine.kv_cache import KVCache, Pages
 from prefixtune.prefix.geometry import Site
 
-_CALL_OVERHEAD = 300
-"""Cost of a call of attention on a CPU, besides the positions that it reads, in such positions."""
+_LONG = 512
+"""Positions from which a text is worth a call of its own on a CPU, and from which a common prefix is, too."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Span:
     """Tokens of one text that a step computes.
 
     Attributes:
-        run: The text's positions in the pool; the prefix comes first.
-        start: How many positions of it come before these tokens.
+        pages: The text's positions in the pool; the prefix comes first.
+        start: How many positions come before these tokens.
         count: How many tokens.
         prefix_length: Length of the text's prefix.
     """
 
-    run: range
+    pages: Pages
     start: int
     count: int
     prefix_length: int
@@ -55,50 +55,13 @@ def page_numbers(spans: Sequence[Span], page: int) -> list[list[int]]:
     has; and its pages, for each text as many as the longest one has: what is behind its last page is not read.
     """
     most = max(-(-span.stop // page) for span in spans)
-    last = [-(-span.run.stop // page) - 1 for span in spans]
+    tables = [list(span.pages.numbers[:most]) for span in spans]
     return [
         [0, *accumulate(span.count for span in spans)],
         [0, *accumulate(span.stop for span in spans)],
         [span.stop for span in spans],
-        [min(span.run.start // page + n, end) for span, end in zip(spans, last, strict=True) for n in range(most)],
+        [number for table in tables for number in table + table[-1:] * (most - len(table))],
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class _Together:
-    """Texts with one token each whose runs are alike and lie side by side, perhaps with others between them.
-
-    Attributes:
-        first: Where in the pool the first run begins.
-        size: Positions from one run to the next.
-        count: How many runs, those between them too.
-        length: Positions of the longest text.
-        rows: The texts' rows in the step.
-        at: Which of the runs are theirs.
-    """
-
-    first: int
-    size: int
-    count: int
-    length: int
-    rows: Int[Tensor, " B"]
-    at: Int[Tensor, " B"]
-
-    @classmethod
-    def find(cls, spans: Sequence[Span], page: int) -> Iterator[_Together]:
-        """All such texts for which one call costs less than one for each."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, span in enumerate(spans):
-            size = -(-len(span.run) // page) * page
-            groups.setdefault((size, span.run.start % size), []).append(row)
-        for (size, _), rows in groups.items():
-            starts = [spans[row].run.start for row in rows]
-            first, length = min(starts), max(spans[row].stop for row in rows)
-            count = (max(starts) - first) // size + 1
-            alone = sum(spans[row].stop + _CALL_OVERHEAD for row in rows)
-            if len(rows) > 1 and count * length + _CALL_OVERHEAD <= alone:
-                at = torch.tensor([(start - first) // size for start in starts])
-                yield cls(first, size, count, length, torch.tensor(rows), at)
 
 
 @dataclass(eq=False)
@@ -107,11 +70,13 @@ class StepAttention:
 
     Attributes:
         kv_cache: The pool of the site.
-        spans: The texts, in the order of the row; those with one token come first.
+        spans: The texts, in the order of the row.
         places: Where in the pool the new keys and values go.
         pages: The `page_numbers` of the spans, for attention in one call; none: text by text.
         bias_by_layer: Per layer, what is added to the scores by distance; the last one holds for all larger distances.
         cross: Attention to the texts' sources: its spans end where a source ends, its places are those of new sources.
+        together: Texts with one token each that have few positions, in groups of like lengths.
+        heads: Texts that have a long beginning in common.
     """
 
     kv_cache: KVCache
@@ -120,14 +85,25 @@ class StepAttention:
     pages: Sequence[Int[Tensor, " _"]] = ()
     bias_by_layer: Mapping[int, Float[Tensor, "Hq N"]] = field(default_factory=dict)
     cross: StepAttention | None = None
-    _masks: dict[object, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict, repr=False)
+    together: Sequence[Sequence[int]] = field(init=False)
+    heads: Sequence[Sequence[int]] = field(init=False)
+    _masks: dict[object, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        counts = [span.count for span in self.spans]
-        num_single = next((number for number, count in enumerate(counts) if count > 1), len(counts))
-        self.together: list[_Together] = []
-        if self.kv_cache.keys[0].device.type == "cpu":
-            self.together = list(_Together.find(self.spans[:num_single], self.kv_cache.page))
+        stops = accumulate(span.count for span in self.spans)
+        self._rows = [torch.arange(stop - span.count, stop) for span, stop in zip(self.spans, stops, strict=True)]
+        heads: dict[tuple[int, int], list[int]] = {}
+        for number, span in enumerate(self.spans):
+            heads.setdefault((span.pages.numbers[0], span.pages.head), []).append(number)
+        self.heads = [group for (_, head), group in heads.items() if len(group) > 1 and head >= _LONG]
+        # Where what they do not have in common begins.
+        self._starts = {number: self.spans[number].pages.head for group in self.heads for number in group}
+        together: dict[int, list[int]] = {}
+        for number, span in enumerate(self.spans):
+            length = span.stop - self._starts.get(number, 0)
+            if span.count == 1 and length <= _LONG:
+                together.setdefault(max(7, (length - 1).bit_length()), []).append(number)
+        self.together = [group for group in together.values() if len(group) > 1]
 
     def attend(
         self,
@@ -153,39 +129,79 @@ class StepAttention:
         # Query heads that share a KV head are rows of one product, so that keys are never repeated.
         grouped = query[0].transpose(0, 1).unflatten(1, (values.shape[1], -1))
         out = query.new_empty(*grouped.shape[:3], values.shape[2])
-        groups = self.together if scores.fused and index not in self.bias_by_layer else []
-        for group in groups:
-            out[group.rows] = self._attend_together(index, grouped[group.rows], scores, group)
-        done, first = {row for group in groups for row in group.rows.tolist()}, 0
-        for number, span in enumerate(self.spans):
-            rows = slice(first, first + span.count)
-            if number not in done:
-                found = self._attend_span(index, query[:, :, rows], scores, span)
-                out[rows] = found.unflatten(1, (values.shape[1], -1))
-            first += span.count
+        alone = set(range(len(self.spans)))
+        if self._takes_parts(index, query, scores):
+            alone -= set(chain(*self.together, *self.heads))
+            self._attend_parts(index, grouped, scores, out)
+        for number in alone:
+            rows, span = self._rows[number], self.spans[number]
+            found = self._attend_span(index, query[:, :, rows[0] : rows[-1] + 1], scores, span)
+            out[rows[0] : rows[-1] + 1] = found.unflatten(1, (values.shape[1], -1))
         return out.flatten(1, 2)[None]
 
-    def _attend_together(
-        self, index: int, query: Float[Tensor, "B H G D"], scores: ScoreOptions, group: _Together
-    ) -> Float[Tensor, "B H G Dv"]:
-        """Texts whose runs lie side by side, in one call; what is between them is computed as well, and dropped."""
-        name = (group, scores.window)
-        if name not in self._masks:
-            stops = torch.ones(group.count, 1, dtype=torch.long)
-            prefixes = torch.zeros_like(stops)
-            for place, row in zip(group.at.tolist(), group.rows.tolist(), strict=True):
-                stops[place], prefixes[place] = self.spans[row].stop, self.spans[row].prefix_length
-            # Each text sees its own positions; in a window, the nearest ones and its prefix.
-            mask = _mask(stops - 1, torch.arange(group.length), scores.window, prefixes, query.dtype)
-            self._masks[name] = mask[:, None, None], None
-        whole = query.new_zeros(group.count, *query.shape[1:]).index_copy_(0, group.at, query)
-        runs = slice(group.first, group.first + group.count * group.size)
-        key, value = (
-            part[runs].unflatten(0, (group.count, group.size))[:, : group.length].transpose(1, 2)
-            for part in (self.kv_cache.keys[index], self.kv_cache.values[index])
+    def _takes_parts(self, index: int, query: Tensor, scores: ScoreOptions) -> bool:
+        """Whether a CPU computes several texts in one call; in a window, not where more than a prefix is in common."""
+        return (
+            query.device.type == "cpu"
+            and scores.fused
+            and index not in self.bias_by_layer
+            and query.shape[3] == self.kv_cache.values[index].shape[2]
+            and (scores.window is None or all(self._starts[n] <= self.spans[n].prefix_length for n in self._starts))
         )
-        found = F.scaled_dot_product_attention(whole, key, value, self._masks[name][0], scale=scores.scale)
-        return found[group.at]
+
+    def _attend_parts(
+        self, index: int, query: Float[Tensor, "T H G D"], scores: ScoreOptions, out: Float[Tensor, "T H G D"]
+    ) -> None:
+        """Short texts in one call; and what several have in common in one call, the rest of each in another."""
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+        apart = set(self._starts) - set(chain(*self.together))
+        for group in [*self.together, *([number] for number in apart)]:
+            rows, table, mask = self._part(tuple(group), scores.window, query.dtype)
+            # `index_select` copies whole pages, which indexing does number by number.
+            key, value = (
+                buffers[index].unflatten(0, (-1, self.kv_cache.page)).index_select(0, table.flatten()).flatten(0, 1)
+                for buffers in (self.kv_cache.keys, self.kv_cache.values)
+            )
+            key, value = (part.unflatten(0, (len(group), -1)) for part in (key, value))
+            found, found_sums = _partial(query[rows].unflatten(0, (len(group), -1)), key, value, mask, scores.scale)
+            out[rows], sums[rows] = found.flatten(0, 1), found_sums.flatten(0, 1)
+        for group in self.heads:
+            rows, pages = torch.cat([self._rows[number] for number in group]), self.spans[group[0]].pages
+            key, value = self._read(index, pages, 0, pages.head)
+            found, found_sums = _partial(query[rows][None], key[None], value[None], None, scores.scale)
+            share = torch.sigmoid(found_sums[0] - sums[rows])[..., None]
+            out[rows] = torch.lerp(out[rows].float(), found[0].float(), share).to(out.dtype)
+
+    def _part(
+        self, group: Sequence[int], window: int | None, dtype: torch.dtype
+    ) -> tuple[Int[Tensor, " _"], Int[Tensor, "B N"], Float[Tensor, "B T S"]]:
+        """Rows of texts, their pages behind what they have in common with others, and what they see there."""
+        if (group, window) not in self._masks:
+            spans, page = [self.spans[number] for number in group], self.kv_cache.page
+            starts = [self._starts.get(number, 0) for number in group]
+            tables = [
+                list(one.pages.numbers[start // page : -(-one.stop // page)])
+                for one, start in zip(spans, starts, strict=True)
+            ]
+            most = max(map(len, tables))
+            table = torch.tensor([own + own[-1:] * (most - len(own)) for own in tables])
+            first, stops, prefixes = torch.tensor(
+                [starts, [span.stop for span in spans], [span.prefix_length for span in spans]]
+            )[:, :, None, None]
+            positions = stops - torch.arange(spans[0].count, 0, -1)[:, None]
+            mask = _mask(positions, first + torch.arange(most * page), window, prefixes, dtype)
+            self._masks[group, window] = torch.cat([self._rows[number] for number in group]), table, mask
+        found: tuple[Tensor, Tensor, Tensor] = self._masks[group, window]
+        return found
+
+    def _read(self, index: int, pages: Pages, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of some of a text's positions, (S, H, D)."""
+        parts = [slice(places.start, places.stop) for places in pages.places(start, stop)]
+        key, value = (
+            buffer[parts[0]] if len(parts) == 1 else torch.cat([buffer[part] for part in parts])
+            for buffer in (self.kv_cache.keys[index], self.kv_cache.values[index])
+        )
+        return key, value
 
     def _attend_span(
         self, index: int, query: Float[Tensor, "1 Hq T Dk"], scores: ScoreOptions, span: Span
@@ -205,10 +221,7 @@ class StepAttention:
                 bias = by_distance[:, distances].masked_fill(columns < span.prefix_length, 0)[None]
             self._masks[name] = mask, bias
         mask, bias = self._masks[name]
-        own = slice(span.run.start, span.run.start + span.stop)
-        key, value = (
-            part[own].transpose(0, 1)[None] for part in (self.kv_cache.keys[index], self.kv_cache.values[index])
-        )
+        key, value = (part.transpose(0, 1)[None] for part in self._read(index, span.pages, 0, span.stop))
         if not scores.fused:
             wide = None if mask is None else mask[None, None]
             return eager_attention(query, key, value, wide, replace(scores, position_bias=bias))[0].transpose(0, 1)
@@ -268,13 +281,31 @@ def attends_by_pages(device: torch.device) -> bool:
     return device.type == "cuda" and varlen_attention() is not None
 
 
+def _partial(
+    query: Float[Tensor, "B T H G D"],
+    key: Float[Tensor, "B S H D"],
+    value: Float[Tensor, "B S H D"],
+    mask: Float[Tensor, "B T S"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "B T H G D"], Float[Tensor, "B T H G"]]:
+    """Attention to some of the positions that a text sees, and the logarithms of the sums of exponentiated scores."""
+    rows = query.permute(0, 2, 1, 3, 4)
+    if mask is not None:
+        mask = mask[:, None, :, None].expand(-1, 1, -1, query.shape[3], -1).flatten(2, 3)
+    # Torch's fused function on a CPU, of which scaled_dot_product_attention keeps the sums to itself.
+    found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return found.view_as(rows).permute(0, 2, 1, 3, 4), sums.view(rows.shape[:4]).permute(0, 2, 1, 3)
+
+
 def _mask(
-    positions: Int[Tensor, "T 1"],
-    columns: Int[Tensor, " S"],
+    positions: Int[Tensor, "*_B T 1"],
+    columns: Int[Tensor, "*_B S"],
     window: int | None,
-    prefix_length: int | Int[Tensor, "T 1"],
+    prefix_length: int | Int[Tensor, "*_B 1 1"],
     dtype: torch.dtype,
-) -> Float[Tensor, "T S"]:
+) -> Float[Tensor, "*_B T S"]:
     """-inf where a position does not see a column: behind it; in a window, too far before it and not in the prefix."""
     visible = columns <= positions
     if window is not None:

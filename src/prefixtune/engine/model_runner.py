@@ -17,13 +17,15 @@ from prefixtune.attention.forward import forward_with_backend, run_encoder
 from prefixtune.attention.record import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
-from prefixtune.engine.kv_cache import PAGE, KVCache, bytes_per_position
+from prefixtune.engine.kv_cache import KVCache, Pages, bytes_per_position
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.prefix.geometry import Site
 from prefixtune.utils.machine import free_memory
 
+PAGE, FLASH_PAGE = 16, 256
+"""Positions of a page; FlashAttention's tables take multiples of 256 alone."""
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
 """Of free memory, for keys and values, by default."""
 _FIRST_BIAS_LENGTH = 256
@@ -53,17 +55,18 @@ class ModelRunner:
         sites: tuple[Site, ...] = ("decoder", "cross") if has_encoder else ("decoder",)
         device, dtype = backbone.device, backbone.dtype
         self._by_pages = attends_by_pages(device)
+        page = FLASH_PAGE if self._by_pages else PAGE
         per_position = sum(bytes_per_position(backbone.geometry[site], dtype) for site in sites)
         num_positions = cache_bytes // per_position
         if not cache_bytes:
             share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
             # Prefixes do not count in an encoder-decoder's length.
-            most = num_texts * (2 if has_encoder else 1) * (max_length + PAGE)
+            most = num_texts * (2 if has_encoder else 1) * (max_length + page)
             num_positions = min(int(free_memory(device) * share) // per_position, most)
         self.caches = [
-            KVCache(backbone.geometry[site], num_positions, dtype, device, num_texts, site=site, page=PAGE)
-            for site in sites
+            KVCache(backbone.geometry[site], num_positions, dtype, device, site=site, page=page) for site in sites
         ]
+        self._texts: list[TokenSequence] = []
         # The sources whose keys and values the next step computes; and what the pass reads if there is none.
         self._new_sources: dict[TokenSequence, Float[Tensor, "1 S E"]] = {}
         self._placeholder: Float[Tensor, "1 1 E"] | None = None
@@ -79,37 +82,49 @@ class ModelRunner:
         return (request.prefix_length + 1 + new, _source_length(request))
 
     def take_room(self, sequence: TokenSequence) -> bool:
-        """Reserve all that a text may need; False: there is no room now, and nothing is reserved."""
-        runs: list[range] = []
-        for cache, length in zip(self.caches, self.positions(sequence.request), strict=True):
-            run = cache.take(length)
-            if run is None:
-                for taken, other in zip(runs, self.caches, strict=False):
-                    other.give_back(taken, 0)
+        """Reserve all that a text may need; False: there is no room now, and nothing is reserved.
+
+        It begins with pages of a running text that begins alike: of its own request, or with its prefix.
+        """
+        request, prefix, taken = sequence.request, sequence.request.prefix, list[Pages]()
+        # Each text computes the prompt's last token itself, for its own next token.
+        prompts = (0, len(request.prompt)) if self.has_encoder else (len(request.prompt) - 1,)
+        of_request = [other for other in self._texts if other.request is request]
+        alike = of_request or [other for other in self._texts if prefix is not None and other.request.prefix is prefix]
+        for number, (cache, length) in enumerate(zip(self.caches, self.positions(request), strict=True)):
+            common = 0 if prefix is None else prefix.length(cache.site)
+            head = common + (prompts[number] if request.n > 1 else 0)
+            same = head if of_request else common
+            pages = cache.take(length, alike[0].pages[number].numbers[: same // cache.page] if alike else (), head)
+            if pages is None:
+                for one, other in zip(taken, self.caches, strict=False):
+                    other.give_back(one, 0)
                 return False
-            runs.append(run)
-        sequence.runs = tuple(runs)
+            taken.append(pages)
+        sequence.pages = tuple(taken)
+        self._texts.append(sequence)
         return True
 
     def give_room_back(self, sequence: TokenSequence) -> None:
         """Let others have the room of a text that has ended."""
+        if sequence.pages:
+            self._texts.remove(sequence)
         # A step that failed may have written behind the computed tokens.
-        written = (sequence.request.prefix_length + len(sequence.token_ids), 2**62)
-        for cache, run, length in zip(self.caches, sequence.runs, written, strict=False):
-            cache.give_back(run, min(length, len(run)))
-        sequence.runs = ()
+        written = (sequence.request.prefix_length + len(sequence.token_ids), _source_length(sequence.request))
+        for cache, pages, length in zip(self.caches, sequence.pages, written, strict=False):
+            cache.give_back(pages, length)
+        sequence.pages = ()
         self._new_sources.pop(sequence, None)
 
     def load_prefix(self, sequence: TokenSequence) -> None:
-        """Copy a text's prefix to its first positions."""
+        """Copy a text's prefix to its first positions, as soon as others may have them as well."""
         if sequence.request.prefix is not None:
-            self.caches[0].put(sequence.runs[0], sequence.request.prefix)
+            for cache, pages in zip(self.caches, sequence.pages, strict=True):
+                cache.put(pages, sequence.request.prefix)
 
     def encode(self, sequence: TokenSequence) -> None:
         """Let the encoder read a text's source."""
         request = sequence.request
-        if request.prefix is not None:
-            self.caches[1].put(sequence.runs[1], request.prefix)
         ids = torch.tensor([request.prompt], device=self.backbone.device)
         with self.backbone.autocast():
             source = run_encoder(self.backbone.model, self.backbone.layout, ids, request.prefix)
@@ -121,14 +136,14 @@ class ModelRunner:
     def share_prompt(self, sequence: TokenSequence, computed: TokenSequence) -> None:
         """Copy what was computed of the prompt for another text of the same request."""
         if self.has_encoder:
-            self.caches[1].copy(computed.runs[1], sequence.runs[1], _source_length(sequence.request))
+            self.caches[1].copy(computed.pages[1], sequence.pages[1], _source_length(sequence.request))
             sequence.num_unencoded = 0
             return
         # Without the prompt's last token: each text samples its own next token after it.
         sequence.num_computed_tokens = sequence.num_input_ids - 1
         sequence.prompt_tokens = computed.prompt_tokens
         length = sequence.request.prefix_length + sequence.num_computed_tokens
-        self.caches[0].copy(computed.runs[0], sequence.runs[0], length)
+        self.caches[0].copy(computed.pages[0], sequence.pages[0], length)
 
     def forward(self, scheduled: Sequence[ScheduledSequence]) -> Float[Tensor, "W V"]:
         """Compute the scheduled tokens in one row; texts with one token come first.
@@ -152,22 +167,21 @@ class ModelRunner:
             ids.extend(sequence.token_ids[first : first + count])
             position = first if self.has_encoder else start
             positions.extend(range(position, position + count))
-            place = sequence.runs[0].start + start
-            places.extend(range(place, place + count))
-            spans.append(Span(sequence.runs[0], start, count, prefix_length))
+            places.extend(chain(*sequence.pages[0].places(start, start + count)))
+            spans.append(Span(sequence.pages[0], start, count, prefix_length))
             if work.needs_logits:
                 last_indices.append(len(ids) - 1)
         sequences = [work.sequence for work in scheduled]
         new_sources = {s: self._new_sources.pop(s) for s in sequences if s in self._new_sources}
         for sequence, source in new_sources.items():
             # Behind the prefix.
-            stop = sequence.runs[1].start + _source_length(sequence.request)
-            source_places.extend(range(stop - source.shape[1], stop))
+            stop = _source_length(sequence.request)
+            source_places.extend(chain(*sequence.pages[1].places(stop - source.shape[1], stop)))
         wanted = [*last_indices, *prompt_indices] or [len(ids) - 1]
         spans_by_cache = [spans]
         if self.has_encoder:
             # A text's next token sees all of its source.
-            spans_by_cache.append([Span(s.runs[1], _source_length(s.request) - 1, 1, 0) for s in sequences])
+            spans_by_cache.append([Span(s.pages[1], _source_length(s.request) - 1, 1, 0) for s in sequences])
         pages = [page_numbers(of_one, self.caches[0].page) for of_one in spans_by_cache if self._by_pages]
         numbers = [ids, positions, wanted, places, source_places, *chain(*pages)]
         row, at, kept, to, to_source, *tables = _moved(numbers, self.backbone.device)

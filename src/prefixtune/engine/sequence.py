@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from prefixtune.engine.kv_cache import Pages
 from prefixtune.engine.request import FinishReason, Request, Token
 from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import Grammar
@@ -24,7 +25,7 @@ class TokenSequence:
             decoder-only model, which continues the prompt.
         forced_bos_id: The first token to generate, whatever the scores; None: there is none.
         slot: The number of its place in the running batch; -1: it waits.
-        runs: Where its keys and values are in the pools: its own, and those of an encoder-decoder's source.
+        pages: Where its keys and values are in the pools: its own, and those of an encoder-decoder's source.
         num_computed_tokens: Of `token_ids`: how many have their keys and values there.
         num_unencoded: Prompt tokens that the encoder has still to read.
         token_ids: The input (the prompt, or `decoder_start_id`), then the generated tokens without the end token.
@@ -43,7 +44,7 @@ class TokenSequence:
     decoder_start_id: int | None = None
     forced_bos_id: int | None = None
     slot: int = -1
-    runs: tuple[range, ...] = ()
+    pages: tuple[Pages, ...] = ()
     num_computed_tokens: int = 0
     num_unencoded: int = field(init=False)
     token_ids: list[int] = field(init=False)
