@@ -9,7 +9,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.backbone.prefixes import PrefixLike, as_prefix
+from prefixtune.backbone.prefixes import PrefixLike, as_prefix, load_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.base import Engine
@@ -29,6 +29,8 @@ from prefixtune.utils.console import show_batches
 
 _PREFILL_TOKENS = 1024
 """Prompt tokens of a step: more than in a server, where streams wait for them."""
+_MOVED_BYTES = 2**30
+"""Of several prefixes that go to the backbone's device at once; if they have more, each goes there with its text."""
 
 
 def generate(
@@ -304,5 +306,7 @@ def _per_text(
     def key(item: PrefixLike | None) -> object:
         return os.fspath(item) if isinstance(item, str | os.PathLike) else id(item)
 
-    loaded = {name: as_prefix(item, backbone) for name, item in {key(item): item for item in prefix}.items()}
-    return [loaded[key(item)] for item in prefix]
+    loaded = {name: load_prefix(item, backbone) for name, item in {key(i): i for i in prefix if i is not None}.items()}
+    if sum(item.num_bytes for item in loaded.values()) <= _MOVED_BYTES:
+        loaded = {name: item.to(device=backbone.device) for name, item in loaded.items()}
+    return [None if item is None else loaded[key(item)] for item in prefix]
