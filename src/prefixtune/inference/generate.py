@@ -18,7 +18,7 @@ from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, T
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.beams import search, seed_of
-from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.config import GenerateConfig, texts_at_once
 from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.prefix import Prefix
@@ -27,8 +27,8 @@ from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-_PREFILL_TOKENS = 1024
-"""Prompt tokens of a step: more than in a server, where streams wait for them."""
+_CPU_PREFILL_TOKENS = 1024
+"""Prompt tokens of a step: more than in a server, where streams wait for them; on a GPU, as many as there."""
 _MOVED_BYTES = 2**30
 """Of several prefixes that go to the backbone's device at once; if they have more, each goes there with its text."""
 
@@ -248,9 +248,11 @@ def _torch_engine(backbone: Backbone, prompts: Sequence[Prompt], config: Generat
         return None
     lengths = [0 if prompt.prefix is None else max(prompt.prefix.lengths.values(), default=0) for prompt in prompts]
     longest = max(len(one.ids) + one.new_tokens + length for one, length in zip(prompts, lengths, strict=True))
-    num_slots = min(config.batch_size, len(prompts))
+    on_gpu = backbone.device.type != "cpu"
+    num_slots = min(texts_at_once(config.batch_size, in_gpu_engine=on_gpu), len(prompts))
+    prefill_tokens = 0 if on_gpu else _CPU_PREFILL_TOKENS
     try:
-        return TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
+        return TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=prefill_tokens)
     except BackboneError:
         return None
 

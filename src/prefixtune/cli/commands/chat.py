@@ -88,7 +88,7 @@ def chat(options: ChatOptions) -> None:
         )
     on_device = [prefix.to(device=backbone.device) for prefix in prefixes]
     named = dict(zip(_names(options.prefix), on_device, strict=True))
-    with started_engine(options, backbone, num_slots=1) as engine:
+    with started_engine(options, backbone, num_texts=1) as engine:
         conversation = Conversation(backbone, named, options.decoding, next(iter(named), ""), engine)
         _Terminal(conversation, options).run()
 
