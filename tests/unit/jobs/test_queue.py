@@ -141,6 +141,42 @@ def test_pausing_resuming_and_cancelling(queue, add):
     assert queue.unfinished() == []
 
 
+def test_looking_reads_what_is_asked_for_and_no_more(queue, add, monkeypatch):
+    read, owner = [], new_job_id()
+    list_workflows = queue._client.list_workflows
+
+    def count(**query):
+        found = list_workflows(**query)
+        read.extend((one.workflow_id, one.input is not None) for one in found)
+        return found
+
+    jobs = [add(owner, backbone="b4") for _ in range(9)]
+    for job in jobs[:4]:
+        queue.cancel(job.id)
+    queue.pause(jobs[4].id)
+    monkeypatch.setattr(queue._client, "list_workflows", count)
+    ids = [job.id for job in jobs]
+    assert queue.waiting("b4") == ids[5:]
+    assert read == [(one, False) for one in ids[5:]]
+    read.clear()
+    assert [state.job.id for state in queue.unfinished()] == ids[4:]
+    assert sorted(one for one, has_input in read if has_input) == sorted(ids[4:])
+    monkeypatch.setattr(queue_module, "_PAGE", 4)
+    # All were made within a second, which is as exact as SQLite is.
+    found = [state.job.id for state in queue.iterate(owner)]
+    assert found == ids[::-1]
+    for place, one in enumerate(found):
+        assert [state.job.id for state in queue.iterate(owner, one)] == found[place + 1 :]
+    read.clear()
+    assert next(queue.iterate(owner)).job.id == found[0]
+    assert len(read) == 4
+    for wrong in ((owner, new_job_id()), ("bob", ids[0])):
+        read.clear()
+        with pytest.raises(RequestError):
+            list(queue.iterate(*wrong))
+        assert read == []
+
+
 def test_of_many_changes_at_once_a_cancellation_wins(queue, add):
     for _ in range(3):
         job, start = add(backbone="b2"), threading.Barrier(4)
