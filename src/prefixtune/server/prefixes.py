@@ -25,7 +25,7 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.header import JobOrigin, job_origin
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.utils.files import atomic_path, reporting_write_errors
 from prefixtune.utils.locks import change_folder
 
@@ -255,6 +255,8 @@ class PrefixFolder:
     def put(self, name: str, source: str | Path) -> None:
         """Add a file under a name, or replace the one of that name: checked as a whole, then moved there at once.
 
+        A file that says that a job made it belongs to nobody, unless it replaces what that job made.
+
         Raises:
             RequestError: The name is not allowed.
             CheckpointError: The file is broken or does not fit the backbone; nothing was changed.
@@ -266,11 +268,16 @@ class PrefixFolder:
             # The copy is checked: nobody else writes to it.
             shutil.copyfile(source, temporary)
             try:
-                self._validator.read_header(temporary)
+                origin = job_origin(self._validator.read_header(temporary))
                 self._validator.load(temporary, name)
             except CheckpointError as error:
                 reason = self._without_paths(error.message.replace(str(temporary), name))
                 raise CheckpointError(f"the file for {name!r} is not accepted: {reason}", hint=error.hint) from error
+            old = self._current(name)
+            if origin is not None and origin != (old and old.origin):
+                prefix = read_artifact(temporary)
+                header = {key: value for key, value in prefix.header.items() if key != "job"}
+                save_prefix(temporary, Prefix(prefix.layers, header, prefix.head), dtype=prefix.dtype)
             changing.enter_context(change_folder(self.folder, _LOCK_SECONDS))
 
     def delete(self, name: str) -> None:
