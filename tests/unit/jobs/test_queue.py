@@ -1,5 +1,6 @@
 """The queue of jobs and a worker's side of it: who is claimed next, what a job leaves, what stops it for good."""
 
+import errno
 import functools
 import threading
 import time
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dbos import PortableWorkflowError
+from filelock import FileLock
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs import queue as queue_module
@@ -201,6 +203,24 @@ def test_two_workers_have_two_names(tmp_path, monkeypatch):
         run_worker(config, threading.Event())
     assert "'mine'" not in str(missing.value)
     assert not (tmp_path / ".mine.lock").exists()
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("lock", [lambda *_: FileLock("any"), no_locks], ids=["held by all", "none"])
+def test_a_disk_without_locks_is_refused_at_the_start(lock, tmp_path, monkeypatch):
+    """Two workers would train the same job there, each with a lock that it takes to be its own."""
+    config = WorkerConfig(backbone=str(tmp_path / "none"), prefixes=str(tmp_path), data_folder=str(tmp_path))
+    with pytest.raises(PrefixError) as missing:
+        run_worker(config, threading.Event())
+    assert str(tmp_path / "none") in str(missing.value)
+    assert not list(tmp_path.rglob("*.lock"))
+    monkeypatch.setattr("prefixtune.utils.locks.acquire_lock", lock)
+    with pytest.raises(PrefixError) as refused:
+        run_worker(config, threading.Event())
+    assert str(tmp_path / "jobs") in str(refused.value)
 
 
 # --- with a worker ----------------------------------------------------------------------------------------------------
