@@ -35,6 +35,10 @@ _MOST_READERS = 4
 """Prefixes that are read from the disk at once."""
 
 
+class _UnreadError(PrefixError):
+    """The disk does not give a file now."""
+
+
 @dataclass(frozen=True)
 class PrefixFile:
     """A file as it was when its header was read.
@@ -162,6 +166,8 @@ class PrefixFolder:
     def load(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
         """A prefix, or several joined in this order, in the backbone's dtype and on its device.
 
+        While the disk does not give a new file, this is what is in memory, if that is the same owner's.
+
         Args:
             files: By name, as `file` returned them.
 
@@ -171,6 +177,16 @@ class PrefixFolder:
             ConfigError, BackboneError: They cannot be joined.
             PrefixError: A file cannot be read now, or was replaced by another owner's.
         """
+        try:
+            return self._load(files)
+        except _UnreadError:
+            with self._lock:
+                known, last = self._loaded.get(tuple(files), ((), None))
+            if last is None or _origins(known) != _origins(self._current(name) for name in files):
+                raise
+            return last
+
+    def _load(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
         names = tuple(files)
         held = self._held(files)
         if held is not None:
@@ -189,7 +205,7 @@ class PrefixFolder:
             served = {name: self.file(name) for name in names}
             if served == files:
                 raise
-            return self.load(served)
+            return self._load(served)
         finally:
             with self._lock:
                 self._reading.pop(names, None)
@@ -228,7 +244,7 @@ class PrefixFolder:
             except CheckpointError as error:
                 if is_unread(error):
                     _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
-                    raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from None
+                    raise _UnreadError(f"cannot read the prefix {name!r} now.", hint="try again.") from None
                 self._files[name] = self._refused(file.signature, error.message, file.origin)
             else:
                 if job_origin(prefix.header) != file.origin:
@@ -237,7 +253,7 @@ class PrefixFolder:
         raise not_served(name)
 
     def _join(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
-        parts = [self.load({name: file}) for name, file in files.items()]
+        parts = [self._load({name: file}) for name, file in files.items()]
         size = sum(part.num_bytes for part in parts)
         if 2 * size > self.max_bytes:
             message = f"the joined prefixes take {size:,} bytes, but {self.max_bytes // 2:,} are the most."
@@ -327,6 +343,11 @@ class PrefixFolder:
 
 def _versions(files: Iterable[PrefixFile | None]) -> list[Signature | None]:
     return [file.signature if file else None for file in files]
+
+
+def _origins(files: Iterable[PrefixFile | None]) -> list[tuple[bool, JobOrigin | None]]:
+    """Which files there are, and whose."""
+    return [(file is not None, file.origin if file else None) for file in files]
 
 
 def _origin_of(path: Path) -> JobOrigin | None:
