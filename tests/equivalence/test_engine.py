@@ -12,7 +12,7 @@ from patching import replace_everywhere
 from prefixtune.attention.forward import forward_with_backend
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
-from prefixtune.engine.attention import StepAttention
+from prefixtune.engine.attention import StepAttention, attends_by_pages
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams
@@ -126,6 +126,13 @@ def test_attention_by_pages_is_attention_text_by_text(name, made, requests, monk
             buffer.fill_(float("nan"))
     assert [ids(texts[0]) for texts in engine.run(asked)] == expected
     assert calls > NEW
+
+
+@pytest.mark.parametrize(("capability", "by_pages"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_gpu_older_than_ampere_attends_text_by_text(capability, by_pages, monkeypatch):
+    monkeypatch.setattr("prefixtune.engine.attention.varlen_attention", lambda: by_brute_force)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert attends_by_pages(torch.device("cuda:0")) == by_pages
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids
-from prefixtune.sampling.grammar import compile_json_schema
+from prefixtune.sampling.grammar import Grammar, compile_json_schema
 
 SCHEMAS = [
     {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}, "required": ["a", "b"],
@@ -56,10 +56,18 @@ def valid(text, schema):
 
 def test_a_model_may_have_fewer_scores_than_its_tokenizer_has_tokens(backbone):
     state = compile_json_schema(backbone, SCHEMAS[0]).start()
-    whole = state.allowed(len(backbone.tokenizer))
+
+    def allowed(size):
+        # Two texts: each has a row of its own.
+        (first, second), failed = Grammar.allowed({4: state, 7: state.start()}, size, torch.device("cpu"))
+        assert torch.equal(first, second)
+        assert not failed
+        return first
+
+    whole = allowed(len(backbone.tokenizer))
     assert whole.any()
     for size in (len(whole) - 1, len(whole) + 3):
-        found = state.allowed(size)
+        found = allowed(size)
         assert len(found) == size
         assert torch.equal(found[: len(whole)], whole[:size])
         assert not found[len(whole) :].any()

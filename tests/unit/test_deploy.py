@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_the_image_starts_a_server():
     assert {options.prefixes, options.data_folder} <= set(
         re.findall(r"/\w+", re.findall(r"^VOLUME (.*)$", text, re.M)[0])
     )
+
+
+def test_the_image_is_built_of_pinned_versions_and_can_write_its_cache():
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (copied,) = re.findall(r"^COPY (.* constraints\.txt .*) /src/$", text, re.M)
+    ignored = (DEPLOY.parent / ".dockerignore").read_text(encoding="utf-8").split()
+    assert {f"!{name}" for name in copied.split()} <= set(ignored)
+    assert "--constraints /src/constraints.txt" in text
+    (extras,) = re.findall(r"/src\[(.*)\]", text)
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"serve", "llama"} <= set(extras.split(",")) <= project["optional-dependencies"].keys()
+    (home,) = set(re.findall(r"PREFIXTUNE_HOME=(\S+)", text))
+    (user,) = re.findall(r"^USER (.*)$", text, re.M)
+    assert f"COPY --from=build --chown={user} {home} {home}" in text
 
 
 def test_server_and_workers_share_folders_and_a_database():

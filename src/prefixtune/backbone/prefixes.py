@@ -44,7 +44,7 @@ PrefixLike = Prefix | str | os.PathLike[str]
 
 
 def as_prefix(prefix: PrefixLike | None, backbone: Backbone | None = None) -> Prefix | None:
-    """The prefix that a caller means.
+    """The prefix that a caller means, on the backbone's device: it is not copied there once per text or pass.
 
     Args:
         prefix: What `load_prefix` takes; or None.
@@ -56,7 +56,8 @@ def as_prefix(prefix: PrefixLike | None, backbone: Backbone | None = None) -> Pr
         ConfigError: It is something else.
         PrefixError: The hub cannot be reached.
     """
-    return None if prefix is None else load_prefix(prefix, backbone)
+    loaded = None if prefix is None else load_prefix(prefix, backbone)
+    return loaded if loaded is None or backbone is None else loaded.to(device=backbone.device)
 
 
 def load_prefix(

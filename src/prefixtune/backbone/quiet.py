@@ -3,37 +3,51 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import threading
 import warnings
 from collections.abc import Iterator
 
-_ALONE = threading.RLock()
-"""What is set belongs to the process: of two threads, the second would keep what the first one set."""
+from prefixtune.errors import PrefixWarning
+
+# transformers imports torchao where it is installed, and that makes torch warn in its log. The hub's library logs every
+# try; what fails in the end is an error here. The exporter of graphs logs what is not installed.
+_LOGGERS = ("torch.utils._pytree", "torch.onnx", "torchao", "huggingface_hub", "transformers")
+_SWITCH = threading.Lock()
+"""Held while settings change, not while a block runs: they belong to the process."""
+_blocks = list[object]()
+_settings = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """While the block runs, no progress bars, advice or warnings of these libraries reach the terminal."""
+    """While the block runs, no progress bars, advice or warnings of these libraries reach the terminal.
+
+    The first of several blocks, in any threads, makes them quiet, and the last one restores what was set. What other
+    threads print or log, and this project's own warnings, are not concerned.
+    """
+    with _SWITCH:
+        if not _blocks:
+            _make_quiet(_settings)
+        _blocks.append(None)
+    try:
+        yield
+    finally:
+        with _SWITCH:
+            _blocks.pop()
+            if not _blocks:
+                _settings.close()
+
+
+def _make_quiet(settings: contextlib.ExitStack) -> None:
     from transformers.utils import logging as transformers_logging
 
-    with _ALONE:
-        # transformers imports torchao where it is installed, and that makes torch warn in its log. The hub's library
-        # logs every try; what fails in the end is an error here. The exporter of graphs logs what is not installed.
-        names = ("torch.utils._pytree", "torch.onnx", "torchao", "huggingface_hub", "transformers")
-        levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-        bars = transformers_logging.is_progress_bar_enabled()
-        for logger in levels:
-            logger.setLevel(logging.ERROR)
+    for logger in map(logging.getLogger, _LOGGERS):
+        settings.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+    if transformers_logging.is_progress_bar_enabled():
+        settings.callback(transformers_logging.enable_progress_bar)
         transformers_logging.disable_progress_bar()
-        try:
-            # Its reader of GGUF files has a progress bar of its own.
-            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-                warnings.simplefilter("ignore")
-                yield
-        finally:
-            for logger, level in levels.items():
-                logger.setLevel(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
+    settings.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("default", PrefixWarning)

@@ -162,13 +162,16 @@ def load_trained(options: Any, trained: Trained) -> tuple[Backbone, list[Prefix]
 
 
 @contextlib.contextmanager
-def started_engine(options: EngineOptions, backbone: Backbone, num_slots: int) -> Iterator[Engine | None]:
+def started_engine(
+    options: EngineOptions, backbone: Backbone, num_texts: int, batch_size: int = 0
+) -> Iterator[Engine | None]:
     """The engine of the options, while the block runs; None: torch's, which every call starts for itself.
 
     Args:
         options: Of the command.
         backbone: By `load`.
-        num_slots: Texts at once.
+        num_texts: That are asked for.
+        batch_size: Of them at once; 0: as many as suit the engine.
 
     Raises:
         PrefixError: It cannot start.
@@ -179,10 +182,13 @@ def started_engine(options: EngineOptions, backbone: Backbone, num_slots: int) -
     import torch
 
     from prefixtune.engine.start import start_engine
+    from prefixtune.inference.config import texts_at_once
 
     options.console.info(f"starting {options.engine} ...")
     # Compiling takes minutes on a processor, and gains little there.
-    eager = () if torch.cuda.is_available() else ("--enforce-eager",)
+    on_gpu = options.engine == "vllm" and torch.cuda.is_available()
+    eager = () if on_gpu else ("--enforce-eager",)
+    num_slots = max(1, min(texts_at_once(batch_size, in_gpu_engine=on_gpu), num_texts))
     given: dict[str, Any] = {name: getattr(options, name) for name in ("gguf", "threads", "dtype")}
     given |= {"num_slots": num_slots, "python": options.vllm_python, "arguments": eager}
     with start_engine(options.engine, backbone, **given) as engine:

@@ -277,8 +277,10 @@ def varlen_attention() -> Callable[..., Any] | None:
 
 
 def attends_by_pages(device: torch.device) -> bool:
-    """Whether all texts are attended to in one call, by a table of their pages."""
-    return device.type == "cuda" and varlen_attention() is not None
+    """Whether all texts are attended to in one call, by a table of their pages, for which a GPU must be an Ampere."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return varlen_attention() is not None
 
 
 def _partial(

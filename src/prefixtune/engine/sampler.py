@@ -5,9 +5,9 @@ A seed decides a text: each draws its own random numbers, and what they choose d
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from prefixtune.engine.request import SamplingParams, Token
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.sampling.config import LOWEST_TEMPERATURE, SamplingConfig
+from prefixtune.sampling.grammar import Grammar
 
 NOT_FINITE = "the model's logits are not finite; the prefix may be broken, or its values too large."
 """Why there is no token."""
@@ -47,12 +48,13 @@ def sample(logits: Float[Tensor, "W V"], sequences: Sequence[TokenSequence], eos
     scores = logits.to(torch.float32, copy=bool(random or changed))
     highest = scores.amax(dim=-1)
     is_finite = highest.isfinite()
-    refused: dict[int, RequestError] = {}
     for row in changed:
-        try:
-            _change(scores[row], sequences[row], eos_id)
-        except RequestError as error:
-            refused[row] = error
+        _change(scores[row], sequences[row], eos_id)
+    grammars = {row: s.grammar for row, s in rows if s.grammar is not None and row not in forced}
+    refused: dict[int, RequestError] = {}
+    if grammars:
+        allowed, refused = Grammar.allowed(grammars, scores.shape[1], scores.device)
+        scores[_on([*grammars], scores.device)] = _rows(scores, [*grammars]).masked_fill(~allowed, float("-inf"))
     if changed:
         highest = scores.amax(dim=-1)
     ids = scores.argmax(dim=-1)
@@ -96,11 +98,7 @@ def _has_rules(sequence: TokenSequence) -> bool:
 
 
 def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -> None:
-    """Change the scores of one text by its rules and its grammar.
-
-    Raises:
-        RequestError: The grammar became too complex.
-    """
+    """Change the scores of one text by its rules, but for its grammar."""
     params, size, device = sequence.request.sampling, len(scores), scores.device
     if sequence.biases is None:
         added = {**params.logit_bias, **dict.fromkeys(params.banned, float("-inf"))}
@@ -112,11 +110,11 @@ def _change(scores: Float[Tensor, " V"], sequence: TokenSequence, eos_id: int) -
     if penalizes(params):
         # An encoder-decoder may repeat its source.
         prompt = sequence.request.prompt if sequence.decoder_start_id is None else ()
-        penalize(scores, params, prompt, sequence.token_ids[sequence.num_input_ids :])
+        counts = _TOKENS.get(sequence) or _TOKENS.setdefault(sequence, TokenCounts(prompt, scores))
+        counts.penalize(scores, params, sequence.token_ids[sequence.num_input_ids + counts.num_new :])
     if sequence.num_new_tokens < params.min_new_tokens:
-        scores[[token for token in (eos_id, *params.end_ids) if token < size]] = float("-inf")
-    if sequence.grammar is not None:
-        scores.masked_fill_(~sequence.grammar.allowed(size).to(device, non_blocking=True), float("-inf"))
+        ends = [token for token in (eos_id, *params.end_ids) if token < size]
+        scores.index_fill_(0, _on(ends, device, torch.long), float("-inf"))
 
 
 def penalizes(params: SamplingConfig) -> bool:
@@ -124,25 +122,42 @@ def penalizes(params: SamplingConfig) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
-def penalize(scores: Float[Tensor, " V"], params: SamplingConfig, prompt: Sequence[int], new: Sequence[int]) -> None:
-    """Change the scores of a text's next token, in vLLM's order.
+class TokenCounts:
+    """Which tokens a text has, and how often each was generated; kept from step to step, where its scores are.
 
     Args:
-        scores: Changed in place.
-        params: `repetition_penalty` (Keskar et al., 2019) divides the positive scores of tokens that the text has and
-            multiplies the negative ones; OpenAI's `presence_penalty` and `frequency_penalty` are subtracted, once for a
-            generated token and as often as it was generated.
         prompt: The text's beginning, which `repetition_penalty` counts too.
-        new: The generated tokens.
+        scores: Of one of its tokens.
+
+    Attributes:
+        num_new: Generated tokens that are counted.
     """
-    if (penalty := params.repetition_penalty) != 1:
-        at = torch.tensor(list({*prompt, *new}), dtype=torch.long, device=scores.device)
-        chosen = scores[at]
-        scores[at] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    counts = Counter(new)
-    at, count = torch.tensor([[*counts.keys()], [*counts.values()]], dtype=torch.long, device=scores.device)
-    scores[at] -= params.frequency_penalty * count
-    scores[at] -= params.presence_penalty
+
+    def __init__(self, prompt: Sequence[int], scores: Float[Tensor, " V"]) -> None:
+        self.num_new, self._counts = 0, torch.zeros_like(scores)
+        self._seen = self._counts.bool().index_fill_(0, _on(prompt, scores.device, torch.long), True)
+
+    def penalize(self, scores: Float[Tensor, " V"], params: SamplingConfig, new: Sequence[int]) -> None:
+        """Change the scores of the text's next token, in vLLM's order.
+
+        Args:
+            scores: Changed in place.
+            params: `repetition_penalty` (Keskar et al., 2019) divides the positive scores of tokens that the text has
+                and multiplies the negative ones; OpenAI's `presence_penalty` and `frequency_penalty` are subtracted,
+                once for a generated token and as often as it was generated.
+            new: Generated tokens that are not counted yet.
+        """
+        self.num_new, at = self.num_new + len(new), _on(new, scores.device, torch.long)
+        self._seen.index_fill_(0, at, True)
+        self._counts.index_add_(0, at, torch.ones_like(at, dtype=scores.dtype))
+        if (penalty := params.repetition_penalty) != 1:
+            scores.copy_(torch.where(self._seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores))
+        scores -= params.frequency_penalty * self._counts
+        scores -= params.presence_penalty * (self._counts > 0)
+
+
+_TOKENS: WeakKeyDictionary[TokenSequence, TokenCounts] = WeakKeyDictionary()
+"""Of the texts whose scores depend on them."""
 
 
 def _draw(scores: Float[Tensor, "B V"], sequences: Sequence[TokenSequence]) -> Int[Tensor, " B"]:

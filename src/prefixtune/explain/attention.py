@@ -36,7 +36,7 @@ def prefix_mass(subject: Subject, prefix: Prefix) -> Mapping[Site, list[Float[Te
     At an encoder, all tokens of the sources count.
     """
     mass = PrefixMass({})
-    size = subject.batch_size
+    prefix, size = prefix.to(device=subject.backbone.device), subject.batch_size
     for first in range(0, len(subject.tokenized), size):
         batch = collate(subject.backbone, subject.tokenized[first : first + size])
         mass.counted = _counted(subject.backbone, batch)

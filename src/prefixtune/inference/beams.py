@@ -19,9 +19,9 @@ from torch import Tensor
 from prefixtune.attention.injection import batch_prefixes, injecting
 from prefixtune.attention.layout import cache_argument
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine.sampler import NOT_FINITE, penalize, penalizes
+from prefixtune.engine.sampler import NOT_FINITE, TokenCounts, penalizes
 from prefixtune.errors import PrefixError
-from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.config import GenerateConfig, texts_at_once
 from prefixtune.inference.prompts import Prompt, newline_tokens
 from prefixtune.sampling.config import LOWEST_TEMPERATURE
 
@@ -51,7 +51,7 @@ def search(
     order = sorted(computed, key=lambda number: (shared(number), len(prompts[number].ids)))
     wanted, batch = set(numbers), itertools.count()
     for _, same in itertools.groupby(order, shared):
-        while rows := list(itertools.islice(same, config.batch_size)):
+        while rows := list(itertools.islice(same, texts_at_once(config.batch_size))):
             seed = seed_of(config.seed, next(batch))
             if not wanted.isdisjoint(rows):
                 with _seeded(seed, backbone.device):
@@ -114,7 +114,7 @@ def _processor(
             for row, new in enumerate(input_ids[:, start:].tolist()):
                 # An encoder-decoder may repeat its source. transformers' own penalty would count padding.
                 prompt = prompts[row // config.num_beams].ids if backbone.kind == "decoder" else ()
-                penalize(scores[row], config, prompt, new)
+                TokenCounts(prompt, scores[row]).penalize(scores[row], config, new)
         return scores
 
     return process

@@ -35,7 +35,7 @@ from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.data.truncation import report_truncated, truncate_prompt
 from prefixtune.errors import ConfigError, RequestError, short_repr
 from prefixtune.inference.beams import check_finite
-from prefixtune.inference.config import ClassifyConfig
+from prefixtune.inference.config import ClassifyConfig, texts_at_once
 from prefixtune.inference.prompts import Prompt, check_positions
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.prefix.text_format import TextFormat
@@ -122,8 +122,9 @@ class EncodedTexts:
     def predict_all(self, config: ClassifyConfig, on_batch: Callable[[int], None] | None) -> list[list[Prediction]]:
         """The labels of all texts: of each text one, or one for each tagged token."""
         predictions: list[list[Prediction]] = []
-        for start in range(0, len(self.prompts), config.batch_size):
-            rows = range(len(self.prompts))[start : start + config.batch_size]
+        size = texts_at_once(config.batch_size)
+        for start in range(0, len(self.prompts), size):
+            rows = range(len(self.prompts))[start : start + size]
             scores = zip(*(self.score(rows, part) for part in self.parts(rows, _MOST_SCORED)), strict=True)
             predictions += [self.predict(row, torch.cat(one, dim=-1)) for row, one in zip(rows, scores, strict=True)]
             if on_batch is not None:

@@ -19,7 +19,9 @@ class ClassifyConfig(Config):
 
     hint: ClassVar[str] = "`prefixtune generate --help` explains the options."
 
-    batch_size: int = _decoding(16, ge=1, description="texts per batch")
+    batch_size: int = _decoding(
+        0, ge=0, description="texts that are computed at once; 0: 16, or 128 where a GPU's engine generates"
+    )
     max_total_length: int = option_group("decoding", flag="max-length")(
         0, ge=0, description="positions of source and target together (encoder-decoder: of each); 0: as in training"
     )
@@ -27,6 +29,11 @@ class ClassifyConfig(Config):
         "",
         description="cut a source that is too long (counted), or refuse it; empty: as in training (bare model: error)",
     )
+
+
+def texts_at_once(batch_size: int, *, in_gpu_engine: bool = False) -> int:
+    """What a `batch_size` of 0 stands for; in an engine, memory bounds it besides."""
+    return batch_size or (128 if in_gpu_engine else 16)
 
 
 class GenerateConfig(ClassifyConfig, SamplingConfig):

@@ -9,7 +9,7 @@ from typing import Any
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.backbone.prefixes import PrefixLike, as_prefix
+from prefixtune.backbone.prefixes import PrefixLike, as_prefix, load_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.base import Engine
@@ -18,7 +18,7 @@ from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, T
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.beams import search, seed_of
-from prefixtune.inference.config import GenerateConfig
+from prefixtune.inference.config import GenerateConfig, texts_at_once
 from prefixtune.inference.prompts import Prompt, check_requests, newline_tokens, prepare_prompts
 from prefixtune.prefix.fingerprint import fingerprints_match
 from prefixtune.prefix.prefix import Prefix
@@ -27,8 +27,10 @@ from prefixtune.sampling.detokenizer import Detokenizer
 from prefixtune.sampling.grammar import compile_json_schema
 from prefixtune.utils.console import show_batches
 
-_PREFILL_TOKENS = 1024
-"""Prompt tokens of a step: more than in a server, where streams wait for them."""
+_CPU_PREFILL_TOKENS = 1024
+"""Prompt tokens of a step: more than in a server, where streams wait for them; on a GPU, as many as there."""
+_MOVED_BYTES = 2**30
+"""Of several prefixes that go to the backbone's device at once; if they have more, each goes there with its text."""
 
 
 def generate(
@@ -246,9 +248,11 @@ def _torch_engine(backbone: Backbone, prompts: Sequence[Prompt], config: Generat
         return None
     lengths = [0 if prompt.prefix is None else max(prompt.prefix.lengths.values(), default=0) for prompt in prompts]
     longest = max(len(one.ids) + one.new_tokens + length for one, length in zip(prompts, lengths, strict=True))
-    num_slots = min(config.batch_size, len(prompts))
+    on_gpu = backbone.device.type != "cpu"
+    num_slots = min(texts_at_once(config.batch_size, in_gpu_engine=on_gpu), len(prompts))
+    prefill_tokens = 0 if on_gpu else _CPU_PREFILL_TOKENS
     try:
-        return TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=_PREFILL_TOKENS)
+        return TorchEngine(backbone, num_slots=num_slots, max_length=longest, prefill_tokens=prefill_tokens)
     except BackboneError:
         return None
 
@@ -304,5 +308,7 @@ def _per_text(
     def key(item: PrefixLike | None) -> object:
         return os.fspath(item) if isinstance(item, str | os.PathLike) else id(item)
 
-    loaded = {name: as_prefix(item, backbone) for name, item in {key(item): item for item in prefix}.items()}
-    return [loaded[key(item)] for item in prefix]
+    loaded = {name: load_prefix(item, backbone) for name, item in {key(i): i for i in prefix if i is not None}.items()}
+    if sum(item.num_bytes for item in loaded.values()) <= _MOVED_BYTES:
+        loaded = {name: item.to(device=backbone.device) for name, item in loaded.items()}
+    return [None if item is None else loaded[key(item)] for item in prefix]

@@ -14,7 +14,7 @@ from typing import Any, cast, overload
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
-from prefixtune.backbone.prefixes import PrefixLike, load_prefix, named_backbone, trained_adapter
+from prefixtune.backbone.prefixes import PrefixLike, as_prefix, load_prefix, named_backbone, trained_adapter
 from prefixtune.data.chat import has_chat_template
 from prefixtune.data.encoding import as_text_format, check_texts
 from prefixtune.errors import PrefixWarning, RequestError, describe_value
@@ -76,9 +76,10 @@ def load(
         backbone = load_backbone(model, **options) if options else as_backbone(model)
     checked = [load_prefix(one, backbone, allow_other_backbone=allow_other_backbone) for one in read]
     if len(checked) < 2:
-        return Model(backbone, checked[0] if checked else None)
+        return Model(backbone, as_prefix(checked[0] if checked else None, backbone))
     names = ["" if isinstance(one, Prefix) else os.fspath(one) for one in given]
-    return Model(backbone, concatenate(checked, backbone.rotation, names=names if all(names) else ()))
+    joined = concatenate(checked, backbone.rotation, names=names if all(names) else ())
+    return Model(backbone, as_prefix(joined, backbone))
 
 
 @dataclass(frozen=True, eq=False)

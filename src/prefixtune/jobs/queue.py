@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from prefixtune.errors import PrefixError, RequestError
@@ -34,6 +35,7 @@ _ACTIVE = ["ENQUEUED", "PENDING"]
 _CANCELLED = "cancelled"
 _PAGE = 100
 """Jobs that are read at once."""
+_MOST_WAITING = 1000
 
 
 class QueueUnavailableError(PrefixError):
@@ -127,23 +129,44 @@ class JobQueue:
             return state
         raise RequestError(f"there is no job {job_id[:64]!r}.", hint="list the jobs first.")
 
-    def iterate(self, owner: str | None = None) -> Iterator[JobState]:
-        """The jobs of an owner, or of all, the newest first; read as far as they are asked for."""
+    def iterate(self, owner: str | None = None, after: str = "") -> Iterator[JobState]:
+        """The jobs of an owner, or of all, the newest first; read as far as they are asked for.
+
+        Args:
+            owner: None: all.
+            after: The job behind which to begin; empty: the newest.
+
+        Raises:
+            RequestError: There is no job `after`.
+        """
+        query: dict[str, Any] = {"user": owner, "sort_desc": True, "limit": _PAGE}
+        is_behind = not after
+        if after:
+            found = self._read(workflow_ids=[after], user=owner, load_input=False)
+            if not found:
+                raise RequestError(f"there is no job {after[:64]!r}.", hint="list the jobs first.")
+            newest = datetime.fromtimestamp(((found[0].created_at or 0) + 1) / 1000, UTC)
+            query["end_time"] = newest.isoformat()
         for offset in itertools.count(0, _PAGE):
-            page = self._list(user=owner, sort_desc=True, limit=_PAGE, offset=offset)
-            yield from page
+            page = self._list(offset=offset, **query)
+            for state in page:
+                if is_behind:
+                    yield state
+                # Others may have been made in the same second.
+                is_behind = is_behind or state.job.id == after
             if len(page) < _PAGE:
                 return
 
     def unfinished(self) -> list[JobState]:
         """All jobs that have not ended, the oldest first."""
-        query: dict[str, Any] = {"name": WORKFLOW, "status": [*_ACTIVE, "CANCELLED"]}
-        with _reaching():
-            # Without their inputs: those that were cancelled for good stay, and may be many.
-            found = self._client.list_workflows(**query, load_input=False, load_output=False)
-        ids = [one.workflow_id for one in found if not (one.attributes or {}).get(_CANCELLED)]
+        # Without their inputs: those that were cancelled for good stay, and may be many.
+        ids = self._read_ids(status=[*_ACTIVE, "CANCELLED"])
         states = self.states(ids)
         return [states[one] for one in ids if one in states and states[one].status not in ENDED]
+
+    def waiting(self, backbone: str) -> list[str]:
+        """The ids of a backbone's jobs that wait, the oldest first; at most 1,000."""
+        return self._read_ids(status="ENQUEUED", queue_name=queue_name(backbone), limit=_MOST_WAITING)
 
     def has_work(self, backbone: str) -> bool:
         """Whether jobs of a backbone wait or run."""
@@ -155,8 +178,16 @@ class JobQueue:
 
     def _list(self, **query: Any) -> list[JobState]:
         """Jobs, the oldest first."""
+        return list(map(_state, self._read(**query)))
+
+    def _read_ids(self, **query: Any) -> list[str]:
+        """The ids of jobs that are not cancelled for good."""
+        found = self._read(load_input=False, **query)
+        return [one.workflow_id for one in found if not (one.attributes or {}).get(_CANCELLED)]
+
+    def _read(self, **query: Any) -> list[WorkflowStatus]:
         with _reaching():
-            return list(map(_state, self._client.list_workflows(name=WORKFLOW, **query)))
+            return self._client.list_workflows(name=WORKFLOW, load_output=query.get("load_input", True), **query)
 
 
 @contextlib.contextmanager

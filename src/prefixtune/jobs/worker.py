@@ -36,7 +36,7 @@ from prefixtune.jobs.queue import APPLICATION, PROTOCOL, WORKFLOW, JobQueue, que
 from prefixtune.jobs.trainer import Trainer, note
 from prefixtune.prefix.folder import ENDING
 from prefixtune.utils.files import remove_abandoned
-from prefixtune.utils.locks import file_lock
+from prefixtune.utils.locks import check_locks, file_lock
 
 _POLLING_SECONDS, _LOOK_SECONDS = 0.5, 0.2
 _PATIENCE = 5.0
@@ -53,11 +53,12 @@ def run_worker(config: WorkerConfig, stop: threading.Event) -> None:
         stop: Ends the work; states are saved before.
 
     Raises:
-        PrefixError: The backbone cannot be loaded, the data folder cannot be used, another worker has the name, or the
-            database cannot be reached at the start: whoever starts the worker starts it again.
+        PrefixError: The backbone cannot be loaded, the data folder cannot be used or has no locks, another worker has
+            the name, or the database cannot be reached at the start: whoever starts the worker starts it again.
     """
     data = DataFolder(jobs_folder(config.data_folder, config.prefixes))
     data.make()
+    check_locks(data.jobs)
     machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "worker"
     prefixes, name = Path(config.prefixes).absolute(), config.name or f"{machine}-{secrets.token_hex(3)}"
     lock = data.root / f".{name}.lock"

@@ -174,11 +174,13 @@ class Prefix:
         return self.tensors()[0].device
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Prefix:
-        """The same prefix in another dtype or on another device.
+        """The same prefix in another dtype or on another device; itself, if it is that already.
 
         A head keeps its own dtype: it is computed in float32, whatever the model computes in.
         """
-        return self._mapped(lambda tensor: tensor.to(device=device, dtype=dtype), lambda tensor: tensor.to(device))
+        moved = self._mapped(lambda tensor: tensor.to(device=device, dtype=dtype), lambda tensor: tensor.to(device))
+        own = zip(moved.stored_tensors(), self.stored_tensors(), strict=True)
+        return self if all(new is old for new, old in own) else moved
 
     def detach(self) -> Prefix:
         """A copy that no longer belongs to any computation graph; each tensor is contiguous."""

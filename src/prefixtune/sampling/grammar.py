@@ -81,22 +81,23 @@ class Grammar:
             raise self._error()
         self.finished = bool(self._matcher.is_stopped())
 
-    def allowed(self, vocab_size: int) -> Bool[Tensor, " V"]:
-        """Which tokens may come next.
-
-        Raises:
-            RequestError: The grammar became too complex.
-        """
+    @staticmethod
+    def allowed(
+        grammars: Mapping[int, Grammar], vocab_size: int, device: torch.device
+    ) -> tuple[Bool[Tensor, "B V"], dict[int, RequestError]]:
+        """Which tokens may come next in each text, in order; and by a text's number, why its grammar is too complex."""
         import llguidance.numpy
-        import numpy
 
-        bits = llguidance.numpy.allocate_token_bitmask(1, self._num_tokens)
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, bits)
-        if self._matcher.is_error():
-            raise self._error()
-        mask = torch.from_numpy(numpy.unpackbits(bits[0].view(numpy.uint8), bitorder="little")[: self._num_tokens])
+        num_tokens, failed = next(iter(grammars.values()))._num_tokens, dict[int, RequestError]()
+        bits = torch.zeros(len(grammars), -(-num_tokens // 32), dtype=torch.int32, pin_memory=device.type == "cuda")
+        for row, (number, grammar) in enumerate(grammars.items()):
+            llguidance.numpy.fill_next_token_bitmask(grammar._matcher, bits.numpy(), row)
+            if grammar._matcher.is_error():
+                failed[number] = grammar._error()
+        packed, places = bits.to(device, non_blocking=True).view(torch.uint8), torch.arange(8, device=device)
+        mask = (packed[..., None] >> places.to(torch.uint8) & 1).flatten(1)[:, :num_tokens]
         # A model may have more scores than its tokenizer has tokens, or fewer.
-        return torch.nn.functional.pad(mask[:vocab_size], (0, max(0, vocab_size - len(mask)))).bool()
+        return torch.nn.functional.pad(mask[:, :vocab_size], (0, max(0, vocab_size - num_tokens))).bool(), failed
 
     def _error(self) -> RequestError:
         reason = _reason(self._matcher)
@@ -126,10 +127,13 @@ def compile_json_schema(backbone: Backbone, schema: str | Mapping[str, Any]) -> 
         if matcher.is_error():
             raise RequestError(f"{_reason(matcher)}.")
         # What is too much for the first token shows at the second.
-        state = grammar.start()
-        state.accept(int(state.allowed(tokenizer.vocab_size).int().argmax()))
-        if not state.finished:
-            state.allowed(tokenizer.vocab_size)
+        state, cpu = grammar.start(), torch.device("cpu")
+        mask, failed = Grammar.allowed({0: state}, tokenizer.vocab_size, cpu)
+        if not failed:
+            state.accept(int(mask.int().argmax()))
+            failed = {} if state.finished else Grammar.allowed({0: state}, tokenizer.vocab_size, cpu)[1]
+        if failed:
+            raise failed[0]
     except RequestError as error:
         hint = 'leave that out of the schema, or use {"type": "object"}.'
         raise RequestError(f"the JSON schema cannot be used: {error.message}", hint=hint) from None

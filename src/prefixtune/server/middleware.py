@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +31,8 @@ _CLIENT_CLOSED_REQUEST = 499
 """In the log and in metrics: the client disconnected before it had its response."""
 _QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/v1/status")
 """Polled all the time; logged only where something is wrong."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""A request's id that a proxy gave it."""
 _FORM_OVERHEAD = 2**16
 """Bytes that a form may have besides its file."""
 
@@ -45,11 +48,12 @@ class Middleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, then log and count its outcome."""
         started = time.monotonic()
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         log_fields: dict[str, Any] = {"id": request_id}
         # Every GET is also a HEAD, whose body uvicorn does not send.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        app_scope = {**scope, "method": method, "log_fields": log_fields}
+        app_scope = {**scope, "method": method, "is_head": scope["method"] == "HEAD", "log_fields": log_fields}
         status, error = 0, None
 
         async def send_with_headers(message: Message) -> None:

@@ -25,7 +25,7 @@ from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.file import HEADER_KEY, is_unread, read_table
 from prefixtune.prefix.folder import Signature, check_name, check_regular_file, list_names, path_of, signature_of
 from prefixtune.prefix.header import JobOrigin, job_origin
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, read_artifact, save_prefix
 from prefixtune.utils.files import atomic_path, reporting_write_errors
 from prefixtune.utils.locks import change_folder
 
@@ -33,6 +33,10 @@ _log = logging.getLogger(__name__)
 _LOCK_SECONDS = 10.0
 _MOST_READERS = 4
 """Prefixes that are read from the disk at once."""
+
+
+class _UnreadError(PrefixError):
+    """The disk does not give a file now."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,8 @@ class PrefixFolder:
     def load(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
         """A prefix, or several joined in this order, in the backbone's dtype and on its device.
 
+        While the disk does not give a new file, this is what is in memory, if that is the same owner's.
+
         Args:
             files: By name, as `file` returned them.
 
@@ -171,6 +177,16 @@ class PrefixFolder:
             ConfigError, BackboneError: They cannot be joined.
             PrefixError: A file cannot be read now, or was replaced by another owner's.
         """
+        try:
+            return self._load(files)
+        except _UnreadError:
+            with self._lock:
+                known, last = self._loaded.get(tuple(files), ((), None))
+            if last is None or _origins(known) != _origins(self._current(name) for name in files):
+                raise
+            return last
+
+    def _load(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
         names = tuple(files)
         held = self._held(files)
         if held is not None:
@@ -189,7 +205,7 @@ class PrefixFolder:
             served = {name: self.file(name) for name in names}
             if served == files:
                 raise
-            return self.load(served)
+            return self._load(served)
         finally:
             with self._lock:
                 self._reading.pop(names, None)
@@ -228,7 +244,7 @@ class PrefixFolder:
             except CheckpointError as error:
                 if is_unread(error):
                     _log.warning("the prefix %r cannot be read now: %s", name, error.__cause__ or error)
-                    raise PrefixError(f"cannot read the prefix {name!r} now.", hint="try again.") from None
+                    raise _UnreadError(f"cannot read the prefix {name!r} now.", hint="try again.") from None
                 self._files[name] = self._refused(file.signature, error.message, file.origin)
             else:
                 if job_origin(prefix.header) != file.origin:
@@ -237,7 +253,7 @@ class PrefixFolder:
         raise not_served(name)
 
     def _join(self, files: Mapping[str, PrefixFile | None]) -> Prefix:
-        parts = [self.load({name: file}) for name, file in files.items()]
+        parts = [self._load({name: file}) for name, file in files.items()]
         size = sum(part.num_bytes for part in parts)
         if 2 * size > self.max_bytes:
             message = f"the joined prefixes take {size:,} bytes, but {self.max_bytes // 2:,} are the most."
@@ -255,6 +271,8 @@ class PrefixFolder:
     def put(self, name: str, source: str | Path) -> None:
         """Add a file under a name, or replace the one of that name: checked as a whole, then moved there at once.
 
+        A file that says that a job made it belongs to nobody, unless it replaces what that job made.
+
         Raises:
             RequestError: The name is not allowed.
             CheckpointError: The file is broken or does not fit the backbone; nothing was changed.
@@ -266,11 +284,16 @@ class PrefixFolder:
             # The copy is checked: nobody else writes to it.
             shutil.copyfile(source, temporary)
             try:
-                self._validator.read_header(temporary)
+                origin = job_origin(self._validator.read_header(temporary))
                 self._validator.load(temporary, name)
             except CheckpointError as error:
                 reason = self._without_paths(error.message.replace(str(temporary), name))
                 raise CheckpointError(f"the file for {name!r} is not accepted: {reason}", hint=error.hint) from error
+            old = self._current(name)
+            if origin is not None and origin != (old and old.origin):
+                prefix = read_artifact(temporary)
+                header = {key: value for key, value in prefix.header.items() if key != "job"}
+                save_prefix(temporary, Prefix(prefix.layers, header, prefix.head), dtype=prefix.dtype)
             changing.enter_context(change_folder(self.folder, _LOCK_SECONDS))
 
     def delete(self, name: str) -> None:
@@ -320,6 +343,11 @@ class PrefixFolder:
 
 def _versions(files: Iterable[PrefixFile | None]) -> list[Signature | None]:
     return [file.signature if file else None for file in files]
+
+
+def _origins(files: Iterable[PrefixFile | None]) -> list[tuple[bool, JobOrigin | None]]:
+    """Which files there are, and whose."""
+    return [(file is not None, file.origin if file else None) for file in files]
 
 
 def _origin_of(path: Path) -> JobOrigin | None:

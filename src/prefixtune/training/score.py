@@ -50,6 +50,7 @@ def score_targets(
         most_positions: Tokens of a pass; a larger one is computed in parts.
         processes: They share the work: rows of another process are zero.
     """
+    prefix = None if prefix is None else prefix.to(device=backbone.device)
     losses: list[Tensor] = []
     places: list[Tensor] = []
     done = 0

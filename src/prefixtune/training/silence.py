@@ -95,6 +95,7 @@ def measure_silence(
         By name: `requests`; `unchanged`: texts that the prefix leaves as they are; `kl`: nats per token of the bare
         model's texts from the bare model, over the whole vocabulary. Empty: there are no texts.
     """
+    prefixes = {name: prefix.to(device=backbone.device) for name, prefix in prefixes.items()}
     divergence, unchanged, tokens = dict.fromkeys(prefixes, 0.0), dict.fromkeys(prefixes, 0), 0
     for first in range(0, len(texts), _BATCH):
         some = texts[first : first + _BATCH]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from prefixtune.errors import PrefixError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+_OTHER_DISK = "use a folder on a local disk, or on NFS 4."
 
 
 @contextlib.contextmanager
@@ -63,6 +66,24 @@ def acquire_lock(path: Path, timeout: float) -> BaseFileLock | None:
     except NotImplementedError as error:
         raise OSError(errno.ENOLCK, str(error)) from error
     return lock
+
+
+def check_locks(folder: Path) -> None:
+    """Refuse a folder on a disk where each process would get the lock that another one holds.
+
+    Raises:
+        PrefixError: There are no locks, or they hold nobody off.
+    """
+    path = folder / f".{uuid.uuid4().hex}.lock"
+    try:
+        locks = [acquire_lock(path, 0.0) for _ in range(2)]
+    except OSError as error:
+        raise PrefixError(f"a lock in {str(folder)!r} fails: {error}.", hint=_OTHER_DISK) from error
+    for lock in filter(None, locks):
+        lock.release()
+    path.unlink(missing_ok=True)
+    if locks[1] is not None:
+        raise PrefixError(f"locks in {str(folder)!r} hold nobody off: its disk has no flock.", hint=_OTHER_DISK)
 
 
 class FolderBusyError(PrefixError):

@@ -1,13 +1,18 @@
 """What a token is drawn from, and what a row without one says."""
 
+import gc
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from engine_runs import EvenNumbers, drawn, sequence
-from prefixtune.engine.request import Token
+from prefixtune.engine import sampler
+from prefixtune.engine.request import Request, SamplingParams, Token
 from prefixtune.engine.sampler import sample
+from prefixtune.engine.sequence import TokenSequence
+from prefixtune.sampling.detokenizer import Detokenizer
 
 LOGITS = [math.log(p) for p in (0.4, 0.05, 0.3, 0.2, 0.05)]
 
@@ -49,3 +54,30 @@ def test_texts_without_a_seed_differ():
     row = torch.zeros(1, 1000)
     found = {sample(row, [sequence(seed=None, temperature=1.0)], eos_id=0)[0] for _ in range(5)}
     assert len(found) > 1
+
+
+def test_each_token_of_a_text_is_counted_once(monkeypatch):
+    """Of a long text, a step reads the new token alone, and what runs beside changes nothing."""
+    moved, size = [], 40
+    on_device = sampler._on
+    monkeypatch.setattr(sampler, "_on", lambda numbers, *args: moved.append(len(numbers)) or on_device(numbers, *args))
+    generator = torch.Generator().manual_seed(1)
+    rules = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.6}
+    sampling = SamplingParams(seed=5, **rules)
+    text = TokenSequence(Request(tuple(range(20)), None, sampling), 0, Detokenizer(str))
+    for step in range(12):
+        logits = torch.randn(2, size, generator=generator)
+        scores = logits[0].clone()
+        for token in {*text.token_ids}:
+            scores[token] = scores[token] / 1.5 if scores[token] > 0 else scores[token] * 1.5
+        for token, count in Counter(text.token_ids[20:]).items():
+            scores[token] -= 0.6 * count + 0.4
+        moved.clear()
+        beside = sequence(frequency_penalty=1.0)
+        token, _ = sample(logits, [text, beside], eos_id=size - 1)
+        assert token.id == int(scores.argmax())
+        assert max(moved) == (20 if step == 0 else 1)
+        text.token_ids.append(token.id)
+    del text, beside
+    gc.collect()
+    assert not sampler._TOKENS

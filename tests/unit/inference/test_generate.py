@@ -1,13 +1,17 @@
 """Where an output ends, in each way of generating; the model's own settings; the words around a target."""
 
+import sys
+
 import pytest
+import torch
 
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token
-from prefixtune.errors import RequestError
+from prefixtune.errors import BackboneError, ConfigError, RequestError
+from prefixtune.inference.beams import search
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream, write
 from prefixtune.inference.prompts import Prompt, prepare_prompts
@@ -76,3 +80,25 @@ def test_words_around_the_target_are_taken_off(tiny_backbone, random_prefix, mon
     replace_everywhere(monkeypatch, write, lambda *_, **__: iter([(0, written)]))
     assert generate(backbone, ["x"], prefix) == ["yes"]
     assert "".join(stream(backbone, "x", prefix)) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "texts", "num_slots"),
+    [("cpu", 0, 500, 16), ("cuda", 0, 500, 128), ("cuda", 0, 7, 7), ("cpu", 40, 500, 40), ("cuda", 40, 500, 40)],
+)
+def test_a_gpu_computes_more_texts_at_once(device, batch_size, texts, num_slots, tiny_backbone, monkeypatch):
+    asked = []
+
+    def engine(backbone, **options):
+        asked.append(options)
+        raise BackboneError("none", hint="none")
+
+    monkeypatch.setattr(sys.modules["prefixtune.inference.generate"], "TorchEngine", engine)
+    replace_everywhere(monkeypatch, search, lambda *_: iter(()))
+    backbone = tiny_backbone("llama")
+    monkeypatch.setattr(Backbone, "device", torch.device(device))
+    config = GenerateConfig(batch_size=batch_size)
+    assert not list(write(backbone, [Prompt([1, 2], None, 3)] * texts, config))
+    assert [(one["num_slots"], one["prefill_tokens"] > 0) for one in asked] == [(num_slots, device == "cpu")]
+    with pytest.raises(ConfigError):
+        GenerateConfig(batch_size=-1)

@@ -1,14 +1,16 @@
 """The object of `load`: it says what the functions say, with the prefix in front."""
 
 import copy
+import sys
 
 import pytest
 import torch
 
 import prefixtune as pt
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.prefixes import make_header, named_backbone
+from prefixtune.backbone.prefixes import as_prefix, make_header, named_backbone
 from prefixtune.data.chat import chat_format, encode_chat
+from prefixtune.data.tokenized import TokenizedExample
 from prefixtune.engine.engine import Engine
 from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixError, RequestError
@@ -17,8 +19,9 @@ from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.inference.model import load
 from prefixtune.inference.prompts import fit_new_tokens, prepare_prompts
-from prefixtune.prefix.prefix import Prefix
+from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.prefix.text_format import TextFormat
+from prefixtune.training import score
 from zoo import make_model
 
 TEMPLATE = (
@@ -32,6 +35,7 @@ TALK = [
     {"role": "user", "content": "who are you"},
 ]
 FEW = {"max_new_tokens": 6}
+generate_module = sys.modules["prefixtune.inference.generate"]
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +264,39 @@ def test_what_is_wrong_gets_one_line(backbone, make_prefix, tiny_backbone):
         load(prefix=[make_prefix(), stranger])
     # One that names none goes along with one that does, in Python and on the command line.
     assert named_backbone([nameless, stranger]) == "another"
+
+
+# --- where a prefix is -----------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_moved_to_the_backbone_once(backbone, make_prefix, tmp_path, monkeypatch):
+    """Not with every text or pass. No number is computed on this device."""
+    file, other = save_prefix(tmp_path / "p.safetensors", make_prefix()), make_prefix(seed=1)
+    files = [file, save_prefix(tmp_path / "q.safetensors", other)]
+    assert as_prefix(other, backbone) is other
+    monkeypatch.setattr(Backbone, "device", torch.device("meta"))
+    moved = as_prefix(file, backbone)
+    assert moved.device.type == load(backbone, file).prefix.device.type == load(backbone, files).prefix.device.type
+    assert (moved.device.type, moved.dtype) == ("meta", other.dtype)
+    assert as_prefix(moved, backbone) is moved
+    first, second, again, none = generate_module._per_text([file, other, file, None], 4, backbone)
+    assert first is again
+    assert (first.device.type, second.device.type, none) == ("meta", "meta", None)
+    assert generate_module._per_text([moved, None], 2, backbone)[0] is moved
+    # More than fits beside the texts goes with each of them.
+    monkeypatch.setattr(generate_module, "_MOVED_BYTES", other.num_bytes)
+    assert {one.device.type for one in generate_module._per_text([file, other], 2, backbone)} == {"cpu"}
+
+
+def test_losses_are_measured_with_the_prefix_on_the_device(backbone, make_prefix, monkeypatch):
+    seen = []
+
+    def compute(backbone, prefix, batch, **options):
+        seen.append(prefix.device.type)
+        return torch.zeros(len(batch.labels))
+
+    monkeypatch.setattr(score, "batch_loss", compute)
+    monkeypatch.setattr(Backbone, "device", torch.device("meta"))
+    rows = [TokenizedExample((1, 2), ((3, 4),))] * 4
+    score.score_targets(backbone, make_prefix(), rows, batch_size=1)
+    assert seen == ["meta"] * 4

@@ -38,7 +38,7 @@ def model_config(**changes):
     return SimpleNamespace(**{**facts, **changes})
 
 
-def vllm_config(folder, policy="fail", *, dtype="auto", drafts=None, **extra):
+def vllm_config(folder, policy="fail", *, dtype="auto", drafts=None, pipeline=1, **extra):
     """vLLM's VllmConfig, as far as the connector reads it."""
     options = {"prefixes": str(folder), **extra}
     return SimpleNamespace(
@@ -46,7 +46,7 @@ def vllm_config(folder, policy="fail", *, dtype="auto", drafts=None, **extra):
         model_config=model_config(),
         cache_config=SimpleNamespace(cache_dtype=dtype, block_size=16),
         speculative_config=SimpleNamespace(method=drafts),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, pipeline_parallel_size=pipeline),
     )
 
 
@@ -129,6 +129,7 @@ def cache_of(*specs):
         ({}, [FULL, FULL]),
         ({}, [SimpleNamespace(kv_cache_specs={"0": FULL, "1": WINDOW})]),
         ({"drafts": "eagle"}, [FULL]),
+        ({"pipeline": 2}, [FULL]),
     ],
 )
 def test_caches_that_would_lose_a_prefix_are_refused(options, groups):

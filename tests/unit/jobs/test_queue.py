@@ -1,5 +1,6 @@
 """The queue of jobs and a worker's side of it: who is claimed next, what a job leaves, what stops it for good."""
 
+import errno
 import functools
 import threading
 import time
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from dbos import PortableWorkflowError
+from filelock import FileLock
 
 from prefixtune.errors import PrefixError, RequestError
 from prefixtune.jobs import queue as queue_module
@@ -141,6 +143,42 @@ def test_pausing_resuming_and_cancelling(queue, add):
     assert queue.unfinished() == []
 
 
+def test_looking_reads_what_is_asked_for_and_no_more(queue, add, monkeypatch):
+    read, owner = [], new_job_id()
+    list_workflows = queue._client.list_workflows
+
+    def count(**query):
+        found = list_workflows(**query)
+        read.extend((one.workflow_id, one.input is not None) for one in found)
+        return found
+
+    jobs = [add(owner, backbone="b4") for _ in range(9)]
+    for job in jobs[:4]:
+        queue.cancel(job.id)
+    queue.pause(jobs[4].id)
+    monkeypatch.setattr(queue._client, "list_workflows", count)
+    ids = [job.id for job in jobs]
+    assert queue.waiting("b4") == ids[5:]
+    assert read == [(one, False) for one in ids[5:]]
+    read.clear()
+    assert [state.job.id for state in queue.unfinished()] == ids[4:]
+    assert sorted(one for one, has_input in read if has_input) == sorted(ids[4:])
+    monkeypatch.setattr(queue_module, "_PAGE", 4)
+    # All were made within a second, which is as exact as SQLite is.
+    found = [state.job.id for state in queue.iterate(owner)]
+    assert found == ids[::-1]
+    for place, one in enumerate(found):
+        assert [state.job.id for state in queue.iterate(owner, one)] == found[place + 1 :]
+    read.clear()
+    assert next(queue.iterate(owner)).job.id == found[0]
+    assert len(read) == 4
+    for wrong in ((owner, new_job_id()), ("bob", ids[0])):
+        read.clear()
+        with pytest.raises(RequestError):
+            list(queue.iterate(*wrong))
+        assert read == []
+
+
 def test_of_many_changes_at_once_a_cancellation_wins(queue, add):
     for _ in range(3):
         job, start = add(backbone="b2"), threading.Barrier(4)
@@ -165,6 +203,24 @@ def test_two_workers_have_two_names(tmp_path, monkeypatch):
         run_worker(config, threading.Event())
     assert "'mine'" not in str(missing.value)
     assert not (tmp_path / ".mine.lock").exists()
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("lock", [lambda *_: FileLock("any"), no_locks], ids=["held by all", "none"])
+def test_a_disk_without_locks_is_refused_at_the_start(lock, tmp_path, monkeypatch):
+    """Two workers would train the same job there, each with a lock that it takes to be its own."""
+    config = WorkerConfig(backbone=str(tmp_path / "none"), prefixes=str(tmp_path), data_folder=str(tmp_path))
+    with pytest.raises(PrefixError) as missing:
+        run_worker(config, threading.Event())
+    assert str(tmp_path / "none") in str(missing.value)
+    assert not list(tmp_path.rglob("*.lock"))
+    monkeypatch.setattr("prefixtune.utils.locks.acquire_lock", lock)
+    with pytest.raises(PrefixError) as refused:
+        run_worker(config, threading.Event())
+    assert str(tmp_path / "jobs") in str(refused.value)
 
 
 # --- with a worker ----------------------------------------------------------------------------------------------------

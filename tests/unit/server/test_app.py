@@ -72,6 +72,24 @@ def test_details_of_an_unexpected_error_are_only_in_the_log(make_server, monkeyp
     assert texts_when_done(state) == 0
 
 
+def test_a_request_keeps_the_id_that_a_proxy_gave_it(make_server, caplog):
+    app, _ = make_server()
+
+    def id_of(given):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "prefixtune.server"):
+            response = asyncio.run(send(app, "GET", "/v1/models", headers={"x-request-id": given}))
+        (record,) = caplog.records
+        assert response.headers["x-request-id"] in str(vars(record))
+        return response.headers["x-request-id"]
+
+    for good in ("0123456789abcdef" * 2, "a.B_c-1", "x" * 64):
+        assert id_of(good) == good
+    for bad in ("", "x" * 65, "a b", 'a"b', "a\tb", "é", "<b>"):
+        assert id_of(bad) != bad
+        assert len(id_of(bad)) == 32
+
+
 def test_metrics_of_prefixes_are_bounded(make_server, monkeypatch):
     _, state = make_server()
     monkeypatch.setattr("prefixtune.server.metrics._MOST_LABELS", 2)

@@ -179,7 +179,9 @@ def test_checkpoints_are_listed_as_far_as_they_are_served(make_server, tmp_path,
     assert listed() == ["cats.step-2"]
 
 
-def test_jobs_are_listed_in_pages_and_by_metadata(make_server):
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_jobs_are_listed_in_pages_and_by_metadata(at_once, make_server, monkeypatch):
+    monkeypatch.setattr("prefixtune.server.api.fine_tuning._AT_ONCE", at_once)
     app, state = make_server()
     file = upload(state)
     made = [create(app, file, metadata={"n": str(n), "all": "yes"}).id for n in range(3)]
@@ -193,6 +195,9 @@ def test_jobs_are_listed_in_pages_and_by_metadata(make_server):
     assert ask(app, lambda client: listed(client, metadata={"n": "1", "all": "yes"})) == [made[1]]
     plain = create(app, file).id
     assert ask(app, lambda client: listed(client, extra_query={"metadata": "null"})) == [plain]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(app, lambda client: listed(client, after=f"ftjob-{'1' * 24}"))
+    assert caught.value.param == "after"
     training = state.training
     other = JobQueue(training.database_url)
     other.add(Job(id=f"ftjob-{'0' * 24}", owner="x", created=1, model="m", name="o", backbone="other"))

@@ -34,9 +34,24 @@ def test_a_result_is_downloaded_by_its_owner(make_server, backbone, tmp_path, sa
     assert download(app, "hers", "boss").status == 404
 
 
+def test_a_file_is_not_read_for_its_size_and_is_always_closed(make_server, tmp_path, monkeypatch):
+    app, state = make_server(keys=keys(boss={"admin": True}))
+    opened, open_file = [], state.catalog.open
+    monkeypatch.setattr(state.catalog, "open", lambda *args: opened.append(open_file(*args)) or opened[-1])
+    size = (tmp_path / "prefixes" / "a.safetensors").stat().st_size
+    head = asyncio.run(send(app, "HEAD", "/v1/models/a/file", headers=bearer("boss")))
+    assert (head.status, head.headers["content-length"], head.body) == (200, str(size), b"")
+
+    async def lose():
+        raise TimeoutError
+
+    asyncio.run(send(app, "GET", "/v1/models/a/file", headers=bearer("boss"), before_reading=lose))
+    assert [file.closed for file in opened] == [True, True]
+
+
 def test_what_reads_or_joins_a_file_counts_as_a_request(make_server):
     paths = ("/v1/models/{}", "/v1/tasks/{}")
-    names = [f"key{number}" for number in range(4)]
+    names = [f"key{number}" for number in range(5)]
     app, _ = make_server(keys=keys(**{name: {"requests_per_minute": 1} for name in names}))
 
     def ask(key, method, path):
@@ -46,6 +61,8 @@ def test_what_reads_or_joins_a_file_counts_as_a_request(make_server):
         assert [ask(key, "GET", path.format(name)) for name in ("a+b", "b+a")] == [200, 429]
     for method, path, key in (("DELETE", "/v1/models/a", names[2]), ("GET", "/v1/models/a/file", names[3])):
         assert [ask(key, method, path) for _ in range(2)] == [403, 429]
+    # The list looks at every file.
+    assert [ask(names[4], "GET", "/v1/models") for _ in range(2)] == [200, 429]
 
 
 def test_a_file_that_cannot_be_read_now_is_asked_for_again(make_server, monkeypatch):

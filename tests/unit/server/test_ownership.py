@@ -10,6 +10,7 @@ import pytest
 
 import openai_client
 from asgi_client import bearer, keys, send
+from prefixtune.prefix.prefix import read_artifact
 
 # Ann's patterns allow no result, which she may use all the same.
 KEYS = keys(ann={"prefixes": ("tiny", "a")}, bob={}, boss={"admin": True, "prefixes": ("tiny",)})
@@ -107,6 +108,25 @@ def test_an_upload_over_a_result_is_no_result_any_more(make_server, publish, tmp
     assert "hers" in listed(app, "bob")
     with pytest.raises(openai.PermissionDeniedError):
         ask(app, "ann", text("hers"))
+
+
+@pytest.mark.parametrize("claims", [{"owner": "bob"}, {"job_id": "ftjob-other"}, {"step": 4}])
+def test_an_uploaded_file_does_not_say_whose_it_is(make_server, publish, claims):
+    """Whoever wrote the file of a third party could give it to any key, to be downloaded and deleted."""
+    app, _ = make_server(keys=KEYS)
+    body = publish("foreign", **claims)
+    content = body.read_bytes()
+    prefix = read_artifact(body)
+    body.unlink()
+    publish("hers")
+    for name in ("new", "hers"):
+        sent = asyncio.run(send(app, "PUT", f"/v1/models/{name}", content, headers=bearer("boss")))
+        assert sent.status in (200, 201)
+        stored = read_artifact(body.with_name(f"{name}.safetensors"))
+        assert stored.header == {key: value for key, value in prefix.header.items() if key != "job"}
+        assert stored.equal(prefix)
+        with pytest.raises(openai.PermissionDeniedError):
+            ask(app, "bob", lambda client, name=name: client.models.delete(name))
 
 
 @pytest.mark.parametrize("key", ["ann", "boss"])

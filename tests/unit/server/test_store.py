@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prefixtune.backbone.prefixes import PrefixValidator
-from prefixtune.errors import PrefixError
+from prefixtune.errors import CheckpointError, PrefixError
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.utils.locks import FolderBusyError, change_folder
 
@@ -39,6 +39,40 @@ def test_a_prefix_in_memory_outlasts_a_file_that_is_being_replaced_or_is_bad(tmp
     path.unlink()
     with pytest.raises(PrefixError):
         store.get("p")
+
+
+def test_a_prefix_in_memory_outlasts_a_disk_that_fails(tmp_path, save, llama, monkeypatch):
+    save("p", 1), save("q", 2)
+    store = PrefixFolder(tmp_path, llama)
+
+    def load(*names):
+        return store.load({name: store.file(name) for name in names})
+
+    held, joined = load("p"), load("p", "q")
+    save("p", 3)
+
+    def fail(*_, **__):
+        raise CheckpointError("no", hint="none") from OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PrefixValidator, "load", fail)
+        assert load("p") is held
+        assert load("p", "q") is joined
+        with pytest.raises(PrefixError):
+            load("q", "p")
+        # Somebody else's new file is not read, and what was theirs is not given for it.
+        save("p", 4, job={"id": "ftjob-1", "owner": "alice"})
+        with pytest.raises(PrefixError):
+            load("p")
+        # One that is deleted after it was looked at is no more.
+        save("p", 5)
+        file = store.file("p")
+        (tmp_path / "p.safetensors").unlink()
+        with pytest.raises(PrefixError):
+            store.load({"p": file})
+        save("p", 3)
+    assert load("p") is not held
+    assert load("p", "q") is not joined
 
 
 def test_a_bad_file_of_another_owner_ends_the_prefix_in_memory(tmp_path, save, llama):

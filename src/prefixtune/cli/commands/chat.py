@@ -86,8 +86,9 @@ def chat(options: ChatOptions) -> None:
             f"{backbone.name!r} has no chat template: it was not trained for conversations.",
             hint="use `prefixtune generate`, or name another model with --backbone.",
         )
-    named = dict(zip(_names(options.prefix), prefixes, strict=True))
-    with started_engine(options, backbone, num_slots=1) as engine:
+    on_device = [prefix.to(device=backbone.device) for prefix in prefixes]
+    named = dict(zip(_names(options.prefix), on_device, strict=True))
+    with started_engine(options, backbone, num_texts=1) as engine:
         conversation = Conversation(backbone, named, options.decoding, next(iter(named), ""), engine)
         _Terminal(conversation, options).run()
 

@@ -191,7 +191,7 @@ def _decode(
     backbone, prefixes, text_format = load_trained(options, trained)
     text_format = _prompting(options, backbone, shots) or text_format
     with (
-        started_engine(options, backbone, min(config.batch_size, len(examples))) as engine,
+        started_engine(options, backbone, len(examples), config.batch_size) as engine,
         console.progress("generating", len(examples)) as bar,
     ):
         outcome = evaluate_prefix(

@@ -97,8 +97,7 @@ def generate(options: GenerateOptions) -> None:
     if labels is not None:
         rows = _label(options, work, labels)
     else:
-        num_slots = 1 if options.stream else max(1, min(config.batch_size, len(texts)))
-        with started_engine(options, backbone, num_slots) as engine:
+        with started_engine(options, backbone, 1 if options.stream else len(texts), config.batch_size) as engine:
             if options.stream:
                 _stream(work, engine)
             else:

@@ -65,6 +65,8 @@ def check_kv_cache(vllm_config: Any, kv_cache_config: Any) -> None:
         reasons.append(f"its speculative decoding uses a model of its own ({drafts}), which has no prefix")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         reasons.append("decode context parallelism distributes positions")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        reasons.append("with pipeline parallelism, a worker has only some of its layers")
     _refuse(vllm_config.model_config, reasons, hint)
 
 

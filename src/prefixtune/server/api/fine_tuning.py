@@ -35,6 +35,8 @@ from prefixtune.server.responses import ApiError, bad_request
 
 router = key_router()
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
+_AT_ONCE = 100
+"""Jobs of a list that are read in one turn."""
 _ACTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[JobQueue, str], JobState]]] = {
     "cancel": (("queued", "running", "paused"), "cancelled", JobQueue.cancel),
     "pause": (("queued", "running"), "paused", JobQueue.pause),
@@ -64,26 +66,29 @@ async def list_fine_tuning_jobs(context: TrainingContext, after: After = "", lim
     With `metadata[team]=blue` in the query, only those with this metadata; with `metadata=null`, those without any.
     """
     training, query = context.training, context.request.query_params.multi_items()
+    whose, found, last = training.whose(context.caller), list[JobState](), after
     metadata = {name[9:-1]: value for name, value in query if name.startswith("metadata[") and name[-1] == "]"}
     without = ("metadata", "null") in query
     # `/v1/models` may leave it out, by the patterns of the key.
     extension = {"backbone": context.state.config.model_id}
 
-    def find(queue: JobQueue) -> dict[str, Any]:
-        states = queue.iterate(training.whose(context.caller))
-        if after and all(state.job.id != after for state in states):
-            raise unknown_after(after)
-        matching = (
-            state
-            for state in states
-            if metadata.items() <= state.job.metadata.items() and not (without and state.job.metadata)
-        )
-        found = list(itertools.islice(matching, limit + 1))
-        positions = _positions(queue, found)
-        shown = [job_view(state, training.folder, positions) for state in found[:limit]]
-        return {**list_body(shown, has_more=len(found) > limit), "prefixtune": extension}
+    # Others have their turns between two pages: a rare metadata may be far behind.
+    while len(found) <= limit:
+        try:
+            page = await training.ask(partial(_page, owner=whose, after=last))
+        except RequestError:
+            raise unknown_after(after) from None
+        if not page:
+            break
+        last = page[-1].job.id
+        kept = (state for state in page if not (without and state.job.metadata))
+        found += [state for state in kept if metadata.items() <= state.job.metadata.items()]
 
-    return await training.ask(find)
+    def show(queue: JobQueue) -> list[dict[str, Any]]:
+        positions = _positions(queue, found[:limit])
+        return [job_view(state, training.folder, positions) for state in found[:limit]]
+
+    return {**list_body(await training.ask(show), has_more=len(found) > limit), "prefixtune": extension}
 
 
 @router.get(_JOB)
@@ -162,12 +167,15 @@ def _view(context: RequestContext, queue: JobQueue, state: JobState) -> dict[str
     return job_view(state, context.training.folder, _positions(queue, [state]))
 
 
+def _page(queue: JobQueue, owner: str | None, after: str) -> list[JobState]:
+    """Some jobs, the newest first."""
+    return list(itertools.islice(queue.iterate(owner, after), _AT_ONCE))
+
+
 def _positions(queue: JobQueue, states: Sequence[JobState]) -> dict[str, int]:
     """How many jobs come before those that wait; of none if the database has just gone away."""
-    if all(state.status != "queued" for state in states):
-        return {}
     with contextlib.suppress(QueueUnavailableError):
-        waiting = [state.job for state in queue.unfinished() if state.status == "queued"]
-        # Other backbones have workers of their own.
-        return {job.id: sum(one.backbone == job.backbone for one in waiting[:at]) for at, job in enumerate(waiting)}
+        # Each backbone has workers of its own.
+        waiting = map(queue.waiting, {state.job.backbone for state in states if state.status == "queued"})
+        return {job_id: place for ids in waiting for place, job_id in enumerate(ids)}
     return {}

@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from starlette.background import BackgroundTask
 
 from prefixtune.errors import CheckpointError
 from prefixtune.prefix.file import is_unread
@@ -37,6 +36,8 @@ def list_models(context: KeyContext) -> dict[str, Any]:
 
     An admin key also sees which files are refused, and why.
     """
+    # Counted, as it looks at every file; but it goes on while the server shuts down.
+    context.exit_stack.enter_context(context.caller.request())
     refused = {"refused": context.state.store.refused} if context.caller.rules.admin else {}
     return {"object": "list", "data": context.state.catalog.describe_all(context.caller), **refused}
 
@@ -49,11 +50,11 @@ def download_model(name: str, context: GenerationContext) -> Response:
     An admin key gets the file of any prefix.
     """
     file = context.state.catalog.open(name, context.caller)
+    context.exit_stack.callback(file.close)
     headers = {"content-length": str(os.fstat(file.fileno()).st_size)}
     headers["content-disposition"] = f'attachment; filename="{name}{ENDING}"'
-    parts = iter(partial(file.read, _PART), b"")
-    closing = BackgroundTask(file.close)
-    return StreamingResponse(parts, headers=headers, media_type="application/octet-stream", background=closing)
+    parts = iter(() if context.request.scope["is_head"] else iter(partial(file.read, _PART), b""))
+    return StreamingResponse(parts, headers=headers, media_type="application/octet-stream")
 
 
 @router.get(_PATH)
