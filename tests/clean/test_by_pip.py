@@ -44,7 +44,7 @@ def test_commands_on_files(machine, prefix):
     assert "webnlg" in tasks
     assert (machine.work / "adapter" / "adapter_config.json").exists()
     assert (machine.work / "back.safetensors").stat().st_size < 600_000
-    assert (machine.work / "exported-llama" / "check.py").exists()
+    assert (machine.work / "exported-llama" / "ask.json").exists()
 
 
 def test_a_missing_extra_is_named(machine, prefix):

@@ -101,8 +101,8 @@ def _onnx(folder):
     import numpy as np
     import onnxruntime
 
+    from examples.to_onnx import generate
     from prefixtune.interop.onnx.export import export_onnx
-    from prefixtune.interop.onnx.run import generate
 
     found = {}
     for name, layers in {"llama": "num_hidden_layers", "gpt2": "n_layer"}.items():

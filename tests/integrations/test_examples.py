@@ -19,10 +19,11 @@ EXPECTED = {
     "classify": ("runs/classify/prefix.safetensors", "cancel"),
     "trainer": ("runs/trainer/prefix.safetensors", " bytes"),
     "sft_trainer": ("runs/sft_trainer/prefix.safetensors", "with the prefix: "),
+    "to_onnx": ("exported-onnx/model.onnx", "from the graph: "),
     "to_llama_cpp": ("exported/capitals.bin", "placeholder tokens stand for the prefix"),
 }
 """Script -> a file that it leaves, and what it prints."""
-CAPITALS = ("serve_and_ask", "to_llama_cpp")
+CAPITALS = ("serve_and_ask", "to_llama_cpp", "to_onnx")
 
 
 @pytest.fixture(scope="module")

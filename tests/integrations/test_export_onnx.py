@@ -1,8 +1,6 @@
 """Exported graphs in ONNX Runtime and OpenVINO: logits and tokens are those of `generate`, alone and padded."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnxruntime
@@ -10,13 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from examples.to_onnx import generate
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.checkpoint import checkpoint_folder
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.interop.onnx import export as target
-from prefixtune.interop.onnx.run import generate, pad, past_names, start, step
 from prefixtune.prefix.compose import concatenate
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.training.starts.words import from_words
@@ -64,21 +62,15 @@ def exported(request, tiny_backbone, random_prefix, tmp_path_factory):
 
 @torch.no_grad()
 def test_logits_are_the_backbones(exported, random_ids):
-    """A padded batch, then more of it: read at once or one after another, with the mask as it grows."""
-    prompts = [random_ids(n, seed) for seed, n in enumerate((7, 2, 5))]
-    ids, mask = pad(prompts, exported.backbone.pad_id)
-    more = np.array([random_ids(3, seed) for seed in (7, 8, 9)])
-    state = start(exported.facts, exported.past, mask)
-    found = [step(exported.run, state, ids), *(step(exported.run, state, more[:, [n]]) for n in range(3))]
-    all_ids, all_mask = torch.from_numpy(np.concatenate([ids, more], axis=1)), torch.from_numpy(mask)
-    all_mask = torch.nn.functional.pad(all_mask, (0, 3), value=1)
-    wanted = exported.backbone.forward(all_ids, all_mask, prefixes=exported.prefix).logits
-    bare = exported.backbone.forward(all_ids, all_mask).logits
-    logits, real = torch.from_numpy(np.concatenate(found, axis=1)), all_mask.bool()
-    torch.testing.assert_close(logits[real], wanted[real], rtol=0, atol=1e-4)
-    assert float((wanted[real] - bare[real]).abs().max()) > 0.1
-    # The mask is that of the token to come.
-    assert state.mask.shape[1] == all_mask.shape[1] + 1 + LENGTH
+    """Of one text, read at once."""
+    ids = np.array([random_ids(9, 7)])
+    mask, positions = np.ones((1, LENGTH + 9), dtype=np.int64), np.arange(LENGTH, LENGTH + 9)[None]
+    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    found, tokens = torch.from_numpy(exported.run(feed | exported.past)[0]), torch.from_numpy(ids)
+    wanted = exported.backbone.forward(tokens, torch.ones_like(tokens), prefixes=exported.prefix).logits
+    bare = exported.backbone.forward(tokens, torch.ones_like(tokens)).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert float((wanted - bare).abs().max()) > 0.1
 
 
 @pytest.mark.deploys("ONNX Runtime", "tokens of two joined prefixes", model="llama")
@@ -96,24 +88,8 @@ def test_tokens_are_those_of_generate(exported, random_ids):
 def test_without_its_past_the_graph_is_the_bare_backbone(exported, random_ids):
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1))]
     expected = generate_ids(exported.backbone, prompts, [None] * 2, config=GenerateConfig(max_new_tokens=NEW))
-    assert generate(exported.run, exported.facts, None, prompts, max_new_tokens=NEW) == expected
-
-
-def test_the_script_runs_by_itself(exported):
-    from prefixtune.inference.generate import generate as ours
-
-    # As a checkpoint that was saved after training may have it.
-    stored = json.loads((exported.folder / "tokenizer.json").read_text())
-    stored["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (exported.folder / "tokenizer.json").write_text(json.dumps(stored))
-    texts = ["name : Aromi", "a longer text | with more"]
-    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = sys.modules['prefixtune'] = None;"
-    code += "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(exported.folder / "run.py"), "--max-new-tokens", str(NEW), *texts]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    expected = ours(exported.backbone, texts, exported.prefix, max_new_tokens=NEW)
-    assert [line.strip() for line in done.stdout.split("\n")[:-1]] == "\n".join(expected).split("\n")
+    empty = {name: tensor[:, :, :0] for name, tensor in exported.past.items()}
+    assert generate(exported.run, exported.facts, empty, prompts, max_new_tokens=NEW) == expected
 
 
 @pytest.mark.deploys("OpenVINO", "tokens of the exported graph", by="exported")
@@ -138,31 +114,25 @@ def test_openvino_keeps_the_past_as_states(exported, random_ids):
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     model = openvino.Core().read_model(exported.folder / "model.onnx")
-    names = past_names(exported.facts)
+    names = [*exported.past]
     pairs = {name: name.replace("past_key_values", "present") for name in names}
     apply_make_stateful_transformation(model, pairs)
     compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
     request = compiled.create_infer_request()
     prompts = [random_ids(n, seed) for seed, n in enumerate((9, 1, 4))]
-    ids, mask = pad(prompts, exported.backbone.pad_id)
-    state = start(exported.facts, exported.past, mask)
     for variable in request.query_state():
         name = next(name for name in names if variable.name.startswith(name))
-        variable.state = openvino.Tensor(state.past[name])
+        variable.state = openvino.Tensor(exported.past[name].repeat(len(prompts), axis=0))
 
     def run(feed):
         inputs = {name: value for name, value in feed.items() if name not in names}
-        return [request.infer(inputs)["logits"]]
+        # The model keeps the past itself.
+        return [request.infer(inputs)["logits"], *(feed[name] for name in names)]
 
-    outputs = []
-    for _ in range(NEW):
-        state.past = {}
-        ids = step(run, state, ids)[:, -1].argmax(axis=-1)[:, None]
-        outputs.append(ids[:, 0])
-    config = GenerateConfig(max_new_tokens=NEW)
-    expected = generate_ids(exported.backbone, prompts, [exported.prefix] * 3, config=config)
-    for row, output in zip(np.stack(outputs, axis=1).tolist(), expected, strict=True):
-        assert row[: len(output)] == output
+    expected = generate_ids(
+        exported.backbone, prompts, [exported.prefix] * 3, config=GenerateConfig(max_new_tokens=NEW)
+    )
+    assert generate(run, exported.facts, exported.past, prompts, max_new_tokens=NEW) == expected
 
 
 @pytest.mark.slow

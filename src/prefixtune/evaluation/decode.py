@@ -9,14 +9,12 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.backbone.identity import weights
+from prefixtune.backbone.identity import sample
 from prefixtune.data.examples import Example
 from prefixtune.engine.base import Engine
 from prefixtune.errors import ConfigError, DataError
@@ -28,7 +26,6 @@ from prefixtune.prefix.text_format import TextFormat
 from prefixtune.utils.files import append_line, check_writable, reporting_write_errors
 
 DECODED_FILE = "decoded.jsonl"
-_KEYS = {"digest", "number", "output", "seconds", "ended"}
 
 
 def decode(
@@ -52,27 +49,26 @@ def decode(
     rows, digest = dict[int, dict[str, Any]](), ""
     if resume_file is not None:
         check_writable(resume_file)
+        with reporting_write_errors(resume_file):
+            resume_file.parent.mkdir(parents=True, exist_ok=True)
         # How many texts run at once changes no output that is not sampled.
         same = {name: config.default(name) for name in ("batch_size", "seed") if config.temperature == 0}
-        facts = {
-            "fingerprint": backbone.fingerprint,
+        facts = [
+            backbone.fingerprint,
             # As they compute, so also after training, or rounding to 8 or 4 bits; another engine has its own.
-            "weights": engine.name if engine else [_sample(weight) for _, weight in weights(backbone.model)],
-            "dtype": backbone.dtype_name,
-            "format": None if text_format is None else text_format.to_dict(),
-            "sources": sources,
-            "decoding": config.replace(**same).to_dict(),
-            "prefix": None if prefix is None else [content_hash(prefix), prefix.header.get("text_format")],
-        }
+            engine.name if engine else sample(backbone.model),
+            backbone.dtype_name,
+            text_format and text_format.to_dict(),
+            sources,
+            config.replace(**same).to_dict(),
+            prefix and [content_hash(prefix), prefix.header.get("text_format")],
+        ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        rows = {row["number"]: row for row in read_decoded(resume_file, digest)}
+        rows = _stored_rows(resume_file, digest)
     # Every length is checked, and every truncated source counted, before any of them is computed.
     backbone = backbone_of(engine, backbone)
     prompts = prepare_prompts(backbone, sources, [prefix] * len(sources), config, text_format, on_cut=on_cut)
     missing = [number for number in range(len(prompts)) if number not in rows]
-    if resume_file is not None and missing:
-        with reporting_write_errors(resume_file):
-            resume_file.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     for number, output in complete(backbone, prompts, config, missing, engine):
         text, end = prompts[number].text_format.extract_target(output.text), time.perf_counter()
@@ -93,33 +89,18 @@ def decode(
     return [row["output"] for row in ordered], seconds, unended
 
 
-def read_decoded(path: Path, digest: str) -> Iterator[dict[str, Any]]:
-    """The rows that a stopped evaluation wrote; other lines, such as incomplete ones, are ignored.
-
-    Raises:
-        ConfigError: The rows belong to another evaluation.
-        DataError: The file cannot be read.
-    """
-    hint = "choose another output folder, or delete the file."
+def _stored_rows(path: Path, digest: str) -> dict[int, dict[str, Any]]:
+    """What a stopped evaluation wrote, by the examples' numbers; a line that was cut off is ignored."""
+    rows, hint = dict[int, dict[str, Any]](), "choose another output folder, or delete the file."
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}.", hint=hint) from error
     for line in text.split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
-            if not (isinstance(row, dict) and row.keys() >= _KEYS):
-                continue
             if row["digest"] != digest:
                 what = "outputs of another evaluation (another prefix, model, data or settings)"
                 raise ConfigError(f"{str(path)!r} holds {what}.", hint=hint)
-            yield row
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    """Some numbers of a weight that identify it, the same on any number of cores."""
-    # torchao's tensors can neither be sliced nor summed.
-    plain = weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
-    flat = plain.detach().reshape(-1)
-    sampled: list[float] = flat[:: max(1, len(flat) // 64)].float().tolist()
-    return sampled
+            rows[row["number"]] = row
+    return rows

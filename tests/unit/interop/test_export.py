@@ -9,9 +9,7 @@ from prefixtune.backbone.prefixes import make_header
 from prefixtune.errors import BackboneError, ConfigError
 from prefixtune.interop.export import check_exportable
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
-from prefixtune.interop.onnx.run import target_of
 from prefixtune.prefix.prefix import Head, Prefix
-from prefixtune.prefix.text_format import TextFormat
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -75,9 +73,3 @@ def test_prefixes_that_no_runtime_gets(tiny_backbone, random_prefix, tmp_path):
     with pytest.raises(ConfigError):
         export_llama_cpp(good, backbone, tmp_path / "out", name="../out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("template", ["<<{target}>>", "{target} END"])
-@pytest.mark.parametrize("output", ["<< Aromi >>", "Aromi END"])
-def test_the_exported_script_leaves_the_target_as_generate_does(template, output):
-    assert target_of(template, output) == TextFormat(target=template).extract_target(output)

@@ -1,16 +1,12 @@
-"""Sequence-state files of llama.cpp: their bytes, and what the check of a server notices."""
+"""Sequence-state files of llama.cpp: their bytes."""
 
-import json
 import struct
 
 import pytest
 import torch
 
-from fake_server import FakeServer
 from prefixtune.engine.llama_state import encode_file, placeholders_for, rows_of
 from prefixtune.errors import BackboneError, ConfigError
-from prefixtune.interop.llama_cpp import check as llama_cpp_check
-from prefixtune.interop.llama_cpp.check import NotInEffectError, check
 from prefixtune.interop.llama_cpp.export import export_llama_cpp
 
 ROWS = [(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[0.5, -1.0], [2.0, -2.0], [4.0, -4.0]]))]
@@ -86,94 +82,3 @@ def test_an_adapter_is_refused(tiny_backbone, random_prefix, tmp_path, monkeypat
     monkeypatch.setattr("prefixtune.interop.llama_cpp.export.has_adapter", lambda model: True)
     with pytest.raises(BackboneError):
         export_llama_cpp(random_prefix(backbone, 3), backbone, tmp_path / "out")
-
-
-# --- the check -------------------------------------------------------------------------------------------------------
-
-FACTS = {
-    "file": "prefix.bin",
-    "prefix_length": 3,
-    "placeholders": TOKENS,
-    "text_format": {"prompt": " {source} <s>", "target": "{target}"},
-}
-
-
-class Server:
-    """A fake llama-server, whose answers can be spoiled."""
-
-    def __init__(self):
-        self.restored, self.cached, self.spoiled, self.asked, self.key = 3, 3, "", [], ""
-        self.http = FakeServer(self.answer)
-        self.url = self.http.url
-
-    def answer(self, method, path, headers, body):
-        body = json.loads(body)
-        self.asked.append((path, body))
-        if self.key and headers["Authorization"] != f"Bearer {self.key}":
-            return 401, {"error": "no"}
-        if "restore" in path:
-            return (400, {"error": "no"}) if self.spoiled == "file" else (200, {"n_restored": self.restored})
-        held = body["prompt"][:3] == TOKENS
-        likely = -1.0 if held and body["cache_prompt"] else -2.0 if held else -3.0
-        if self.spoiled == "tokens" and held:
-            likely = -2.0
-        if self.spoiled == "all":
-            likely = -1.0
-        probabilities = [{"top_logprobs": [{"id": 5, "logprob": likely}]}]
-        reply = {"timings": {"cache_n": self.cached if held else 0}}
-        return 200, reply if self.spoiled == "probabilities" else {**reply, "completion_probabilities": probabilities}
-
-
-@pytest.fixture
-def server():
-    made = Server()
-    yield made
-    made.http.close()
-
-
-def test_a_prefix_in_effect(server):
-    lines = check(server.url, FACTS, slot=2, text="hello", timeout=5.0)
-    assert lines[0] == "n_restored 3, timings.cache_n 3"
-    assert "differ by up to 1" in lines[1]
-    assert "differ by up to 2" in lines[2]
-    assert server.asked[0] == ("/slots/2?action=restore", {"filename": "prefix.bin"})
-    assert [body["prompt"] for path, body in server.asked if path == "/completion"] == [
-        [*TOKENS, "hello"],
-        [*TOKENS, "hello"],
-        ["hello"],
-    ]
-    # The slot is left with the prefix in it.
-    assert server.asked[-1] == server.asked[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"restored": 2}, "n_restored is 2, but the prefix has 3 positions"),
-        ({"cached": 2}, "cache_n is 2, but must be 3 or more"),
-        ({"spoiled": "tokens"}, "as likely with the prefix as with the placeholders read as tokens"),
-        ({"spoiled": "all"}, "it changes nothing"),
-        ({"spoiled": "probabilities"}, "no probabilities"),
-        ({"spoiled": "file"}, "answered 400"),
-    ],
-)
-def test_a_prefix_that_is_not_in_effect(change, message, server, tmp_path, capsys):
-    for name, value in change.items():
-        setattr(server, name, value)
-    with pytest.raises(NotInEffectError, match=message):
-        check(server.url, FACTS, timeout=5.0)
-    (tmp_path / "export.json").write_text(json.dumps(FACTS))
-    assert llama_cpp_check.main([server.url, "--export", str(tmp_path / "export.json")]) == 1
-    assert "error: the prefix is not in effect" in capsys.readouterr().err
-
-
-def test_a_server_with_a_key(server, tmp_path, monkeypatch):
-    server.key = "secret"
-    (tmp_path / "export.json").write_text(json.dumps(FACTS))
-    arguments = [server.url, "--export", str(tmp_path / "export.json")]
-    monkeypatch.delenv("LLAMA_API_KEY", raising=False)
-    assert llama_cpp_check.main(arguments) == 1
-    assert llama_cpp_check.main([*arguments, "--api-key", "another"]) == 1
-    assert llama_cpp_check.main([*arguments, "--api-key", "secret"]) == 0
-    monkeypatch.setenv("LLAMA_API_KEY", "secret")
-    assert llama_cpp_check.main(arguments) == 0

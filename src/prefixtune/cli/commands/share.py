@@ -178,5 +178,5 @@ def export(options: ExportOptions) -> None:
         # The name stands in the commands of the README and in requests.
         name = re.sub(r"[^\w.+-]+", "-", short_name(options.prefix)).lstrip("-.") or "prefix"
         facts = export_llama_cpp(prefix, backbone, folder, name=name, kv_type=options.kv_type)
-        note = f"run {folder / 'check.py'} against the server, which also answers if the prefix is not loaded"
+        note = f"{folder / 'README.md'} says how to see in an answer that the prefix is in effect"
     options.show({**facts, "folder": str(folder)}, f"{folder / facts['file']}; {note}")

@@ -2,7 +2,7 @@
 
 A state file holds tokens and, per layer, the keys and values of their cells. Here the cells are the prefix, and the
 tokens are placeholders that stand for it in every request. If the slot does not hold them, llama.cpp reads the
-placeholders as ordinary tokens, without an error: `check.py`, exported with the file, asks a running server.
+placeholders as ordinary tokens, without an error: only `timings.cache_n` of its answer tells.
 
 The backbone must have been converted to a GGUF file by llama.cpp's own tools.
 """
@@ -40,7 +40,7 @@ def export_llama_cpp(
     Args:
         prefix: Trained for a decoder-only model of one of the types of `engine.llama_state.LAYOUTS`.
         backbone: That model.
-        folder: Gets `NAME.bin` (to be restored into a slot), `ask.json`, `check.py`, `export.json` and `README.md`.
+        folder: Gets `NAME.bin` (to be restored into a slot), `ask.json`, `export.json` and `README.md`.
         name: The files' name.
         state_version: The layout's version; see `engine.llama_state.STATE_VERSIONS`.
         kv_type: The type of the cache that it will be restored into; see `engine.llama_state.KV_TYPES`.
@@ -75,7 +75,6 @@ def export_llama_cpp(
     files = {
         facts["file"]: encode_file(rows, placeholders, version=state_version, kv_type=kv_type),
         "ask.json": f"{json.dumps(ask, ensure_ascii=False)}\n".encode(),
-        "check.py": (_RESOURCES / "check.py").read_bytes(),
         README: readme.substitute(facts, backbone=facts["backbone"]["name"]).encode(),
     }
     with atomic_files(folder) as temporary:

@@ -4,13 +4,12 @@ Inputs: `input_ids` (B, T), `attention_mask` (B, S + T), `position_ids` (B, T), 
 and `.value` (B, H, S, D); outputs: `logits` (B, T, vocabulary), `present.N.key` and `.value`. B, T and S are free. The
 prefix is the first past, S = P.
 
-Every export is run once in ONNX Runtime and compared with the backbone. `run.py`, exported with the graph, shows the
-loop and needs no torch.
+Every export is run once in ONNX Runtime and compared with the backbone. examples/to_onnx.py shows the loop, which needs
+no torch.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from prefixtune.data.chat import stop_ids
 from prefixtune.data.encoding import format_of
 from prefixtune.errors import BackboneError, ConfigError, first_line
 from prefixtune.interop.export import check_exportable, check_folder, describe_origin, write_manifest
-from prefixtune.interop.onnx.run import pad, past_names, start, step
 from prefixtune.prefix.prefix import Prefix
 from prefixtune.utils.extras import needs_extra
 from prefixtune.utils.files import atomic_files
@@ -78,7 +76,7 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path) -> dict[
     Args:
         prefix: Trained for a decoder-only model.
         backbone: That model, in float32.
-        folder: Gets `model.onnx`, `past.safetensors`, the tokenizer, `run.py` and `export.json`.
+        folder: Gets `model.onnx`, `past.safetensors`, the tokenizer and `export.json`.
 
     Returns:
         What `export.json` says, with the largest difference from the backbone's logits.
@@ -97,23 +95,26 @@ def export_onnx(prefix: Prefix, backbone: Backbone, folder: str | Path) -> dict[
     facts = _list_facts(prefix, backbone)
     past = {
         name: tensor.detach().float().cpu()[None].contiguous()
-        for name, tensor in zip(past_names(facts), prefix.tensors(), strict=True)
+        for name, tensor in zip(_past_names(facts), prefix.tensors(), strict=True)
     }
     with atomic_files(Path(folder)) as temporary:
         _trace(backbone, facts, temporary / GRAPH)
-        facts["max_difference"] = _compare(runtime, temporary / GRAPH, prefix, backbone, facts, past)
+        facts["max_difference"] = _compare(runtime, temporary / GRAPH, prefix, backbone, past)
         facts["versions"] = {"torch": str(torch.__version__), "onnxruntime": runtime.__version__}
         save_file(past, temporary / PAST)
         with quiet_transformers():
             backbone.tokenizer.save_pretrained(temporary)
-        script = importlib.resources.files("prefixtune.interop.onnx") / "run.py"
-        (temporary / "run.py").write_bytes(script.read_bytes())
         write_manifest(temporary, facts)
     return facts
 
 
+def _past_names(facts: dict[str, Any]) -> list[str]:
+    """The inputs that hold the past, in order; the outputs that hold the present come in the same order."""
+    return [f"past_key_values.{index}.{part}" for index in range(facts["num_layers"]) for part in ("key", "value")]
+
+
 def _list_facts(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
-    """What `export.json` says and `run.py` reads."""
+    """What `export.json` says."""
     shapes = backbone.geometry["decoder"]
     return {
         "target": "onnx",
@@ -147,7 +148,7 @@ def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
     # Sizes that differ from each other and from 1, so that none is traced as a constant.
     rows, tokens, past_length = 2, 3, 5
     heads, size = facts["num_kv_heads"], facts["head_dim"]
-    names = past_names(facts)
+    names = _past_names(facts)
     past = [torch.zeros(rows, heads, past_length, size, device=device) for _ in names]
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     mask = torch.ones(rows, past_length + tokens, dtype=torch.long, device=device)
@@ -180,29 +181,32 @@ def _trace(backbone: Backbone, facts: dict[str, Any], path: Path) -> None:
 
 
 @torch.no_grad()
-def _compare(
-    runtime: Any, path: Path, prefix: Prefix, backbone: Backbone, facts: dict[str, Any], past: dict[str, Tensor]
-) -> float:
+def _compare(runtime: Any, path: Path, prefix: Prefix, backbone: Backbone, past: dict[str, Tensor]) -> float:
     """The largest difference between the graph's logits and the backbone's, for two texts of unequal length.
+
+    Six positions are read at once, the first text padded on the left, and then one more.
 
     Raises:
         BackboneError: It is too large to be rounding.
     """
     generator = torch.Generator().manual_seed(0)
     size = min(len(backbone.tokenizer), int(backbone.model.get_input_embeddings().weight.shape[0]))
-    prompts: list[list[int]] = [torch.randint(size, (n,), generator=generator).tolist() for n in (6, 3)]
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    ids, mask = pad(prompts, backbone.pad_id)
-    state = start(facts, {name: tensor.numpy() for name, tensor in past.items()}, mask)
-    steps = [step(lambda feed: session.run(None, feed), state, ids)]
-    following = torch.randint(size, (2, 1), generator=generator)
-    steps.append(step(lambda feed: session.run(None, feed), state, following.numpy()))
-    all_ids = torch.cat([torch.from_numpy(ids), following], dim=1).to(backbone.device)
-    all_mask = nn.functional.pad(torch.from_numpy(mask), (0, 1), value=1).to(backbone.device)
-    expected = backbone.forward(all_ids, all_mask, prefixes=prefix).logits.float().cpu()
-    logits = torch.cat([torch.from_numpy(part) for part in steps], dim=1)
-    real = all_mask.bool().cpu()
-    difference, largest = _largest(logits[real] - expected[real]), _largest(expected[real])
+    ids, mask = torch.randint(size, (2, 7), generator=generator), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    length, real = prefix.prefix_length, mask.bool()
+    whole, positions = nn.functional.pad(mask, (length, 0), value=1), length + (mask.cumsum(1) - 1).clamp(min=0)
+    state, found = {name: tensor.repeat(2, 1, 1, 1).numpy() for name, tensor in past.items()}, list[Tensor]()
+    for part in (slice(0, 6), slice(6, 7)):
+        inputs = (ids[:, part], whole[:, : length + part.stop], positions[:, part])
+        names = ("input_ids", "attention_mask", "position_ids")
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        logits, *present = session.run(None, {**feed, **state})
+        state = dict(zip(state, present, strict=True))
+        found.append(torch.from_numpy(logits))
+    device = backbone.device
+    expected = backbone.forward(ids.to(device), mask.to(device), prefixes=prefix).logits.float().cpu()
+    difference, largest = _largest(torch.cat(found, dim=1)[real] - expected[real]), _largest(expected[real])
     if not difference <= _TOLERANCE * max(largest, 1.0):
         what = f"ONNX Runtime's logits and those of {backbone.name!r} are {difference:.3g} apart, of {largest:.3g}."
         raise BackboneError(what, hint="use `prefixtune serve`, or another target.")
