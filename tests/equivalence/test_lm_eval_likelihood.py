@@ -79,6 +79,7 @@ def test_each_batch_is_reported_once_and_equal_requests_are_computed_once(tiny_b
         rows.append(input_ids.numel())
         return forward(self, input_ids, *rest, **options)
 
+    assert backbone.head, "it is found out by passes of its own, once"
     monkeypatch.setattr(type(backbone), "forward", counting)
     results = score_continuations(backbone, requests, batch_size=2, on_batch=seen.append)
     assert seen[-1] == len({one.key for one in requests}) <= len(results) == 6
@@ -97,6 +98,7 @@ def test_many_continuations_of_a_short_context_are_not_one_wide_row(tiny_backbon
         groups.extend(group.stop - group.start for group in options["packing"].groups)
         return forward(self, *rest, **options)
 
+    assert backbone.head, "it is found out by passes of its own, once"
     monkeypatch.setattr(type(backbone), "forward", watching)
     score_continuations(backbone, requests, batch_size=4)
     assert groups == [300] * 4
