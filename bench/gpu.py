@@ -149,7 +149,7 @@ def decode(plan: Plan, engine: str, texts: int) -> list[Figure]:
 def prompt(plan: Plan) -> list[Figure]:
     """Peak memory above the weights, and seconds, of one long prompt with a prefix."""
     from prefixtune.engine.config import EngineConfig
-    from prefixtune.engine.engine import Engine
+    from prefixtune.engine.engine import TorchEngine
     from prefixtune.engine.request import Request, SamplingParams
     from prefixtune.training.starts.words import from_words
 
@@ -163,7 +163,7 @@ def prompt(plan: Plan) -> list[Figure]:
     positions = length + PREFIX_LENGTH + 8
     # Room for this prompt, and not for as much as there is.
     room_mib = cache_mib(backbone, 1, positions)
-    engine = Engine(backbone, EngineConfig(num_slots=1, max_length=positions, kv_cache_mib=room_mib))
+    engine = TorchEngine(backbone, EngineConfig(num_slots=1, max_length=positions, kv_cache_mib=room_mib))
     [[output]] = engine.run([Request(ids, prefix, SamplingParams(max_new_tokens=1))])
     wait(plan.device)
     name = f"{plan.model}, {length:,} tokens"

@@ -28,10 +28,9 @@ from bench.server import Server
 from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.engine.base import Engine
-from prefixtune.engine.engine import Engine as TorchEngine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.prompts import prepare_prompts
@@ -178,7 +177,7 @@ def measure(options: argparse.Namespace, log: Log) -> Results:
 
 def make_engines(backbone: Any, gguf: str) -> list[Engine]:
     """Torch's engine on the weights in memory, and llama.cpp's on the file."""
-    torch_engine = EngineWorker(TorchEngine(backbone, num_slots=4, max_length=1024))
+    torch_engine = TorchEngine(backbone, num_slots=4, max_length=1024)
     return [torch_engine, LlamaCppEngine(backbone, gguf, num_slots=4, max_length=1024)]
 
 

@@ -36,7 +36,7 @@ from bench.turns import ratio_figures, speed_ratios, take_turns
 from prefixtune.attention.layout import cache_argument, growing_cache
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
-from prefixtune.engine import Engine, Request
+from prefixtune.engine import Request, TorchEngine
 from prefixtune.prefix.prefix import Prefix, save_prefix
 from prefixtune.training.starts.words import from_words
 
@@ -188,7 +188,7 @@ def over_http(server: Server, common: Mapping[str, Any], num_prefixes: int | Non
 
 def in_process(backbone: Backbone, prefixes: Sequence[Prefix], texts: int, new: int, length: int) -> Side:
     """The torch engine without a server."""
-    engine = Engine(backbone, num_slots=texts, max_length=length)
+    engine = TorchEngine(backbone, num_slots=texts, max_length=length)
     sampling = {"max_new_tokens": new, "min_new_tokens": new}
 
     def answer(prompts: Sequence[list[int]], index: int) -> Done:

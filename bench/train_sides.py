@@ -22,7 +22,8 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate, divide
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.prefix.encoder import PrefixEncoder
-from prefixtune.training.loop import MOST_POSITIONS, PendingStep, forward_backward
+from prefixtune.training.loop import PendingStep, forward_backward
+from prefixtune.training.score import MOST_POSITIONS
 
 BOTTLENECK_SIZE = 512
 LEARNING_RATE = 5e-4

@@ -24,8 +24,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.prefixes import load_prefix
 from prefixtune.cli.main import App, main
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.worker import EngineWorker
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.server.app import make_app
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
@@ -171,7 +170,7 @@ def upload(folder, model, one, other):
     backbone = load_backbone(model, device="cpu", dtype="float32")
     config = ServeConfig(backbone="tiny", prefixes=str(folder), num_slots=1, keys=keys(boss={"admin": True}))
     store = PrefixFolder(folder, backbone)
-    state = ServerState(config, backbone, store, EngineWorker(Engine(backbone, EngineConfig(num_slots=1))))
+    state = ServerState(config, backbone, store, TorchEngine(backbone, EngineConfig(num_slots=1)))
     app, body = make_app(state), other.read_bytes()
 
     def act():

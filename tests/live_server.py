@@ -79,11 +79,11 @@ def serve(folder, *flags, **options):
 def generate_alone(backbone, prefixes, prompt, name, **sampling):
     """The text of one request that is alone in the batch, white space around it included."""
     from prefixtune.backbone.prefixes import load_prefix
-    from prefixtune.engine.engine import Engine
+    from prefixtune.engine.engine import TorchEngine
     from prefixtune.engine.request import Request, SamplingParams
 
     prefix = None if name is None else load_prefix(prefixes / f"{name}.safetensors", backbone)
-    ((output,),) = Engine(backbone).run([Request(tuple(prompt), prefix, SamplingParams(**sampling))])
+    ((output,),) = TorchEngine(backbone).run([Request(tuple(prompt), prefix, SamplingParams(**sampling))])
     text = str(backbone.decode([token.id for token in output.tokens]))
     assert text.strip() == output.text
     return text

@@ -130,7 +130,7 @@ def main(folder):
     calls("train: again", lambda: trained("train", backbone=backbone, examples=examples))
     calls("train: a number as config", lambda: trained("no", 3))
     calls("train: nothing to resume", lambda: trained("no", resume=True))
-    calls("engine", lambda: pt.Engine((model, tokenizer), num_slots=2).config.num_slots)
+    calls("engine", lambda: pt.TorchEngine((model, tokenizer), num_slots=2).config.num_slots)
 
     form = {"prompt": "Q: {source} A:", "target": "{target}"}
     calls("a text format", lambda: written(what=None, text_format=TextFormat(**form)))
@@ -142,7 +142,7 @@ def main(folder):
     calls("Example: a number", lambda: pt.Example(3))
     calls("Prefix: no tensors", lambda: pt.Prefix({"decoder": ((1, 2),)}))
     calls("train: no target", lambda: trained("no", backbone=backbone, examples=[{"source": "a"}]))
-    calls("Engine.add: a text", lambda: pt.Engine(backbone).add("text"))
+    calls("TorchEngine.add: a text", lambda: pt.TorchEngine(backbone).add("text"))
     calls("a bare model", lambda: written(model))
     calls("no backbone", lambda: written(None))
     calls("a missing folder", lambda: written("./no/such/model"))
@@ -154,7 +154,7 @@ def main(folder):
     calls("a mistyped option", lambda: written(num_beam=2))
     calls("evaluate: a number", lambda: pt.evaluate(backbone, [3], prefix))
     calls("classify: one text", lambda: classify(backbone, "text", labels=["a", "b"]))
-    calls("Engine: a wrong option", lambda: pt.Engine(backbone, num_slot=3))
+    calls("TorchEngine: a wrong option", lambda: pt.TorchEngine(backbone, num_slot=3))
     calls("Request: a text", lambda: bool(Request("some text")))
     return calls.given
 

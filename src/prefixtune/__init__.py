@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Engine",
     "EngineConfig",
     "Example",
     "GenerateConfig",
@@ -18,6 +17,7 @@ __all__ = [
     "PrefixError",
     "PrefixWarning",
     "ServeConfig",
+    "TorchEngine",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -33,7 +33,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Engine": "engine",
     "EngineConfig": "engine",
     "Example": "data",
     "GenerateConfig": "inference.config",
@@ -42,6 +41,7 @@ _HOMES = {
     "PrefixError": "errors",
     "PrefixWarning": "errors",
     "ServeConfig": "server.settings",
+    "TorchEngine": "engine",
     "TrainConfig": "training.config",
     "evaluate": "evaluation.evaluate",
     "generate": "inference.generate",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from prefixtune.backbone.load import load_backbone
     from prefixtune.backbone.prefixes import load_prefix
     from prefixtune.data import Example
-    from prefixtune.engine import Engine, EngineConfig
+    from prefixtune.engine import EngineConfig, TorchEngine
     from prefixtune.errors import PrefixError, PrefixWarning
     from prefixtune.evaluation.evaluate import evaluate
     from prefixtune.inference.config import GenerateConfig

@@ -14,7 +14,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.engine.attention import StepAttention, attends_by_pages
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError
 from prefixtune.inference.prompts import newline_tokens
@@ -60,7 +60,7 @@ def test_a_mixed_running_batch_is_each_text_alone(name, made, requests):
     expected = [alone(backbone, request) for request in asked]
     assert len({tuple(row) for row in expected}) > len(expected) / 2, "the requests must differ"
     # Fewer slots than texts, and prompts in pieces: texts join while others are being written.
-    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    engine = TorchEngine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
     found = engine.run(asked)
     assert [ids(texts[0]) for texts in found] == expected
     assert {texts[0].finish_reason for texts in found} <= {"length", "stop"}
@@ -120,7 +120,7 @@ def test_attention_by_pages_is_attention_text_by_text(name, made, requests, monk
     monkeypatch.setattr("prefixtune.engine.model_runner.attends_by_pages", lambda _: True)
     monkeypatch.setattr("prefixtune.engine.attention.varlen_attention", lambda: watch)
     monkeypatch.setattr("prefixtune.engine.attention._PAGED_DTYPES", (torch.float32,))
-    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    engine = TorchEngine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
     for cache in engine.runner.caches:
         for buffer in (*cache.keys, *cache.values):
             buffer.fill_(float("nan"))
@@ -159,7 +159,7 @@ def test_texts_and_their_prefix_are_attended_to_together_or_alone(
         together, heads = together + len(step.together), heads + len(step.heads)
 
     monkeypatch.setattr(StepAttention, "__post_init__", spy)
-    found = Engine(backbone, EngineConfig(num_slots=16, prefill_tokens=6)).run(asked)
+    found = TorchEngine(backbone, EngineConfig(num_slots=16, prefill_tokens=6)).run(asked)
     for texts, request in zip(found, asked, strict=True):
         assert [ids(text) for text in texts] == [alone(backbone, request)] * request.n
     assert (together > 0) == (long > 1)
@@ -169,7 +169,7 @@ def test_texts_and_their_prefix_are_attended_to_together_or_alone(
 def test_a_prefix_is_in_the_pool_once(llama, random_prefix, random_ids, monkeypatch):
     """Whatever number of texts have it, and after the first one has ended."""
     prefix, few = random_prefix(llama, 70, 5).detach(), SamplingParams(max_new_tokens=NEW, min_new_tokens=NEW)
-    engine = Engine(llama, EngineConfig(num_slots=16))
+    engine = TorchEngine(llama, EngineConfig(num_slots=16))
     (cache,) = engine.runner.caches
     asked = [Request(tuple(random_ids(3, number)), prefix, few) for number in range(6)]
     expected = [alone(llama, request, min_new_tokens=NEW) for request in asked]
@@ -237,7 +237,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
         if backbone.kind == "decoder":
             # In little memory, texts wait for one another.
             patch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each)
-        engine = Engine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
+        engine = TorchEngine(backbone, EngineConfig(num_slots=num_slots, prefill_tokens=prefill_tokens))
     outputs, cancelled, expected = [], {}, {}
     prefixes = [
         random_prefix(backbone, lengths, number).detach() if lengths else None
@@ -267,7 +267,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
     assert ended.keys() == found.keys() == expected.keys()
     for key, reason in ended.items():
         assert found[key] == (expected[key][: len(found[key])] if reason == "cancelled" else expected[key])
-    assert len(engine.running_sequences()) == engine.num_waiting == 0
+    assert len(engine.snapshot().running) == engine.snapshot().waiting == 0
     for cache in engine.runner.caches:
         assert not cache.used
         assert not any(buffer.any() for buffer in (*cache.keys, *cache.values))
@@ -276,7 +276,7 @@ def test_any_schedule_gives_what_each_text_gives_alone(
 def test_bfloat16_differs_by_rounding_only(tiny_models, tiny_tokenizer, requests):
     backbone = Backbone.from_model(tiny_models("llama").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
     asked = requests(backbone, logprobs=0)
-    for request, (output,) in zip(asked, Engine(backbone).run(asked), strict=True):
+    for request, (output,) in zip(asked, TorchEngine(backbone).run(asked), strict=True):
         if not output.tokens:
             continue
         reported = torch.tensor([token.logprob for token in output.tokens])
@@ -301,7 +301,7 @@ def recomputed(backbone, request, written):
 
 def test_logprobs_are_those_of_the_whole_text_recomputed(llama, requests):
     asked = requests(llama, logprobs=3)
-    for request, (output,) in zip(asked, Engine(llama, EngineConfig(num_slots=3)).run(asked), strict=True):
+    for request, (output,) in zip(asked, TorchEngine(llama, EngineConfig(num_slots=3)).run(asked), strict=True):
         expected = recomputed(llama, request, ids(output))
         for token, row in zip(output.tokens, expected, strict=True):
             assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
@@ -317,7 +317,7 @@ def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama, reques
         *requests(llama),
         Request(tuple(random_ids(40, 1)), None, SamplingParams(prompt_logprobs=2, max_new_tokens=4), n=3),
     ]
-    engine = Engine(llama, EngineConfig(num_slots=3, prefill_tokens=6))
+    engine = TorchEngine(llama, EngineConfig(num_slots=3, prefill_tokens=6))
     engine.scheduler.max_prompt_logits = 3
     for request, outputs in zip(asked, engine.run(asked), strict=True):
         params = request.sampling
@@ -337,7 +337,7 @@ def test_a_prompts_logprobs_are_those_of_the_whole_text_recomputed(llama, reques
 
 
 def test_prompts_with_logprobs_are_computed_in_pieces_of_bounded_size(llama, random_ids):
-    engine = Engine(llama)
+    engine = TorchEngine(llama)
     engine.scheduler.max_prompt_logits = 16
     sampling = SamplingParams(prompt_logprobs=1, max_new_tokens=0)
     for seed in range(3):
@@ -360,13 +360,13 @@ def test_texts_of_a_prompt_with_nan_fail_and_no_others(llama, random_ids, random
     bad = broken(random_prefix(llama, 2, 5).detach(), float("nan"))
     sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
     asked = [Request(tuple(random_ids(6)), prefix, sampling, n=2) for prefix in (bad, None)]
-    failed, good = Engine(llama).run(asked)
+    failed, good = TorchEngine(llama).run(asked)
     assert [output.finish_reason for output in failed] == ["error", "error"]
     assert [(output.finish_reason, len(output.prompt_tokens)) for output in good] == [("length", 6)] * 2
 
 
 def test_the_longest_prompt_without_new_tokens(llama):
-    engine = Engine(llama, max_length=8)
+    engine = TorchEngine(llama, max_length=8)
     sampling = SamplingParams(prompt_logprobs=0, max_new_tokens=0)
     ((output,),) = engine.run([Request((1,) * 8, None, sampling)])
     assert len(output.prompt_tokens) == 8
@@ -401,7 +401,7 @@ def test_rules_give_what_generate_gives_with_them(name, different, made, ending,
             asked.append(Request(request.prompt, request.prefix, SamplingParams(max_new_tokens=NEW, **ours)))
             expected.append(alone(backbone, request, **theirs))
     assert len({tuple(row) for row in expected}) >= different, "the rules must change something"
-    outputs = [output for (output,) in Engine(backbone).run(asked)]
+    outputs = [output for (output,) in TorchEngine(backbone).run(asked)]
     assert [ids(output) for output in outputs] == expected
     if name == "llama":
         # The end token ends a text and is left out.
@@ -413,14 +413,14 @@ def test_a_seed_gives_one_text_whatever_runs_beside(options, llama, requests):
     rules = {"temperature": 1.0, "seed": 11, **options}
     drawn = requests(llama, **rules)[0]
     drawn = Request(drawn.prompt, drawn.prefix, drawn.sampling, n=3)
-    lonely = [ids(output) for output in Engine(llama).run([drawn])[0]]
+    lonely = [ids(output) for output in TorchEngine(llama).run([drawn])[0]]
     again = Request(drawn.prompt, drawn.prefix, drawn.sampling, n=3)
     others = [*requests(llama), *requests(llama, temperature=1.3), again]
-    mixed = Engine(llama, EngineConfig(num_slots=4, prefill_tokens=5)).run(others)[-1]
+    mixed = TorchEngine(llama, EngineConfig(num_slots=4, prefill_tokens=5)).run(others)[-1]
     assert [ids(output) for output in mixed] == lonely
     assert len({tuple(row) for row in lonely}) == 3, "each of a request's texts draws by itself"
     other = Request(drawn.prompt, drawn.prefix, SamplingParams(max_new_tokens=NEW, **{**rules, "seed": 12}))
-    assert ids(Engine(llama).run([other])[0][0]) not in lonely
+    assert ids(TorchEngine(llama).run([other])[0][0]) not in lonely
 
 
 @pytest.mark.parametrize("new", [0, 1, NEW])
@@ -441,7 +441,7 @@ def test_texts_of_one_request_compute_its_prompt_once(new, llama, random_ids, ra
 
         with monkeypatch.context() as patch:
             replace_everywhere(patch, forward_with_backend, watch)
-            engine = Engine(llama, EngineConfig(prefill_tokens=7))
+            engine = TorchEngine(llama, EngineConfig(prefill_tokens=7))
             # Another request beside, so that pieces of the prompt come with running texts.
             others = [Request((1, 2), None, SamplingParams(max_new_tokens=30, min_new_tokens=30))]
             texts = engine.run([*others, Request(prompt, prefix, rules, n=n)])[1]
@@ -470,7 +470,7 @@ def test_a_text_whose_token_cannot_be_decoded_fails_alone(llama, requests, monke
         return add(self, *tokens)
 
     monkeypatch.setattr(Detokenizer, "add", decode)
-    engine = Engine(llama, EngineConfig(num_slots=3))
+    engine = TorchEngine(llama, EngineConfig(num_slots=3))
     found = engine.run(asked)
     assert found[0][0].error == "ValueError: no such token"
     for request, (output,) in zip(asked[1:], found[1:], strict=True):
@@ -489,7 +489,7 @@ def test_a_broken_prefix_fails_its_own_request_alone(value, num_slots, llama, re
     asked = requests(llama)
     bad = Request(asked[0].prompt, broken(asked[0].prefix, value), asked[0].sampling)
     mixed = [asked[0], bad, *asked[1:]]
-    found = Engine(llama, EngineConfig(num_slots=num_slots)).run(mixed)
+    found = TorchEngine(llama, EngineConfig(num_slots=num_slots)).run(mixed)
     assert found[1][0].finish_reason == "error"
     assert "finite" in found[1][0].error
     assert found[1][0].tokens == ()
@@ -500,7 +500,7 @@ def test_a_broken_prefix_fails_its_own_request_alone(value, num_slots, llama, re
 
 def test_a_broken_prefix_leaves_nothing_when_given_up_early(llama, requests):
     long, short, beside = (requests(llama)[n] for n in (1, 4, 6))
-    engine = Engine(llama, EngineConfig(num_slots=2, prefill_tokens=4))
+    engine = TorchEngine(llama, EngineConfig(num_slots=2, prefill_tokens=4))
     bad = Request(long.prompt, broken(long.prefix, float("nan")), long.sampling)
     engine.add(bad)
     engine.add(beside)
@@ -518,7 +518,7 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama, requests):
     one, two = requests(llama)[:2]
     everything = tuple(range(llama.model.get_input_embeddings().weight.shape[0]))
     none = Request(one.prompt, None, SamplingParams(banned=everything))
-    found = Engine(llama).run([none, two])
+    found = TorchEngine(llama).run([none, two])
     assert (found[0][0].finish_reason, found[0][0].tokens) == ("error", ())
     assert ids(found[1][0]) == alone(llama, two)
 
@@ -527,7 +527,7 @@ def test_no_token_left_to_choose_fails_that_text_alone(llama, requests):
 
 
 def test_what_cannot_be_served_is_refused_before_any_work(llama, made, random_prefix, tiny_backbone):
-    engine = Engine(llama, EngineConfig(max_length=40))
+    engine = TorchEngine(llama, EngineConfig(max_length=40))
     few = SamplingParams(max_new_tokens=3)
     last = Request((1,) * 20, random_prefix(llama, 5), SamplingParams(max_new_tokens=16))
     engine.add(last)
@@ -552,14 +552,14 @@ def test_what_cannot_be_served_is_refused_before_any_work(llama, made, random_pr
         engine.add(Request((1,), random_prefix(made("gpt2"), 2)))
     assert len(finish(engine)) == 16
     with pytest.raises(BackboneError):
-        Engine(tiny_backbone("bert"))
+        TorchEngine(tiny_backbone("bert"))
     with pytest.raises(ConfigError, match=r"num_slots.*prefill_tokens"):
         EngineConfig(num_slots=0, prefill_tokens=-1)
 
 
 def test_a_run_is_all_or_nothing(llama, requests):
     first, second = requests(llama)[:2]
-    engine = Engine(llama)
+    engine = TorchEngine(llama)
     with pytest.raises(PrefixError):
         engine.run([first, Request((10_000,))])
     assert not engine.busy
@@ -575,27 +575,27 @@ def test_a_prefix_of_other_weights_is_refused(llama, tiny_backbone, random_prefi
     other = tiny_backbone("llama", seed=1)
     prefix = Prefix(random_prefix(other, 3).layers, make_header(other))
     with pytest.raises(BackboneError, match="other weights"):
-        Engine(llama).add(Request((1,), prefix))
+        TorchEngine(llama).add(Request((1,), prefix))
     few = SamplingParams(max_new_tokens=3)
     allowed = load_prefix(prefix, llama, allow_other_backbone=True)
-    assert Engine(llama).run([Request((1,), allowed, few)])
-    assert Engine(other).run([Request((1,), prefix, few)])
+    assert TorchEngine(llama).run([Request((1,), allowed, few)])
+    assert TorchEngine(other).run([Request((1,), prefix, few)])
 
 
 def test_a_model_on_several_devices_is_refused(tiny_models, tiny_tokenizer):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "spread")
     backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
     with pytest.raises(BackboneError, match="'spread' is on 2 devices") as error:
-        Engine(backbone)
+        TorchEngine(backbone)
     assert "`generate`" in error.value.hint
     # Where the CPU keeps what does not fit, all runs on one.
     backbone.model.hf_device_map = {"model.embed_tokens": 0, "model.norm": "cuda:0", "model.layers": "disk"}
     backbone.model.hf_device_map["lm_head"] = torch.device("cpu")
-    assert Engine(backbone).run([Request((1,), sampling=SamplingParams(max_new_tokens=2))])
+    assert TorchEngine(backbone).run([Request((1,), sampling=SamplingParams(max_new_tokens=2))])
 
 
 def test_a_model_that_runs_a_layer_several_times_is_refused(tiny_tokenizer):
     backbone = Backbone.from_model(make_tiny("hrm_text", tiny_tokenizer), tiny_tokenizer, "tiny-looped")
     assert backbone.layout.repeats
     with pytest.raises(BackboneError, match="runs a layer several times in one pass"):
-        Engine(backbone)
+        TorchEngine(backbone)

@@ -11,7 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.batching import collate
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import BackboneError, ContextLengthError
 from prefixtune.inference.config import GenerateConfig
@@ -26,7 +26,7 @@ def test_a_long_text_goes_beyond_the_farthest_distance_of_a_bias(made, requests)
     farthest = backbone.model.config.relative_attention_max_distance
     new = farthest + 20
     for request in requests(backbone, max_new_tokens=new, min_new_tokens=new)[:1]:
-        (output,) = Engine(backbone).run([request])[0]
+        (output,) = TorchEngine(backbone).run([request])[0]
         assert len(output.tokens) == new
         assert ids(output) == alone(backbone, request, min_new_tokens=new)
 
@@ -49,7 +49,7 @@ def test_the_encoder_reads_a_request_of_many_texts_once(name, num_slots, made, r
     # With two slots, texts of a request get theirs one after the other, as the first one is short.
     short = Request((5, 6), sampling=SamplingParams(max_new_tokens=2))
     asked = [short, *requests(backbone, n=3, temperature=1.0, seed=5, min_new_tokens=NEW)]
-    lonely = [[ids(output) for output in Engine(backbone).run([request])[0]] for request in asked]
+    lonely = [[ids(output) for output in TorchEngine(backbone).run([request])[0]] for request in asked]
     read = []
     encode = run_encoder
 
@@ -58,7 +58,7 @@ def test_the_encoder_reads_a_request_of_many_texts_once(name, num_slots, made, r
         return encode(model, layout, input_ids, prefix)
 
     replace_everywhere(monkeypatch, run_encoder, watch)
-    found = Engine(backbone, EngineConfig(num_slots=num_slots)).run(asked)
+    found = TorchEngine(backbone, EngineConfig(num_slots=num_slots)).run(asked)
     assert [[ids(output) for output in texts] for texts in found] == lonely
     assert sorted(read) == sorted(len(request.prompt) for request in asked)
 
@@ -67,21 +67,21 @@ def test_a_forced_first_token_comes_first(tiny_backbone, requests):
     backbone = tiny_backbone("mbart")
     backbone.model.generation_config.forced_bos_token_id = 7
     for request in requests(backbone)[:3]:
-        (output,) = Engine(backbone).run([request])[0]
+        (output,) = TorchEngine(backbone).run([request])[0]
         assert ids(output)[0] == 7
         assert ids(output) == alone(backbone, request)
 
 
 def test_bfloat16_runs(tiny_models, tiny_tokenizer, requests):
     backbone = Backbone.from_model(tiny_models("t5").to(torch.bfloat16), tiny_tokenizer, "tiny-bf16")
-    for texts in Engine(backbone).run(requests(backbone)):
+    for texts in TorchEngine(backbone).run(requests(backbone)):
         assert texts[0].finish_reason in ("stop", "length")
 
 
 def test_too_long_a_source_or_text_is_refused(made, random_ids, random_prefix):
     backbone = made("bart", max_position_embeddings=40)
     limit = backbone.max_positions
-    engine = Engine(backbone)
+    engine = TorchEngine(backbone)
     with pytest.raises(ContextLengthError):
         engine.add(Request(tuple(random_ids(limit + 1)), None, SamplingParams(max_new_tokens=5)))
     with pytest.raises(ContextLengthError):
@@ -105,7 +105,7 @@ def test_a_source_that_cannot_be_read_fails_its_step_alone(made, requests, monke
         return encode(model, layout, input_ids, prefix)
 
     replace_everywhere(monkeypatch, run_encoder, watch)
-    found = [texts[0] for texts in Engine(backbone, EngineConfig(num_slots=3)).run(asked)]
+    found = [texts[0] for texts in TorchEngine(backbone, EngineConfig(num_slots=3)).run(asked)]
     failed = [output for output in found if output.finish_reason == "error"]
     assert found[1] in failed
     assert len(failed) <= 3
@@ -116,13 +116,13 @@ def test_a_source_that_cannot_be_read_fails_its_step_alone(made, requests, monke
 
 def test_what_cannot_write_side_by_side_is_refused(tiny_backbone):
     with pytest.raises(BackboneError, match="is an encoder"):
-        Engine(tiny_backbone("bert"))
+        TorchEngine(tiny_backbone("bert"))
     # Its decoder works positions out from the row.
     with pytest.raises(BackboneError, match="several texts in one row"):
-        Engine(tiny_backbone("m2m_100"))
+        TorchEngine(tiny_backbone("m2m_100"))
     # Its experts take so many tokens of a row, and what is beyond passes them by.
     with pytest.raises(BackboneError):
-        Engine(tiny_backbone("switch_transformers"))
+        TorchEngine(tiny_backbone("switch_transformers"))
 
 
 def test_texts_do_not_compete_for_experts(tiny_tokenizer, random_ids):

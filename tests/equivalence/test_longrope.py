@@ -8,7 +8,7 @@ from prefixtune.backbone.loss import batch_loss
 from prefixtune.data.batching import pack, pad
 from prefixtune.data.encoding import TokenizedExample
 from prefixtune.data.examples import Example
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import ConfigError, ContextLengthError, RequestError
 from prefixtune.evaluation.evaluate import evaluate
@@ -88,9 +88,9 @@ def test_a_prefix_is_for_the_original_length(phi3, prefix, random_ids):
 
 
 def test_the_engine_is_for_the_original_length(phi3, random_ids):
-    engine = Engine(phi3)
+    engine = TorchEngine(phi3)
     assert engine.max_length == LIMIT
     with pytest.raises(ContextLengthError):
         engine.add(Request(tuple(random_ids(40)), sampling=SamplingParams(max_new_tokens=2)))
     with pytest.raises(ContextLengthError):
-        Engine(phi3, max_length=20).add(Request(tuple(random_ids(40)), sampling=SamplingParams(max_new_tokens=2)))
+        TorchEngine(phi3, max_length=20).add(Request(tuple(random_ids(40)), sampling=SamplingParams(max_new_tokens=2)))

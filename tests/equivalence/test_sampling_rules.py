@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 
 from engine_runs import EvenNumbers, alone, drawn, ids
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 
 NEW = 12
@@ -62,7 +62,7 @@ def test_rules_in_one_running_batch_are_transformers_and_generates(made, random_
         for number, rules in enumerate(RULES)
         for prefix in prefixes
     ]
-    outputs = Engine(backbone, EngineConfig(num_slots=7, prefill_tokens=6)).run(requests)
+    outputs = TorchEngine(backbone, EngineConfig(num_slots=7, prefill_tokens=6)).run(requests)
     texts = [ids(output) for (output,) in outputs]
     assert texts == [expected_text(backbone, request) for request in requests]
     # The rules change something.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefixtune.backbone.backbone import Backbone
-from prefixtune.engine import Engine, EngineConfig, Request, SamplingParams
+from prefixtune.engine import EngineConfig, Request, SamplingParams, TorchEngine
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate, generate_ids, stream
 from prefixtune.prefix.compose import concatenate
@@ -104,7 +104,7 @@ def compute():
         prefixes = make_prefixes(backbone)
         requests = make_requests(backbone)
         # Fewer slots than texts, and prompts in pieces: they join while others are being written.
-        engine = Engine(backbone, EngineConfig(num_slots=6, prefill_tokens=16))
+        engine = TorchEngine(backbone, EngineConfig(num_slots=6, prefill_tokens=16))
         for request, texts in zip(requests, engine.run(requests), strict=True):
             for index, text in enumerate(texts):
                 result[f"{name} engine {request.id} {index}"] = describe(text)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixtune.engine import Engine, Request, SamplingParams
+from prefixtune.engine import Request, SamplingParams, TorchEngine
 from prefixtune.inference.config import GenerateConfig
 from prefixtune.inference.generate import generate_ids
 from prefixtune.sampling.grammar import compile_json_schema
@@ -25,7 +25,7 @@ def compute():
             Request(prompt, prefix, SamplingParams(max_new_tokens=30), grammar=grammar)
             for prompt, prefix in zip(make_prompts(), make_prefixes(backbone), strict=False)
         ]
-        for number, (text,) in enumerate(Engine(backbone, num_slots=2).run(requests)):
+        for number, (text,) in enumerate(TorchEngine(backbone, num_slots=2).run(requests)):
             result[f"{name} engine {number}"] = describe(text)
         config = GenerateConfig(max_new_tokens=30, response_schema=SCHEMA)
         prompts, prefixes = [request.prompt for request in requests], [request.prefix for request in requests]

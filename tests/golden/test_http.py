@@ -16,8 +16,7 @@ from asgi_client import bearer, send
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import make_header
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.worker import EngineWorker
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.prefix.prefix import save_prefix
 from prefixtune.server.app import make_app
 from prefixtune.server.auth import hash_key
@@ -389,8 +388,8 @@ class Servers:
             **{"max_tokens": 64, "default_max_tokens": 4, "max_texts": 4, "max_joined_prefixes": 2, "max_body_kib": 64,
                "max_file_mib": 1, **options},
         )  # fmt: skip
-        engine = Engine(self.backbone, EngineConfig(num_slots=4))
-        state = ServerState(config, self.backbone, PrefixFolder(folder, self.backbone), EngineWorker(engine))
+        engine = TorchEngine(self.backbone, EngineConfig(num_slots=4))
+        state = ServerState(config, self.backbone, PrefixFolder(folder, self.backbone), engine)
         self.states.append(state)
         return make_app(state), state
 

@@ -6,7 +6,7 @@ import torch
 from bench.models import save_model
 from prefixtune.backbone.load import load_backbone
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import RequestError
 
@@ -41,7 +41,7 @@ def test_a_batch_of_mixed_prefixes_is_each_text_alone(family, device, placed, ra
         )
         for length, P in ((7, 6), (30, 0), (2, 3), (14, 6), (5, 1))
     ]
-    engine = Engine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
+    engine = TorchEngine(backbone, EngineConfig(num_slots=3, prefill_tokens=6))
     assert tokens(engine, requests) == [recomputed(backbone, request) for request in requests]
 
 
@@ -57,7 +57,7 @@ def test_quantized_weights_are_near_the_full_ones(device, tmp_path, random_prefi
 def test_a_prompt_without_room_is_refused_and_the_engine_goes_on(device, placed, random_prefix):
     backbone = placed("llama", device, max_position_embeddings=100_000)
     prefix = random_prefix(backbone, 4).detach().to(device=device)
-    engine = Engine(backbone, EngineConfig(num_slots=2, kv_cache_mib=1))
+    engine = TorchEngine(backbone, EngineConfig(num_slots=2, kv_cache_mib=1))
     short = Request((5, 6, 7), prefix, SAMPLING)
     [before] = tokens(engine, [short])
     with pytest.raises(RequestError):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from live_server import MODEL, fill_folder, serve
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import load_prefix
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import ConfigError, RequestError
 from prefixtune.inference.config import GenerateConfig
@@ -85,7 +85,7 @@ def test_one_running_batch_follows_every_schema_and_is_generates(backbone, folde
         Request(prompt, None, drawn, grammar=grammar, n=3),
         Request(prompt, None, SamplingParams(max_new_tokens=200, frequency_penalty=2), grammar=grammar),
     ]
-    engine = Engine(backbone)
+    engine = TorchEngine(backbone)
     outputs = engine.run(requests)
     for request, texts in zip(requests, outputs, strict=True):
         for output in texts:
@@ -184,7 +184,7 @@ def test_a_schema_that_becomes_too_complex_is_the_requests_fault(backbone):
         "additionalProperties": False,
     }
     grammar = compile_json_schema(backbone, schema)
-    first, second = Engine(backbone).run([Request((5, 6), grammar=grammar), Request((5, 6))])
+    first, second = TorchEngine(backbone).run([Request((5, 6), grammar=grammar), Request((5, 6))])
     assert (first[0].finish_reason, first[0].refused) == ("error", True)
     assert "cannot go on by its JSON schema: " in first[0].error
     assert (second[0].finish_reason, second[0].refused) == ("length", False)

@@ -23,7 +23,7 @@ from prefixtune.backbone.load import load_backbone
 from prefixtune.backbone.packaged import packaged_gguf
 from prefixtune.backbone.prefixes import load_prefix, make_header
 from prefixtune.backbone.shapes import StoredWeights, load_shapes
-from prefixtune.engine import Engine
+from prefixtune.engine import TorchEngine
 from prefixtune.engine.gguf import find_gguf
 from prefixtune.engine.llama_cpp import LlamaCppEngine
 from prefixtune.engine.remote_server import RemoteServer
@@ -100,7 +100,7 @@ def test_mixed_prefixes_give_the_torch_engines_tokens(engine, torch_backbone, pr
             for prefix in (*prefixes, None)
         ]
 
-    wanted = [outputs[0] for outputs in Engine(torch_backbone, num_slots=4).run(requests())]
+    wanted = [outputs[0] for outputs in TorchEngine(torch_backbone, num_slots=4).run(requests())]
     # The second time, slots hold prefixes already.
     for _ in range(2):
         found = [outputs[0] for outputs in submit(engine, requests())]
@@ -156,7 +156,7 @@ def test_commands_take_it(gguf, torch_backbone, prefixes, tmp_path):
 def test_logprobs_stops_seeds_and_several_texts(engine, torch_backbone):
     prompt = tuple(torch_backbone.encode(ASKED[3]))
     greedy = Request(prompt, None, SamplingParams(max_new_tokens=4, logprobs=2))
-    (found,), (wanted,) = submit(engine, [greedy])[0], Engine(torch_backbone, num_slots=1).run([greedy])[0]
+    (found,), (wanted,) = submit(engine, [greedy])[0], TorchEngine(torch_backbone, num_slots=1).run([greedy])[0]
     for one, other in zip(found.tokens, wanted.tokens, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=0.02)
         assert [token for token, _ in one.top_logprobs] == [token for token, _ in other.top_logprobs]

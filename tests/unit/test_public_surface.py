@@ -10,7 +10,7 @@ import prefixtune as pt
 
 FUNCTIONS = ("evaluate", "generate", "load", "load_backbone", "load_prefix", "save_prefix", "train")
 CONFIGURATIONS = ("EngineConfig", "GenerateConfig", "ServeConfig", "TrainConfig")
-CLASSES = ("Engine", "Example", "Model", "Prefix", "PrefixError")
+CLASSES = ("Example", "Model", "Prefix", "PrefixError", "TorchEngine")
 OTHERS = ("PrefixWarning", "__version__")
 
 

@@ -110,9 +110,9 @@ MESSAGES = {
     "Example: a number": ("DataError", ""),
     "Prefix: no tensors": ("ConfigError", ""),
     "train: no target": ("DataError", ""),
-    "Engine.add: a text": ("RequestError", ""),
+    "TorchEngine.add: a text": ("RequestError", ""),
     "classify: one text": ("RequestError", ""),
-    "Engine: a wrong option": ("ConfigError", "num_slots"),
+    "TorchEngine: a wrong option": ("ConfigError", "num_slots"),
     "Request: a text": ("RequestError", ""),
 }
 """Calls that are wrong: the error's class, and what its text must name."""

@@ -4,16 +4,20 @@ Every step computes the next token of all running sequences, and pieces of new p
 row. Requests join and leave between steps; each has its own prefix, or none. An encoder-decoder reads a request's
 prompt with its encoder when the request gets a slot. Sequences of one request share what was computed of its prompt.
 
-    engine = Engine(backbone)
+    engine = TorchEngine(backbone)
     engine.add(Request(prompt, prefix))
     while engine.busy:
         for output in engine.step():
             print(output.text)
 
-`add` and `cancel` may be called from any thread; `step` from one at a time. Only a step touches keys and values.
+Who calls `submit` instead gets outputs through a callback: the engine then computes steps in a thread of its own, and
+nobody else may call `step`. All else may be called from any thread. Only a step touches keys and values.
 
 Memory for keys and values is taken once, at the start. A request waits until there is room for all that it may need;
 one that never fits is refused. So no step runs out of it.
+
+If the engine itself fails, all requests end with `error`, and it accepts no more: whoever runs it ends the process,
+which a supervisor starts again.
 
 In float32 a greedy text is the same alone and in any mix, token for token. In bfloat16, sums round differently when a
 product has other rows as well, which may decide a close choice between two tokens differently.
@@ -22,9 +26,14 @@ product has other rows as well, which may decide a close choice between two toke
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -32,10 +41,11 @@ from torch import Tensor
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.load import BackboneLike, as_backbone
-from prefixtune.engine.base import Limits, RunningSequence
+from prefixtune.engine import base
+from prefixtune.engine.base import Receive, RunningSequence, Snapshot
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.model_runner import ModelRunner
-from prefixtune.engine.request import FinishReason, Request, SequenceOutput, Token, join_outputs
+from prefixtune.engine.request import EngineFull, FinishReason, Request, SequenceOutput, Token, join_outputs
 from prefixtune.engine.sampler import NOT_FINITE, logprobs_of, sample
 from prefixtune.engine.scheduler import ScheduledSequence, Scheduler
 from prefixtune.engine.sequence import TokenSequence
@@ -49,9 +59,29 @@ _CPU_PREFILL_TOKENS, _GPU_PREFILL_TOKENS = 256, 2048
 """Of prompts in a step, by default."""
 
 _log = logging.getLogger(__name__)
+R = TypeVar("R")
 
 
-class Engine(Limits):
+@dataclass(eq=False)
+class _Entry:
+    """A request that has not ended.
+
+    Attributes:
+        sequences: Its texts.
+        open: Which of them have not told that they have ended.
+        receive: Takes its outputs; None: `step` returns them.
+        deadline: When it must be done, by the monotonic clock.
+        cancelled: Why it ends before the next step; None: it goes on.
+    """
+
+    sequences: Sequence[TokenSequence]
+    open: set[int]
+    receive: Receive | None
+    deadline: float
+    cancelled: FinishReason | None = None
+
+
+class TorchEngine(base.Engine):
     """Continuous batching over one frozen model, decoder-only or encoder-decoder.
 
     Args:
@@ -60,6 +90,7 @@ class Engine(Limits):
         **options: Fields of `EngineConfig`, instead of `config`.
 
     Attributes:
+        name: `torch`.
         backbone: The model that runs.
         max_length: Most positions of a text (see `EngineConfig`); no more than memory has room for.
         prefill_tokens: Most prompt tokens of a step beside running texts.
@@ -73,7 +104,7 @@ class Engine(Limits):
     def __init__(
         self, backbone: BackboneLike, config: EngineConfig | Mapping[str, Any] | None = None, **options: Any
     ) -> None:
-        self.config = EngineConfig.from_arguments(config, options)
+        self.name, self.config = "torch", EngineConfig.from_arguments(config, options)
         backbone = as_backbone(backbone)
         _check_generates(backbone)
         self.backbone = backbone
@@ -92,29 +123,65 @@ class Engine(Limits):
         self.prefill_tokens = self.config.prefill_tokens or (_CPU_PREFILL_TOKENS if on_cpu else _GPU_PREFILL_TOKENS)
         self.scheduler = Scheduler(self.config.num_slots, self.prefill_tokens, max_prompt_logits)
         self.batch_size = 0
-        self._sequences: dict[str, list[TokenSequence]] = {}
-        self._lock = threading.Lock()
-        self._cancelled: dict[str, FinishReason] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._calls: deque[tuple[Future[Any], Callable[[Backbone], Any]]] = deque()
+        self._steps = self._texts = self._tokens = 0
+        self._closing = False
+        # Guards the requests and calls.
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request, receive: Receive | None = None, deadline: float | None = None) -> None:
+        """Queue a request, for `step`.
 
         Raises:
             ContextLengthError: It needs more positions than the model has, or more than memory has room for.
             RequestError: It has tokens that the model does not have, or its id is in use.
             BackboneError: Its prefix does not fit the backbone, or was trained for other weights.
+            EngineFull: The engine is closed or has failed.
         """
         self.check(request)
-        with self._lock:
-            if request.id in self._sequences:
+        with self._changed:
+            self._check_accepting()
+            if request.id in self._entries:
                 raise RequestError(f"a request {request.id!r} is running already.", hint="give each its own id.")
             first = (self.backbone.decoder_start_id, self.backbone.forced_bos_id) if self.runner.has_encoder else ()
             detokenizers = [request.detokenizer(self.backbone) for _ in range(request.n)]
             sequences = [TokenSequence(request, index, one, *first) for index, one in enumerate(detokenizers)]
-            self._sequences[request.id] = sequences
+            end = math.inf if deadline is None else time.monotonic() + deadline
+            self._entries[request.id] = _Entry(sequences, set(range(request.n)), receive, end)
             self.scheduler.add(sequences)
+            self._changed.notify_all()
+
+    def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
+        """Submit a request to the engine's thread (see `base.Engine`)."""
+        self.add(request, receive, deadline)
+        self._start()
+
+    def call(self, work: Callable[[Backbone], R]) -> Future[R]:
+        """Let the model do something else between two steps; the running texts wait meanwhile, so it should be short.
+
+        Args:
+            work: Called with the engine's backbone, in the engine's thread. Of several, one is called before each step.
+
+        Raises:
+            EngineFull: The engine is closed or has failed.
+        """
+        future: Future[R] = Future()
+        with self._changed:
+            self._check_accepting()
+            self._calls.append((future, work))
+            self._changed.notify_all()
+        self._start()
+        return future
+
+    def _check_accepting(self) -> None:
+        """Refuse work that would never be done; the lock is held."""
+        if self.failed or self._closing:
+            why = "has failed" if self.failed else "is being closed"
+            raise EngineFull(f"the engine {why} and accepts no more requests.", hint="start it again.")
 
     def check(self, request: Request) -> None:
         """Refuse what the engine cannot run; in a step, it could fail other requests.
@@ -132,25 +199,44 @@ class Engine(Limits):
 
     def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """Cancel a request: its slots are free before the next step. Unknown ids are ignored."""
-        with self._lock:
-            if request_id in self._sequences:
-                self._cancelled.setdefault(request_id, reason)
+        with self._changed:
+            if entry := self._entries.get(request_id):
+                entry.cancelled = entry.cancelled or reason
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Cancel what still runs, and stop (see `base.Engine`)."""
+        with self._changed:
+            self._closing = True
+            self._refuse_calls("the engine is being closed.")
+            for entry in self._entries.values():
+                entry.cancelled = entry.cancelled or "cancelled"
+            self._changed.notify_all()
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join(base.CLOSE_SECONDS)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are computed: the engine is not closed, has not failed, and its thread has not ended."""
+        return not (self.failed or self._closing) and (self._thread is None or self._thread.is_alive())
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to compute."""
-        return bool(self._sequences)
+        return bool(self._entries)
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self.scheduler.waiting)
+    def num_unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._entries)
 
-    def running_sequences(self) -> tuple[RunningSequence, ...]:
-        """The sequences that have a slot, by slot."""
-        with self._lock:
-            running = sorted(self.scheduler.running, key=lambda s: s.slot)
-            return tuple(RunningSequence(s.slot, s.request, s.num_new_tokens) for s in running)
+    def snapshot(self) -> Snapshot:
+        """What the engine is doing now, and its counters."""
+        with self._changed:
+            slots = sorted(self.scheduler.running, key=lambda s: s.slot)
+            running = tuple(RunningSequence(s.slot, s.request, s.num_new_tokens) for s in slots)
+            waiting = len(self.scheduler.waiting)
+            return Snapshot(running, waiting, steps=self._steps, texts=self._texts, tokens=self._tokens)
 
     def run(self, requests: Sequence[Request]) -> list[list[SequenceOutput]]:
         """Run requests to their end, in an engine that has no others.
@@ -177,9 +263,8 @@ class Engine(Limits):
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self) -> list[SequenceOutput]:
-        """Compute one step; returns its outputs.
+        """Compute one step; returns the outputs of requests that were added and not submitted.
 
         A text whose logits are not finite ends with `error`, and the others go on. If the model fails, all running
         texts end so.
@@ -187,8 +272,13 @@ class Engine(Limits):
         Raises:
             Exception: The model has failed on a GPU, whose state is unknown then: no later step would work.
         """
+        return self._deliver(self._step())
+
+    @torch.inference_mode()
+    def _step(self) -> list[SequenceOutput]:
+        """A step; requests that end with it still have their entries."""
         outputs = self._end_cancelled()
-        with self._lock:
+        with self._changed:
             admitted = self.scheduler.admit(self.runner.take_room)
         try:
             self._compute(admitted, outputs)
@@ -198,6 +288,8 @@ class Engine(Limits):
             _log.exception("a step failed, and with it the running texts")
             reason = f"{type(error).__name__}: {error}"
             outputs += [self._finish(s, "error", error=reason) for s in list(self.scheduler.running)]
+        self._steps += bool(self.batch_size)
+        self._texts += self.batch_size
         return outputs
 
     def _compute(self, admitted: Sequence[TokenSequence], outputs: list[SequenceOutput]) -> None:
@@ -269,21 +361,103 @@ class Engine(Limits):
         request_id = sequence.request.id
         # Without the lock, for which callers wait: wiping can take a while.
         self.runner.give_room_back(sequence)
-        with self._lock:
+        with self._changed:
             sequence.finish_reason = reason
             self.scheduler.release(sequence)
-            if all(other.finish_reason for other in self._sequences[request_id]):
-                del self._sequences[request_id]
-                self._cancelled.pop(request_id, None)
         prompt_tokens = sequence.take_prompt_tokens() if reason in ("stop", "length") else ()
         return SequenceOutput(request_id, sequence.index, tokens, text, reason, prompt_tokens=prompt_tokens, **why)
 
     def _end_cancelled(self) -> list[SequenceOutput]:
-        """End the sequences of cancelled requests."""
-        with self._lock:
-            cancelled = dict(self._cancelled)
-            sequences = [s for name in cancelled for s in self._sequences[name] if s.finish_reason is None]
-        return [self._finish(sequence, cancelled[sequence.request.id]) for sequence in sequences]
+        """End the sequences of cancelled requests, and of those whose deadline has passed."""
+        now = time.monotonic()
+        with self._changed:
+            ended = [
+                (sequence, entry.cancelled or "timeout")
+                for entry in self._entries.values()
+                if entry.cancelled or entry.deadline <= now
+                for sequence in entry.sequences
+                if sequence.finish_reason is None
+            ]
+        return [self._finish(sequence, reason) for sequence, reason in ended]
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="prefixtune-engine", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self.backbone.device.type == "cuda":
+                # The current device is a thread's own.
+                torch.cuda.set_device(self.backbone.device)
+            while self._wait_for_work():
+                self._do_call()
+                if self.busy:
+                    self.step()
+        except BaseException as error:
+            _log.exception("the engine failed")
+            self._fail(f"the engine failed ({type(error).__name__}).")
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to compute; False: the thread ends."""
+        with self._changed:
+            while not (self.busy or self._calls):
+                if self._closing:
+                    return False
+                self._changed.wait()
+            return True
+
+    def _do_call(self) -> None:
+        """Do the first of the waiting calls, if there is one."""
+        with self._changed:
+            if not self._calls:
+                return
+            future, work = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = work(self.backbone)
+        except BaseException as error:
+            future.set_exception(error)
+            # As in a step: a GPU that failed computes nothing more.
+            if self.backbone.device.type != "cpu" and not isinstance(error, PrefixError | torch.OutOfMemoryError):
+                raise
+        else:
+            future.set_result(result)
+
+    def _refuse_calls(self, why: str) -> None:
+        """End the waiting calls; the lock is held."""
+        for future, _ in self._calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineFull(why, hint="use another replica."))
+        self._calls.clear()
+
+    def _deliver(self, outputs: Sequence[SequenceOutput]) -> list[SequenceOutput]:
+        """Count outputs, and give them to who submitted their requests; the others are returned."""
+        with self._changed:
+            found = [(self._entries[output.request_id], output) for output in outputs]
+            for entry, output in found:
+                self._tokens += len(output.tokens)
+                if output.finish_reason is not None:
+                    entry.open.discard(output.index)
+                    if not entry.open:
+                        del self._entries[output.request_id]
+        for entry, output in found:
+            if entry.receive is not None:
+                self._give(entry, output)
+        return [output for entry, output in found if entry.receive is None]
+
+    def _fail(self, why: str) -> None:
+        """End all requests, and accept no more."""
+        with self._changed:
+            self.failed = True
+            self._refuse_calls(why)
+            texts = [(name, index) for name, entry in self._entries.items() for index in sorted(entry.open)]
+        self._deliver([SequenceOutput(name, index, (), "", "error", why, engine_crashed=True) for name, index in texts])
+        self.on_failure()
 
 
 def _add_prompt_logprobs(logits: Float[Tensor, "R V"], scheduled: Sequence[ScheduledSequence]) -> list[TokenSequence]:

@@ -13,9 +13,8 @@ from prefixtune.backbone.prefixes import PrefixLike, as_prefix, load_prefix
 from prefixtune.data.chat import Source
 from prefixtune.data.encoding import TextFormatLike, as_text_format, check_texts
 from prefixtune.engine.base import Engine
-from prefixtune.engine.engine import Engine as TorchEngine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token, join_outputs
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import BackboneError, ConfigError, PrefixError, RequestError, short_repr
 from prefixtune.inference.beams import search, seed_of
 from prefixtune.inference.config import GenerateConfig, texts_at_once
@@ -159,7 +158,7 @@ def backbone_of(engine: Engine | None, backbone: Backbone) -> Backbone:
     if engine is None:
         return backbone
     if not isinstance(engine, Engine) or not fingerprints_match(engine.backbone.fingerprint, backbone.fingerprint):
-        hint = "open one of this backbone; of a `prefixtune.Engine`, EngineWorker(engine)."
+        hint = "open one of this backbone; such as `TorchEngine(backbone)`."
         raise ConfigError(f"engine is {short_repr(engine)}, no open engine of {backbone.name!r}.", hint=hint)
     return engine.backbone
 
@@ -228,8 +227,8 @@ def write(
         what = f"{backbone.name!r} writes by no JSON schema, as the engine cannot run it here."
         raise ConfigError(what, hint="leave it out.")
     if torch_engine is not None:
-        with EngineWorker(torch_engine) as worker:
-            yield from _ask(worker, prompts, mixed, config)
+        with torch_engine:
+            yield from _ask(torch_engine, prompts, mixed, config)
     for number, ids in search(backbone, prompts, apart, config):
         text = Detokenizer(backbone.decode, config.stop)
         pieces = []

@@ -107,9 +107,8 @@ def _load(config: ServeConfig, console: Console) -> ServerState:
 
 def _start_torch(config: ServeConfig, console: Console) -> Engine:
     from prefixtune.backbone.load import load_backbone
-    from prefixtune.engine import engine as torch_engine
     from prefixtune.engine.config import EngineConfig
-    from prefixtune.engine.worker import EngineWorker
+    from prefixtune.engine.engine import TorchEngine
     from prefixtune.sampling.grammar import grammar_tokenizer
 
     console.info(f"loading {config.backbone} ...")
@@ -118,11 +117,11 @@ def _start_torch(config: ServeConfig, console: Console) -> Engine:
     same = ("num_slots", "max_length", "prefill_tokens", "kv_cache_mib")
     engine_config = EngineConfig(**{name: getattr(config, name) for name in same})
     # Callers see this name: it must not be a path.
-    engine = torch_engine.Engine(replace(backbone, name=config.model_id), engine_config)
+    engine = TorchEngine(replace(backbone, name=config.model_id), engine_config)
     # Made for the first JSON schema, it would stop all streams for a second. If it fails, that schema is refused.
     with contextlib.suppress(PrefixError):
         grammar_tokenizer(engine.backbone)
-    return EngineWorker(engine)
+    return engine
 
 
 def _start_other(config: ServeConfig, console: Console) -> Engine:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.kv_cache import KVCache
 from prefixtune.engine.model_runner import PAGE
 from prefixtune.engine.request import Request, SamplingParams
@@ -94,7 +94,7 @@ def scarce(backbone, positions, monkeypatch, **options):
     """An engine with room for so many positions."""
     each = sum(shape.size for site in ("decoder", "cross") for shape in backbone.geometry.get(site, ()))
     monkeypatch.setattr("prefixtune.engine.model_runner.free_memory", lambda _: 2 * positions * each * 4)
-    return Engine(backbone, **options)
+    return TorchEngine(backbone, **options)
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
@@ -104,13 +104,13 @@ def test_a_text_waits_for_room_and_what_never_fits_is_refused(name, tiny_backbon
     assert [cache.num_positions for cache in engine.runner.caches] == [64] * len(engine.runner.caches)
     few = SamplingParams(max_new_tokens=11, min_new_tokens=11)
     asked = [Request((1, 2, 3) * 5, None, few) for _ in range(7)]
-    expected = Engine(backbone).run([asked[0]])[0][0].tokens
+    expected = TorchEngine(backbone).run([asked[0]])[0][0].tokens
     for request in asked:
         engine.add(request)
     most, found = 0, []
     while engine.busy:
         found += [token for output in engine.step() for token in output.tokens]
-        most = max(most, len(engine.running_sequences()))
+        most = max(most, len(engine.snapshot().running))
         assert all(len(cache.used) <= 4 for cache in engine.runner.caches)
     # 25 positions each of an encoder-less model, two pages; 15 and 11 of the other, a page each.
     assert most == (2 if name == "llama" else 4)
@@ -135,12 +135,12 @@ def test_a_lack_of_memory_is_told_before_any_text_is_computed(tiny_backbone, mon
 
 
 def test_the_pool_has_the_size_that_is_said(tiny_backbone):
-    engine = Engine(tiny_backbone("llama"), kv_cache_mib=1)
+    engine = TorchEngine(tiny_backbone("llama"), kv_cache_mib=1)
     (cache,) = engine.runner.caches
     each = sum(shape.size for shape in engine.backbone.geometry["decoder"]) * 4
     assert 2**20 - PAGE * each < cache.num_positions * each <= 2**20
     # No more than all texts can ever need.
-    few = Engine(tiny_backbone("llama"), num_slots=2, max_length=50)
+    few = TorchEngine(tiny_backbone("llama"), num_slots=2, max_length=50)
     assert few.runner.caches[0].num_positions <= 2 * (50 + PAGE)
     assert few.max_length == 50
 

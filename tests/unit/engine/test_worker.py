@@ -8,9 +8,8 @@ import torch
 
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams
-from prefixtune.engine.worker import EngineWorker
 
 PATIENCE = 20.0
 LONG = SamplingParams(max_new_tokens=100, min_new_tokens=100)
@@ -19,7 +18,7 @@ SHORT = SamplingParams(max_new_tokens=4, min_new_tokens=4)
 
 @pytest.fixture
 def worker(llama):
-    with EngineWorker(Engine(llama, EngineConfig(num_slots=4))) as made:
+    with TorchEngine(llama, EngineConfig(num_slots=4)) as made:
         yield made
 
 
@@ -64,7 +63,7 @@ def wait_until(holds):
 
 
 def test_a_deadline_ends_what_runs_and_what_waits(llama):
-    with EngineWorker(Engine(llama, EngineConfig(num_slots=1, max_length=160))) as worker:
+    with TorchEngine(llama, EngineConfig(num_slots=1, max_length=160)) as worker:
         endless = SamplingParams(max_new_tokens=150, min_new_tokens=150)
         running, waiting, free, late = Ear(), Ear(), Ear(), Ear()
         worker.submit(Request((1,), sampling=endless), running, deadline=0.05)
@@ -107,14 +106,16 @@ def test_what_fails_on_a_gpu_ends_the_engine_but_for_want_of_memory(
     by_call, kind, survives, tiny_models, tiny_tokenizer, monkeypatch
 ):
     backbone = Backbone.from_model(tiny_models("llama"), tiny_tokenizer, "tiny")
-    with EngineWorker(Engine(backbone)) as worker:
+    with TorchEngine(backbone) as worker:
         ended = threading.Event()
         worker.on_failure = ended.set
 
         def failing(_):
             raise kind("device-side assert")
 
-        monkeypatch.setattr(worker.engine.runner, "forward", failing)
+        # The thread runs already.
+        worker.call(lambda _: None).result(PATIENCE)
+        monkeypatch.setattr(worker.runner, "forward", failing)
         monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
         if by_call:
             with pytest.raises(kind):

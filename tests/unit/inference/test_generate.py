@@ -8,7 +8,7 @@ import torch
 from patching import replace_everywhere
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.config import EngineConfig
-from prefixtune.engine.engine import Engine
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import Request, SamplingParams, SequenceOutput, Token
 from prefixtune.errors import BackboneError, ConfigError, RequestError
 from prefixtune.inference.beams import search
@@ -33,7 +33,7 @@ def test_all_ways_end_there(tiny_backbone, random_ids):
     for prompt, own, ids in zip(prompts, ends, expected, strict=True):
         pieces = [output.text for _, output in write(backbone, [Prompt(prompt, None, 12, own)], config)]
         assert "".join(pieces) == backbone.decode(ids).strip()
-        engine = Engine(backbone, EngineConfig(num_slots=2))
+        engine = TorchEngine(backbone, EngineConfig(num_slots=2))
         request = Request(tuple(prompt), sampling=SamplingParams(max_new_tokens=12, end_ids=own))
         ((output,),) = engine.run([request])
         assert [token.id for token in output.tokens] == ids

@@ -11,8 +11,7 @@ from prefixtune.backbone.backbone import Backbone
 from prefixtune.backbone.prefixes import as_prefix, make_header, named_backbone
 from prefixtune.data.chat import chat_format, encode_chat
 from prefixtune.data.tokenized import TokenizedExample
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.worker import EngineWorker
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.errors import BackboneError, ConfigError, ContextLengthError, PrefixError, RequestError
 from prefixtune.inference.classify import classify
 from prefixtune.inference.config import GenerateConfig
@@ -249,8 +248,8 @@ def test_what_is_wrong_gets_one_line(backbone, make_prefix, tiny_backbone):
     with pytest.raises(BackboneError):
         load(tiny_backbone("gpt2"), make_prefix())
     other = tiny_backbone("llama")
-    with EngineWorker(Engine(other)) as engine:
-        for wrong in (engine, engine.engine):
+    with TorchEngine(other) as engine:
+        for wrong in (engine, "torch"):
             with pytest.raises(ConfigError):
                 generate(backbone, TEXTS, engine=wrong)
     with pytest.raises(RequestError, match="no chat template"):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from prefixtune.engine.engine import Engine
-from prefixtune.engine.worker import EngineWorker
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.server.app import make_app
 from prefixtune.server.prefixes import PrefixFolder
 from prefixtune.server.settings import ServeConfig
@@ -42,8 +41,8 @@ def make_server(backbone, tmp_path, save_random_prefix):
             save_random_prefix(folder / f"{name}.safetensors", backbone, seed=seed, **facts)
         folders = {"prefixes": str(folder), "data_folder": str(tmp_path / "data")}
         config = ServeConfig(**{"backbone": "tiny", **folders, "num_slots": 4, **options})
-        engine = Engine(backbone, num_slots=4, max_length=config.max_length, prefill_tokens=config.prefill_tokens)
-        state = ServerState(config, backbone, PrefixFolder(folder, backbone), EngineWorker(engine))
+        engine = TorchEngine(backbone, num_slots=4, max_length=config.max_length, prefill_tokens=config.prefill_tokens)
+        state = ServerState(config, backbone, PrefixFolder(folder, backbone), engine)
         states.append(state)
         return make_app(state), state
 

@@ -82,7 +82,7 @@ def test_texts_are_generated_meanwhile(server):
     """A batch is labelled between two steps: nobody waits for all of them."""
     app, state = server
     order = []
-    engine = state.worker.engine
+    engine = state.worker
     step, call = engine.step, state.worker.call
 
     def stepped():

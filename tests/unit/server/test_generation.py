@@ -14,7 +14,7 @@ from asgi_client import completion, send, texts_when_done
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(make_server, monkeypatch):
     app, state = make_server()
-    runner = state.worker.engine.runner
+    runner = state.worker.runner
     forward = runner.forward
 
     def failing(scheduled):
@@ -45,7 +45,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_server_goes_on(make_server,
 
 def test_when_the_engine_fails_its_requests_and_later_ones_get_503(make_server, monkeypatch):
     app, state = make_server()
-    engine = state.worker.engine
+    engine = state.worker
 
     def broken():
         raise RuntimeError("out of memory at 0x7f")

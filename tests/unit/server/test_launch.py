@@ -43,7 +43,7 @@ def test_a_server_whose_engine_fails_exits_with_1(fails, make_server, monkeypatc
 
     def end():
         if fails:
-            monkeypatch.setattr(state.worker.engine, "step", broken)
+            monkeypatch.setattr(state.worker, "step", broken)
             state.worker.submit(Request((1,)), lambda output: None)
         else:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -21,8 +21,8 @@ from torch import Tensor
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.data.examples import TaskKind
 from prefixtune.data.labels import labels_of
+from prefixtune.engine.engine import TorchEngine
 from prefixtune.engine.request import EngineFull
-from prefixtune.engine.worker import EngineWorker
 from prefixtune.errors import ConfigError, ContextLengthError, PrefixError, RequestError, short_repr
 from prefixtune.inference.classify import EncodedTexts, encode_to_label, first_duplicate
 from prefixtune.inference.config import ClassifyConfig
@@ -151,9 +151,9 @@ async def _score(context: RequestContext, encoded: EncodedTexts) -> list[Tensor]
         ClientDisconnect: The client disconnected.
     """
     worker = context.state.worker
-    if not isinstance(worker, EngineWorker):
+    if not isinstance(worker, TorchEngine):
         raise ApiError(501, "this server's engine writes text only: it gives no labels.", code="unsupported_engine")
-    max_tokens = worker.engine.prefill_tokens
+    max_tokens = worker.prefill_tokens
     scores: dict[int, list[Tensor]] = {row: [] for row in range(len(encoded.prompts))}
 
     def score(_: Backbone, rows: Sequence[int], part: slice) -> list[Tensor]:
