@@ -63,17 +63,16 @@ def read_blocks(page: str, *, short: bool = False) -> Iterator[Block]:
     left_out = False
     for found in BLOCK.finditer(page):
         marks, language, text = re.findall(r"<!-- (.*) -->", found[1]), found[2], found[3]
-        if language == "text":
-            if "right" in marks and not left_out:
-                yield Block(language, text)
-            continue
-        left_out = "not run" in marks or (short and "long" in marks)
+        if language != "text":
+            left_out = "not run" in marks or (short and "long" in marks)
         for mark in marks:
             old, arrow, new = mark.removeprefix("short: ").partition(" => ")
             if short and arrow:
                 if old not in text:
                     raise WrongPageError(f"{old!r} is not in the block {text!r}")
                 text = text.replace(old, new)
+        if language == "text" and "right" not in marks:
+            continue
         if not left_out:
             yield Block(language, text)
 
