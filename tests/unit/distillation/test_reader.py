@@ -16,6 +16,7 @@ from prefixtune.distillation.questions import hold_out, make_questions
 from prefixtune.distillation.reader import Reader
 from prefixtune.distillation.teacher import Teacher, check_same_tokens, label_examples, read_labels, write_labels
 from prefixtune.distillation.wording import Wording, count_endings, encode_questions, without_ends
+from prefixtune.engine.model_runner import ModelRunner
 from prefixtune.errors import BackboneError, CheckpointError, RequestError
 
 WORDING = Wording("Question: {source}\nAnswer:", " {target}\n")
@@ -182,3 +183,24 @@ def test_a_teacher_with_other_tokens_or_of_another_kind_is_refused(backbone, tin
     for teacher in (dataclasses.replace(backbone, tokenizer=tokenizer), tiny_backbone("bart")):
         with pytest.raises(BackboneError):
             check_same_tokens(backbone, teacher)
+
+
+def test_many_questions_about_a_long_text_are_answered_at_once(tiny_backbone, random_prefix, monkeypatch):
+    """What is in view stands in the engine's pool once: it does not count for every question."""
+    backbone = tiny_backbone("llama", max_position_embeddings=4000)
+    view = random_prefix(backbone, 1500, 1).detach()
+    reader = Reader(backbone, WORDING, [view], 16)
+    assert reader.rows < 16
+    together = []
+    forward = ModelRunner.forward
+
+    def watch(self, scheduled):
+        together.append(len(scheduled))
+        return forward(self, scheduled)
+
+    monkeypatch.setattr(ModelRunner, "forward", watch)
+    asked = [Question(f"Where is {number}?") for number in range(16)]
+    answered = reader.answer(asked, 12, lambda done: None)
+    assert max(together) == 16
+    for question, both in list(zip(asked, answered, strict=True))[:3]:
+        assert reader.answer([question], 12, lambda done: None) == [both]
