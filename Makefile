@@ -143,7 +143,7 @@ models: $(VENV)/.installed  ## fetch two small models that can read, Qwen2.5-Cod
 	$(BIN)/python -m bench.reading_models
 
 real: $(VENV)/.integrated  ## doctor, train, distill, generate and serve on such a model, from one GGUF file (SIZE=1.5b REAL_ARGS="--words 5500")
-	$(BIN)/python -m bench.real --size $(or $(SIZE),0.5b) $(REAL_ARGS)
+	$(BIN)/python -m bench.real --size $(or $(SIZE),0.5b) --json bench/results/real_$(or $(SIZE),0.5b).json $(REAL_ARGS)
 
 models-page: $(VENV)/.integrated  ## examine every model type of the installed transformers, and write docs/models.md (ten minutes)
 	$(BIN)/python -m tools.models_page
