@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,8 @@ def run_command(log: Log, *words: str, text: str = "") -> dict[str, Any]:
         "command": " ".join(("prefixtune", *(Path(word).name if os.sep in word else word for word in words))),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_mib": used.ru_maxrss // 1024,
-        "printed": printed.strip()[-2000:],
+        # Without the folders of this machine.
+        "printed": re.sub(r"(?<!\S)/\S*/", "", printed).strip()[-2000:],
     }
 
 
