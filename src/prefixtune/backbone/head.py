@@ -135,7 +135,7 @@ def pass_in_chunks(
 
 
 def _chunks(count: int, width: int, size: int) -> Iterator[slice]:
-    """Rows of so many numbers in float32 as take at most `size` bytes; of no rows, too."""
+    """Rows of so many numbers in float32 as take at most `size` bytes, even if there are none."""
     most = max(1, size // (4 * width))
     return (slice(first, min(first + most, count)) for first in range(0, max(count, 1), most))
 

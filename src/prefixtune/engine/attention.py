@@ -23,7 +23,7 @@ from prefixtune.engine.kv_cache import KVCache, Pages
 from prefixtune.prefix.geometry import Site
 
 _LONG = 512
-"""Positions from which a text is worth a call of its own on a CPU, and from which a common prefix is, too."""
+"""Positions from which a text, or a common prefix, is worth a call of its own on a CPU."""
 
 
 @dataclass(frozen=True)
