@@ -15,7 +15,7 @@ from prefixtune.errors import PrefixWarning
 _LOGGERS = ("torch.utils._pytree", "torch.onnx", "torchao", "huggingface_hub", "transformers")
 _SWITCH = threading.Lock()
 """Held while settings change, not while a block runs: they belong to the process."""
-_blocks = list[object]()
+_num_blocks = 0
 _settings = contextlib.ExitStack()
 
 
@@ -26,16 +26,17 @@ def quiet_transformers() -> Iterator[None]:
     The first of several blocks, in any threads, makes them quiet, and the last one restores what was set. What other
     threads print or log, and this project's own warnings, are not concerned.
     """
+    global _num_blocks
     with _SWITCH:
-        if not _blocks:
+        if not _num_blocks:
             _make_quiet(_settings)
-        _blocks.append(None)
+        _num_blocks += 1
     try:
         yield
     finally:
         with _SWITCH:
-            _blocks.pop()
-            if not _blocks:
+            _num_blocks -= 1
+            if not _num_blocks:
                 _settings.close()
 
 

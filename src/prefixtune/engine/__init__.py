@@ -2,8 +2,8 @@
 
 A *request* asks for one or several *sequences*, which join and leave the batch between steps. A *slot* is a place in
 the batch, and the *KV cache* the memory for keys and values. Each step, the *scheduler* chooses what to compute, the
-*model runner* computes it, and the *sampler* picks the next tokens. `base` says
-what every engine offers. Knows no HTTP and no files.
+*model runner* computes it, and the *sampler* picks the next tokens. `base` says what every engine offers. Knows no HTTP
+and no files.
 """
 
 from prefixtune.engine.base import Snapshot

@@ -16,8 +16,8 @@ nobody else may call `step`. All else may be called from any thread. Only a step
 Memory for keys and values is taken once, at the start. A request waits until there is room for all that it may need;
 one that never fits is refused. So no step runs out of it.
 
-If the engine itself fails, all requests end with `error`, and it accepts no more: whoever runs it ends the process,
-which a supervisor starts again.
+If the engine itself fails, all requests end with `error`, and it accepts no more. `prefixtune serve` then exits, so
+that a supervisor can start it again.
 
 In float32 a greedy text is the same alone and in any mix, token for token. In bfloat16, sums round differently when a
 product has other rows as well, which may decide a close choice between two tokens differently.
@@ -134,7 +134,12 @@ class TorchEngine(base.Engine):
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, receive: Receive | None = None, deadline: float | None = None) -> None:
-        """Queue a request, for `step`.
+        """Queue a request for the next step.
+
+        Args:
+            request: The request.
+            receive: Called with its outputs; None: `step` returns them.
+            deadline: Seconds from now until it must be done; None: it has no end.
 
         Raises:
             ContextLengthError: It needs more positions than the model has, or more than memory has room for.

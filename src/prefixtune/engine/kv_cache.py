@@ -24,6 +24,9 @@ from prefixtune.errors import ConfigError
 from prefixtune.prefix.geometry import LayerShape, Site
 from prefixtune.prefix.prefix import Prefix
 
+PAGE, FLASH_PAGE = 16, 256
+"""Positions of a page; FlashAttention's tables take multiples of 256 alone."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pages:
@@ -86,7 +89,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         site: Site = "decoder",
-        page: int = 16,
+        page: int = PAGE,
     ) -> None:
         self.site, self.page, self.num_positions = site, page, num_positions // page * page
         hint = "set another kv_cache_mib."

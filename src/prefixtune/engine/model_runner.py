@@ -17,15 +17,13 @@ from prefixtune.attention.forward import forward_with_backend, run_encoder
 from prefixtune.attention.record import relative_bias
 from prefixtune.backbone.backbone import Backbone
 from prefixtune.engine.attention import Span, StepAttention, attends_by_pages, page_numbers
-from prefixtune.engine.kv_cache import KVCache, Pages, bytes_per_position
+from prefixtune.engine.kv_cache import FLASH_PAGE, PAGE, KVCache, Pages, bytes_per_position
 from prefixtune.engine.request import Request
 from prefixtune.engine.scheduler import ScheduledSequence
 from prefixtune.engine.sequence import TokenSequence
 from prefixtune.prefix.geometry import Site
 from prefixtune.utils.machine import free_memory
 
-PAGE, FLASH_PAGE = 16, 256
-"""Positions of a page; FlashAttention's tables take multiples of 256 alone."""
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.8
 """Of free memory, for keys and values, by default."""
 _FIRST_BIAS_LENGTH = 256

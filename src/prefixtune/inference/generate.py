@@ -158,7 +158,7 @@ def backbone_of(engine: Engine | None, backbone: Backbone) -> Backbone:
     if engine is None:
         return backbone
     if not isinstance(engine, Engine) or not fingerprints_match(engine.backbone.fingerprint, backbone.fingerprint):
-        hint = "open one of this backbone; such as `TorchEngine(backbone)`."
+        hint = "open one of this backbone, such as `TorchEngine(backbone)`."
         raise ConfigError(f"engine is {short_repr(engine)}, no open engine of {backbone.name!r}.", hint=hint)
     return engine.backbone
 

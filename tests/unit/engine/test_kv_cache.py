@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from prefixtune.engine.config import EngineConfig
 from prefixtune.engine.engine import TorchEngine
-from prefixtune.engine.kv_cache import KVCache
-from prefixtune.engine.model_runner import PAGE
+from prefixtune.engine.kv_cache import PAGE, KVCache
 from prefixtune.engine.request import Request, SamplingParams
 from prefixtune.errors import ConfigError, ContextLengthError, RequestError
 from prefixtune.inference.config import GenerateConfig

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from prefixtune.backbone.load import BackboneLike, as_backbone, load_backbone
 from prefixtune.backbone.packaged import DEFAULT_BACKBONE
-from prefixtune.backbone.prefixes import PrefixLike, as_prefix, load_prefix, trained_adapter
+from prefixtune.backbone.prefixes import PrefixLike, load_prefix, trained_adapter
 from prefixtune.data.chat import special_stops, stop_ids
 from prefixtune.data.encoding import encode_pairs, encode_prompts, format_of
 from prefixtune.data.examples import Example
@@ -103,7 +103,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         if read is not None:
             check_writes(read)
             fitting = load_prefix(read, self.backbone, allow_other_backbone=allow_other_backbone)
-            self.prefix = as_prefix(fitting, self.backbone)
+            self.prefix = fitting.to(device=self.backbone.device)
         stored = None if self.prefix is None else read_text_format(self.prefix.header)
         self.chat_format = stored if stored is not None and stored.is_chat else None
         self.prompt_format = prompt_format
