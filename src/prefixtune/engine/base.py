@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -152,6 +152,11 @@ class Engine(Limits, abc.ABC):
             EngineFull: The engine is closing or has failed.
             PrefixError: As `check`.
         """
+
+    def submit_all(self, requests: Iterable[Request], receive: Receive) -> None:
+        """Submit several requests, as `submit`; where the engine can, none is computed before all are there."""
+        for request in requests:
+            self.submit(request, receive)
 
     @abc.abstractmethod
     def cancel(self, request_id: str) -> None:

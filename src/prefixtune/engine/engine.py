@@ -30,7 +30,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -163,6 +163,13 @@ class TorchEngine(base.Engine):
     def submit(self, request: Request, receive: Receive, deadline: float | None = None) -> None:
         """Submit a request to the engine's thread (see `base.Engine`)."""
         self.add(request, receive, deadline)
+        self._start()
+
+    def submit_all(self, requests: Iterable[Request], receive: Receive) -> None:
+        """Submit several requests (see `base.Engine`); so equal requests make equal steps, whatever the threads do."""
+        with self._changed:
+            for request in requests:
+                self.add(request, receive)
         self._start()
 
     def call(self, work: Callable[[Backbone], R]) -> Future[R]:

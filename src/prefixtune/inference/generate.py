@@ -278,8 +278,7 @@ def _ask(
     asked = {request.id: number for number, request in requests.items()}
     outputs: SimpleQueue[SequenceOutput] = SimpleQueue()
     try:
-        for request in requests.values():
-            engine.submit(request, outputs.put)
+        engine.submit_all(requests.values(), outputs.put)
         while asked:
             output = outputs.get()
             number = asked[output.request_id]

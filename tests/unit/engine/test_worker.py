@@ -137,3 +137,21 @@ def test_a_snapshot_counts_steps_texts_and_tokens(worker):
     now = worker.snapshot()
     assert (now.waiting, now.tokens, now.texts) == (0, 6 * 4, 6 * 4)
     assert 8 <= now.steps <= 6 * 4
+
+
+def test_requests_that_are_submitted_together_are_in_the_first_step(llama, monkeypatch):
+    """However long each takes to be checked: their texts are then the same every time, to the last bit."""
+    check, counts = TorchEngine.check, []
+
+    def slow(self, request):
+        time.sleep(0.05)
+        check(self, request)
+
+    monkeypatch.setattr(TorchEngine, "check", slow)
+    with TorchEngine(llama, EngineConfig(num_slots=4)) as engine:
+        forward = engine.runner.forward
+        monkeypatch.setattr(engine.runner, "forward", lambda work: counts.append(len(work)) or forward(work))
+        ear = Ear(4)
+        engine.submit_all([Request((number + 1,), sampling=SHORT) for number in range(4)], ear)
+        ear.wait()
+    assert counts[0] == 4
